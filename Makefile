@@ -1,0 +1,48 @@
+# make test | demo: each sets up what it needs in .venv first, once. PYTHON names another interpreter.
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: test newest demo demo-base bench clean
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	bash tests/newest.sh
+
+# Three methods on a small base and the documentation of this very Python; ends with a table.
+demo: $(VENV)/.run
+	$(BIN)/python demo/corpus.py --out runs/demo/data
+	rm -rf runs/demo/out
+	$(BIN)/specjax compare --config=configs/demo.py --workdir=runs/demo/out
+
+# The demo's base model from nothing, an hour or two; called again, it goes on where it was.
+demo-base: $(VENV)/.run
+	$(BIN)/python demo/corpus.py --out runs/demo/data
+	$(BIN)/python demo/tokenizer.py --corpus runs/demo/data --out demo/base_config
+	$(BIN)/specjax train --config=configs/demo_base.py --workdir=runs/demo/base
+	@echo "To ship it: cp runs/demo/base/export/* demo/base/"
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) .venv-newest *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "specjax needs Python 3.11 or newer, which '$(PYTHON)' is not: name one, make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	@echo "Installing specjax into $(VENV): some minutes, the first time."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	@echo "Installing specjax and its tests' tools into $(VENV): some minutes, the first time."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@ $(VENV)/.run
