@@ -1,0 +1,6 @@
+"""The decoder, its parts and its sizes."""
+
+from specjax.models.config import ModelConfig, RopeScaling
+from specjax.models.decoder import Decoder
+
+__all__ = ["Decoder", "ModelConfig", "RopeScaling"]

@@ -1,0 +1,139 @@
+"""Devices: the mesh, the one table from logical axes to mesh axes, and where each parameter lies.
+
+Sharding is a layout, not an algorithm: a parameter split over `fsdp` is gathered by XLA where a layer needs it
+(ZeRO-3), one split over `tensor` stays split through its layer (Megatron).
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from specjax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "lora_rank": (),
+}
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
+    """A mesh of all devices.
+
+    Args:
+      data: copies of the model, each on its own rows (across slices of a pod).
+      fsdp: ways in which parameters, optimizer and rows are split; -1 takes the devices that are left.
+      tensor: ways in which heads, MLP and vocabulary are split; -1 as above.
+      devices: default `jax.devices()`.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = fill_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
+    # Auto axes: XLA propagates layouts between our constraints. Explicit axes raise on contractions it could settle.
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def fill_sizes(sizes: dict[str, int], device_count: int) -> dict[str, int]:
+    """Replaces one -1 by what is left of the devices.
+
+    >>> fill_sizes({"data": 1, "fsdp": -1, "tensor": 2}, 8)
+    {'data': 1, 'fsdp': 4, 'tensor': 2}
+
+    Raises:
+      UserError: two -1, a size below 1, or a product other than the number of devices.
+    """
+    shown = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) > 1 or fixed < 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"mesh {shown}: every size must be at least 1, or -1 for one of them.")
+    if device_count % fixed if free else fixed != device_count:
+        raise UserError(
+            f"mesh {shown} does not fit {device_count} devices: change config.mesh to sizes whose product it is."
+        )
+    return {name: device_count // fixed if size == -1 else size for name, size in sizes.items()}
+
+
+def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes of each of a tensor's logical axes.
+
+    >>> partition_spec(("layers", "embed", "heads", "head_dim"))
+    PartitionSpec(None, 'fsdp', 'tensor', None)
+    """
+    entries: list[Any] = []
+    for axis in axes:
+        names = RULES[axis] if axis is not None else ()
+        entries.append(names if len(names) > 1 else names[0] if names else None)
+    return PartitionSpec(*entries)
+
+
+def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...], name: str) -> NamedSharding:
+    """Where a tensor with these logical axes lies.
+
+    Raises:
+      UserError: a size is not divisible by the mesh axes that split it; both numbers are named.
+    """
+    spec = partition_spec(axes)
+    for axis, size, entry in zip(axes, shape, spec, strict=True):
+        names: tuple[str, ...] = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        ways = int(np.prod([mesh.shape[n] for n in names]))
+        if size % ways:
+            raise UserError(
+                f"{name}: its axis '{axis}' of size {size} cannot be split {ways} ways over mesh axis "
+                f"{' x '.join(names)}: choose a size of config.mesh.{names[-1]} that divides {size}."
+            )
+    return NamedSharding(mesh, spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Fixes the layout of an activation inside a compiled step; without a mesh in context it is x."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """'layers.self_attn.q_proj.kernel' of an NNX path."""
+    return ".".join(str(part) for part in path)
+
+
+def of_module(module: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
+    """The sharding of every parameter of a (possibly abstract) module, by dotted path."""
+    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {
+        path_name(path): named_sharding(mesh, param.get_metadata("axes"), param.shape, path_name(path))
+        for path, param in state
+    }
+
+
+def mesh_of(array: Any) -> Mesh | None:
+    """The mesh an array lies on, or None."""
+    place = getattr(array, "sharding", None)
+    mesh = place.mesh if isinstance(place, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh | None, lead: tuple[str | None, ...] = ()
+) -> dict[str, jax.Array]:
+    """Places this process's rows [*lead, B,T] on its devices; the global batch is all processes' rows in order."""
+    if mesh is None:
+        return {name: jax.device_put(rows) for name, rows in batch.items()}
+    sharding = NamedSharding(mesh, partition_spec((*lead, "batch", "length")))
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
