@@ -1,0 +1,1 @@
+"""Hugging Face folders, in and out, by one table of names."""
