@@ -1,0 +1,170 @@
+"""Fixed-shape batches as a pure function of (data, seed, step).
+
+Tokens lie in one flat array; the packing plan says which slices make up which row. There is no iterator state: the
+batch of step 1000 can be asked for first, on any shard, and is the same.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from specjax.data.pack import Plan, plan, ranges
+
+Batch = dict[str, np.ndarray]
+
+
+class Data:
+    """Packed rows of tokenised documents.
+
+    A batch is a dict of [B, T] arrays: `tokens` and `targets` int32, `loss_mask` float32 (1 where the target
+    counts), `positions` int32 (from 0 in each piece) and `segment_ids` int32 (1..n along a row; 0 is padding).
+    `targets[t]` is the next token of the same document, also where a long one goes on in another row; at its end the
+    mask is 0.
+
+        document A B C, document D E          tokens       A B C D E -
+        (B, C and E are trained)              targets      B C - E - -
+                                              loss_mask    1 1 0 1 0 0
+                                              positions    0 1 2 0 1 0
+                                              segment_ids  1 1 1 2 2 0
+
+    Attributes:
+        length, batch_size, seed: as given.
+        num_rows: rows of the plan.
+        template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
+        end_of_turn: id of the token that ends the assistant's turns there: generation must stop at it.
+        steps_per_epoch: whole batches in one pass, at least 1.
+        report: counts, JSON-able (see `specjax.data.report`).
+        fingerprint: of the tokens, masks and plan; equal data has an equal one.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        trained: np.ndarray,
+        offsets: np.ndarray,
+        *,
+        tokenizer: Any,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        packing: bool = True,
+        template: str | None = None,
+        end_of_turn: int | None = None,
+        report: dict[str, Any] | None = None,
+    ):
+        """Plans the rows of documents `tokens[offsets[d]:offsets[d+1]]`; `trained` [N] marks what the loss counts."""
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.tokenizer, self.template, self.end_of_turn = tokenizer, template, end_of_turn
+        self.tokens, self.offsets = tokens, offsets
+        self.loss_mask = np.append(trained[1:], False)  # aligned with targets; a document's last token has none
+        self.loss_mask[offsets[1:] - 1] = False
+        self.plan: Plan = plan(offsets, length, packing)
+        self.num_rows = len(self.plan.rows) - 1
+        self.steps_per_epoch = max(1, self.num_rows // batch_size)
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self.fingerprint = self._fingerprint()
+        self.report = (report or {}) | self._counts(packing)
+
+    def batch(self, step: int, *, shard: int = 0, shards: int = 1) -> Batch:
+        """Rows `[shard*B/shards, (shard+1)*B/shards)` of the global batch of `step`, as [B/shards, T] arrays."""
+        if self.batch_size % shards:
+            raise ValueError(f"a batch of {self.batch_size} rows does not divide into {shards} shards")
+        size = self.batch_size // shards
+        start = step * self.batch_size + shard * size
+        return self._assemble(np.array([self._row(i) for i in range(start, start + size)], np.int64))
+
+    def once(self) -> Iterator[Batch]:
+        """Every row exactly once, in the plan's order; the last batch is filled up with empty rows."""
+        for start in range(0, self.num_rows, self.batch_size):
+            yield self._assemble(np.arange(start, min(start + self.batch_size, self.num_rows)), self.batch_size)
+
+    def preview(self, n: int) -> list[list[list[tuple[str, bool]]]]:
+        """The first `n` rows: each a list of documents, each a list of (text, whether it is trained) runs."""
+        rows = []
+        for row in range(min(n, self.num_rows)):
+            pieces = slice(*self.plan.rows[row : row + 2])
+            bounds = zip(self.plan.starts[pieces].tolist(), self.plan.sizes[pieces].tolist(), strict=True)
+            rows.append([self._runs(start, start + size) for start, size in bounds])
+        return rows
+
+    def _runs(self, start: int, stop: int) -> list[tuple[str, bool]]:
+        ids = self.tokens[start:stop].tolist()
+        trained = np.append(start > 0 and self.loss_mask[start - 1], self.loss_mask[start : stop - 1])
+        cuts = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
+        # Decoding prefixes, not runs: a run decoded alone would lose its leading space with some tokenizers.
+        text = [self.tokenizer.decode(ids[:c], clean_up_tokenization_spaces=False) if c else "" for c in cuts]
+        return [
+            (text[k + 1][len(text[k]) :], bool(trained[cuts[k]])) for k in range(len(cuts) - 1) if cuts[k + 1] > cuts[k]
+        ]
+
+    def _row(self, index: int) -> int:
+        """Element `index` of the endless sequence that runs through all rows, in another order each epoch."""
+        epoch, place = divmod(index, self.num_rows)
+        if self._order[0] != epoch:
+            self._order = (epoch, shuffled(self.num_rows, self.seed, epoch))
+        return int(self._order[1][place])
+
+    def _assemble(self, rows: np.ndarray, height: int | None = None) -> Batch:
+        height = height or len(rows)
+        counts = self.plan.rows[rows + 1] - self.plan.rows[rows]
+        pieces = ranges(self.plan.rows[rows], counts)
+        starts, sizes = self.plan.starts[pieces], self.plan.sizes[pieces]
+        number = ranges(np.zeros_like(counts), counts)  # of a piece within its row
+        before = np.cumsum(sizes) - sizes
+        first = np.repeat(np.append(before, 0)[np.cumsum(counts) - counts], counts)  # tokens before its row
+        where = ranges(np.repeat(np.arange(len(rows)), counts) * self.length + before - first, sizes)
+        source = ranges(starts, sizes)
+        target = self.tokens[np.minimum(source + 1, len(self.tokens) - 1)]
+        stops = starts + sizes
+        target[np.cumsum(sizes)[self.offsets[np.searchsorted(self.offsets, stops)] == stops] - 1] = 0
+        columns = {
+            "tokens": (self.tokens[source], np.int32),
+            "targets": (target, np.int32),
+            "loss_mask": (self.loss_mask[source], np.float32),
+            "positions": (ranges(np.zeros_like(sizes), sizes), np.int32),
+            "segment_ids": (np.repeat(number + 1, sizes), np.int32),
+        }
+        batch = {}
+        for name, (values, dtype) in columns.items():
+            flat = np.zeros(height * self.length, dtype)
+            flat[where] = values
+            batch[name] = flat.reshape(height, self.length)
+        return batch
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.blake2b(str(self.length).encode(), digest_size=16)
+        for array in (self.tokens, self.loss_mask, self.offsets, *self.plan):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def _counts(self, packing: bool) -> dict[str, Any]:
+        return {
+            "documents": len(self.offsets) - 1,
+            "tokens": len(self.tokens),
+            "loss_tokens": int(self.loss_mask.sum()),
+            "length": self.length,
+            "packing": packing,
+            "pieces": len(self.plan.starts),
+            "packed_rows": self.num_rows,
+            "packing_efficiency": round(len(self.tokens) / (self.num_rows * self.length), 4),
+            "fingerprint": self.fingerprint,
+        }
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of `range(count)`, int64, that depends on nothing but (count, seed, epoch).
+
+    Ranks the rows by splitmix64 of a counter: plain integer arithmetic, so unlike `numpy.random`'s generators it is
+    the same for every NumPy, for ever.
+
+    >>> sorted(shuffled(5, seed=0, epoch=0).tolist()), shuffled(5, 0, 0).tolist() == shuffled(5, 0, 1).tolist()
+    ([0, 1, 2, 3, 4], False)
+    """
+    key = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest(), "little")
+    with np.errstate(over="ignore"):
+        z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")

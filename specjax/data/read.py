@@ -1,0 +1,155 @@
+"""Rows from wherever they lie.
+
+`read` yields `(where, row)` pairs: `where` names the place in the user's own terms (`data/train.jsonl:7`), so that
+every later complaint about a row can say where it is.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from specjax.errors import UserError
+
+Row = Mapping[str, Any]
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+
+def read(source: str | Path | Sequence[Row | str], split: str = "train") -> Iterator[tuple[str, Row]]:
+    """Yields `(where, row)` from a file, a folder, a hub name, or rows given as a list of dicts or strings.
+
+    `.jsonl .json .csv .parquet` hold one row per line, element or record. A `.txt` file is one document, whole: packing
+    cuts it where it must, and a blank line inside a text is no end of a document. A folder is a `datasets` folder
+    (`save_to_disk`), or holds files of these kinds; where some of its file names carry the split's name (`train.jsonl`,
+    `train-00000.parquet`) only these are read.
+
+    Raises:
+        UserError: no such file or hub name, a broken file, an unknown suffix.
+    """
+    if not isinstance(source, str | Path):
+        for number, row in enumerate(source, 1):
+            yield f"row {number}", {"text": row} if isinstance(row, str) else _mapping(row, f"row {number}")
+        return
+    path = Path(source)
+    if path.is_dir():
+        yield from _folder(path, split)
+    elif path.exists():
+        yield from _file(path)
+    elif path.suffix in SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+        raise UserError(f"no such data file or folder: {source}.")
+    else:
+        yield from _hub(str(source), split)
+
+
+def _folder(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        import datasets
+
+        dataset = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.DatasetDict):
+            if split not in dataset:
+                raise UserError(f"{path} has no split '{split}', only {', '.join(dataset)}: set data.split.")
+            dataset = dataset[split]
+        yield from _numbered(dataset, f"{path} row")
+        return
+    files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    if not files:
+        raise UserError(f"{path} holds no data: neither a `datasets` folder nor files ending in {' '.join(SUFFIXES)}.")
+    named = [f for f in files if re.search(rf"(^|[-_.]){re.escape(split)}([-_.]|$)", f.stem)]
+    for file in named or files:
+        yield from _file(file)
+
+
+def _hub(name: str, split: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"'{name}' is neither a file or folder here nor a dataset that the hub could give ({reason}); "
+            "check the path, or the name and the network."
+        ) from error
+    yield from _numbered(dataset, f"{name}[{split}] row")
+
+
+def _file(path: Path) -> Iterator[tuple[str, Row]]:
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise UserError(f"{path} is of no known kind: use one of {' '.join(SUFFIXES)}.")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+                yield where, _mapping(row, where)
+
+
+def _json(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # several values: JSON lines under the name .json, as the hub often has it
+            yield from _jsonl(path)
+            return
+        raise UserError(f"{path}:{error.lineno} is not JSON: {error.msg} at column {error.colno}.") from error
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        rows = lists[0] if len(lists) == 1 else [rows]
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds a JSON {type(rows).__name__}: give a list of objects.")
+    yield from _numbered(rows, f"{path} row")
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(2**31 - 1)  # the default stops at 128 KiB a field; documents are longer
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        start = 2
+        for row in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if None in row or None in row.values():
+                raise UserError(f"{where} does not have the {len(reader.fieldnames or ())} fields of the header line.")
+            yield where, row
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        batches = pa.parquet.ParquetFile(path).iter_batches(batch_size=1000)
+        yield from _numbered((row for batch in batches for row in batch.to_pylist()), f"{path} row")
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a whole Parquet file: {error}.") from error
+
+
+def _txt(path: Path) -> Iterator[tuple[str, Row]]:
+    yield str(path), {"text": path.read_text(encoding="utf-8-sig")}
+
+
+def _numbered(rows: Iterable[Any], prefix: str) -> Iterator[tuple[str, Row]]:
+    for number, row in enumerate(rows, 1):
+        where = f"{prefix} {number}"
+        yield where, _mapping(row, where)
+
+
+def _mapping(row: Any, where: str) -> Row:
+    if isinstance(row, Mapping):
+        return row
+    raise UserError(f"{where} is a JSON {type(row).__name__}: a row is an object with named columns.")

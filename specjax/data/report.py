@@ -1,0 +1,97 @@
+"""The data report as a person reads it: counts, and the first rows with what is trained made visible."""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+Runs = Sequence[tuple[str, bool]]  # a document: (text, whether it is trained)
+
+
+def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, how much) of a report (`Data.report`); what is nought is left out.
+
+    >>> dropped = {"over length": {"rows": 1, "tokens": 70}}
+    >>> dict(lines({"rows": 9, "tokens": 2000, "loss_tokens": 500, "dropped": dropped}))
+    {'rows read': '9', 'dropped, over length': '1 row, 70 tokens', 'tokens': '2,000', 'loss tokens': '500 (25.0 %)'}
+    """
+    result = []
+
+    def add(what: str, value: Any) -> None:
+        if value:
+            result.append((what, f"{value:,}" if isinstance(value, int) else str(value)))
+
+    add("source", report.get("source"))
+    columns = report.get("columns", {})
+    add(
+        "format",
+        " ".join([report.get("format", ""), *(f"{role}={column}" for role, column in columns.items())]).strip(),
+    )
+    add("ignored columns", ", ".join(report.get("ignored_columns", ())))
+    if report.get("holdout"):
+        fraction, part = report["holdout"]
+        add("part", f"{part} ({fraction:.1%} of the rows are held out)")
+    add("rows read", report.get("rows"))
+    for reason, count in report.get("dropped", {}).items():
+        add(f"dropped, {reason}", _amount(count))
+    if report.get("truncated", {}).get("rows"):
+        add("truncated", f"{_amount(report['truncated'])} lost")
+    add("documents", report.get("documents"))
+    add("documents cut into pieces", report.get("split_documents"))
+    add("tokens", report.get("tokens"))
+    if report.get("loss_tokens"):
+        add(
+            "loss tokens",
+            f"{report['loss_tokens']:,} ({report['loss_tokens'] / report['tokens']:.1%})".replace("%", " %"),
+        )
+    add("a turn ends with", report.get("end_of_turn"))
+    if report.get("packed_rows"):
+        kind = "packed rows" if report["packing"] else "rows, one document each"
+        add(kind, f"{report['packed_rows']:,} of {report['length']:,} tokens, {report['packing_efficiency']:.1%} full")
+    add("fingerprint", report.get("fingerprint"))
+    return result
+
+
+def show(report: Mapping[str, Any], previews: Sequence[Sequence[Runs]] = (), console: Console | None = None) -> None:
+    """Prints a report and decoded rows (`Data.preview`).
+
+    Trained text is green on a terminal, and stands between double brackets wherever colour would be lost.
+
+    Args:
+        report: `Data.report`.
+        previews: rows of documents of runs.
+        console: where to; standard output by default.
+    """
+    console = console or Console()
+    counts = lines(report)
+    width = max((len(what) for what, _ in counts), default=0)
+    for what, value in counts:
+        console.print(Text.assemble((what.ljust(width), "bold"), "  ", value), soft_wrap=True)
+    colour = console.is_terminal and console.color_system is not None
+    if previews:
+        trained = Text("green", "bold green") if colour else Text("⟦in brackets⟧")
+        console.print(Text.assemble("\nFirst rows as the model sees them; what is trained is ", trained, "."))
+    for number, documents in enumerate(previews, 1):
+        for place, runs in enumerate(documents, 1):
+            console.print(Text(f"\nrow {number}, document {place} of {len(documents)}", "bold"))
+            console.print(_marked(runs, colour), soft_wrap=True)
+
+
+def _marked(runs: Runs, colour: bool) -> Text:
+    text = Text()  # of parts, not of markup: brackets in the data stay brackets
+    for part, trained in runs:
+        part = "".join(
+            c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\N{REPLACEMENT CHARACTER}" for c in part
+        )
+        if trained:
+            text.append(part if colour else f"⟦{part}⟧", "bold green" if colour else "")
+        else:
+            text.append(part, "dim" if colour else "")
+    return text
+
+
+def _amount(count: Mapping[str, int]) -> str:
+    rows = f"{count['rows']:,} row{'' if count['rows'] == 1 else 's'}"
+    return f"{rows}, {count['tokens']:,} tokens" if count["tokens"] else rows
