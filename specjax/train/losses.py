@@ -1,0 +1,68 @@
+"""Next-token loss without the [B,T,V] logits: summed over chunks of tokens, recomputed in the backward pass.
+
+B batch, T length, C chunk, D embed, V vocab.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from specjax import sharding
+from specjax.models import Decoder
+
+CHUNK_ELEMENTS = 2**25  # float32 logits alive at once (128 MiB); a batch with fewer is one chunk
+
+
+def token_sums(
+    model: Decoder, batch: dict[str, jax.Array], dropout_key: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """Sums over a batch's loss tokens; dividing them is left to the caller, so that batches add up exactly.
+
+    Args:
+      model: a decoder.
+      batch: tokens, targets, loss_mask, positions, segment_ids, each [B,T].
+      dropout_key: for LoRA's dropout; None: none.
+
+    Returns:
+      float32 scalars: `nll`, the summed -log p(target) in nats; `correct`, targets of highest probability; `count`,
+      loss tokens.
+    """
+    hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key)
+    rows, length = batch["targets"].shape
+
+    def chunk(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = sharding.constrain(model.unembed(hidden), "batch", "length", "vocab")
+        # The target's logit by a masked sum, not a gather: it stays inside a sharded vocabulary.
+        hit = targets[:, :, None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None]
+        target_logits = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+        nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
+        correct = target_logits >= jnp.max(logits, axis=-1)
+        return jnp.sum(nll * mask), jnp.sum(correct * mask)
+
+    size = _chunk_length(rows, length, model.config.vocab_size)
+    mask = batch["loss_mask"].astype(jnp.float32)
+    if size == length:
+        nll, correct = chunk(hidden, batch["targets"], mask)
+    else:
+        # Chunks are cut along the length: the batch axis keeps its sharding.
+        parts = [
+            jnp.moveaxis(x.reshape(rows, length // size, size, *x.shape[2:]), 1, 0)
+            for x in (hidden, batch["targets"], mask)
+        ]
+
+        def add(sums: tuple[jax.Array, jax.Array], part: list[jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
+            nll, correct = jax.checkpoint(chunk, prevent_cse=False)(*part)
+            return (sums[0] + nll, sums[1] + correct), None
+
+        zero = jnp.zeros((), jnp.float32)
+        (nll, correct), _ = jax.lax.scan(add, (zero, zero), parts)
+    return {"nll": nll, "correct": correct, "count": jnp.sum(mask)}
+
+
+def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
+    """The largest divisor of the length whose logits stay within CHUNK_ELEMENTS (or 1).
+
+    >>> _chunk_length(8, 1024, 128_000)
+    32
+    """
+    most = max(1, CHUNK_ELEMENTS // (rows * vocab_size))
+    return next(size for size in range(min(length, most), 0, -1) if length % size == 0)

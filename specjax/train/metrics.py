@@ -1,0 +1,214 @@
+"""What a run shows and leaves behind: a progress bar or plain lines, `metrics.jsonl`, TensorBoard, W&B.
+
+A resumed run continues its files as if it had never stopped: what was logged after the step that it resumes from is
+dropped first, so every step stands there once.
+"""
+
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from specjax.errors import UserError
+
+
+class Log:
+    """Where a run's numbers go; a context manager, so that files and bar are closed however the run ends.
+
+    Args:
+        workdir: the run's folder, made if absent; None writes no files (every process but the first).
+        steps: at which the run ends, for the bar and the time left.
+        start: the step that the run resumes from; what was logged later is dropped. 0 starts all files anew.
+        tensorboard: whether to write `<workdir>/tensorboard/`.
+        wandb: a W&B project's name; "" does not use W&B.
+        config: the resolved config, shown by W&B.
+        console: where to print; default standard output. A bar on a terminal, a line a logged step elsewhere.
+
+    Raises:
+        UserError: when W&B is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        workdir: str | Path | None,
+        *,
+        steps: int,
+        start: int = 0,
+        tensorboard: bool = True,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self._steps = steps
+        self._console = console or Console()
+        self._clock: tuple[float, int] | None = (
+            None  # when, and at which step, the first step of this process was logged
+        )
+        self._files: dict[str, TextIO] = {}
+        self._tensorboard = self._wandb = self._bar = None
+        if workdir is not None:
+            workdir = Path(workdir)
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._wandb = _open_wandb(wandb, workdir, config) if wandb else None
+            self._files = {name: _open_lines(workdir / name, start) for name in ("metrics.jsonl", "samples.jsonl")}
+            self._tensorboard = _open_tensorboard(workdir / "tensorboard", start) if tensorboard else None
+        if self._console.is_terminal:
+            self._bar = _bar(self._console)
+            self._task = self._bar.add_task("compiling the first step", total=steps, completed=start)
+            self._bar.start()
+
+    def train(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Logs a step's numbers, such as `loss, tokens, tokens_per_s, grad_norm, lr`: floats, or scalar arrays."""
+        values = {name: _plain(value) for name, value in metrics.items()}
+        self._record(step, values)
+        self._clock = self._clock or (time.monotonic(), step)
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=_line(values))
+        else:
+            self._print(f"step {step}/{self._steps}  {_line(values)}{self._time_left(step)}")
+
+    def evaluate(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Logs an eval's numbers, named `eval/<set>/loss` and so on."""
+        values = {name: _plain(value) for name, value in metrics.items()}
+        self._record(step, values)
+        self._print(f"step {step}/{self._steps}  " + "  ".join(f"{k} {_short(v)}" for k, v in values.items()))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Logs what the model answered to a prompt: printed, in `samples.jsonl`, and as a text in TensorBoard."""
+        self._write("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+        if self._tensorboard:
+            self._tensorboard.add_text(f"sample/{prompt}", text, step)
+        self._print(f"step {step}/{self._steps}  {prompt}\n    {text.strip()}".replace("\n", "\n    "))
+
+    def note(self, message: str) -> None:
+        """Prints a line above the bar."""
+        self._print(message)
+
+    def close(self) -> None:
+        """Ends the bar and closes every file; a second call does nothing."""
+        if self._bar:
+            self._bar.stop()
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+        self._bar = self._tensorboard = self._wandb = None
+        self._files = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _record(self, step: int, values: dict[str, Any]) -> None:
+        self._write("metrics.jsonl", {"step": step, **values})
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        if self._tensorboard:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
+
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        if name in self._files:
+            self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._files[name].flush()
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _time_left(self, step: int) -> str:
+        since, first = self._clock or (0.0, step)
+        if step == first:
+            return ""
+        left = (self._steps - step) * (time.monotonic() - since) / (step - first)
+        return f"  {int(left) // 60}:{int(left) % 60:02d} left"
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value: scalar arrays as numbers, and None for NaN and infinity, which JSON does not have."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+    return "not finite" if value is None else str(value)
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    """The numbers one watches, in a short line.
+
+    >>> _line({"loss": 2.5, "lr": 1e-4, "tokens": 2048, "tokens_per_s": 8512.3})
+    'loss 2.5000  lr 1.00e-04  8,512 tokens/s'
+    """
+    parts = [f"{name} {_short(values[name])}" for name in ("loss", "lr", "grad_norm") if name in values]
+    return "  ".join(parts + ([f"{rate:,.0f} tokens/s"] if (rate := values.get("tokens_per_s")) else []))
+
+
+def _open_lines(path: Path, start: int) -> TextIO:
+    """`path` for appending, after its rows later than `start`, and a last line torn by a kill, are gone from it.
+
+    The file is replaced in one move, so a kill at this very moment loses nothing either.
+    """
+    kept = []
+    if start and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n") and json.loads(line)["step"] <= start:
+                kept.append(line)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _open_tensorboard(folder: Path, start: int) -> Any:
+    from tensorboardX import SummaryWriter
+
+    # TensorBoard itself hides the events of earlier files from `purge_step` on. A file is named by its second alone.
+    purge = start + 1 if start else 0
+    return SummaryWriter(str(folder), purge_step=purge, flush_secs=10, filename_suffix=f".{start}")
+
+
+def _open_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            f"config.log.wandb is {project!r}, but W&B is not installed: run `pip install wandb`, or set it to ''."
+        ) from None
+    name = workdir / "wandb_id"  # kept, so that a resumed run continues its own page
+    if not name.exists():
+        name.write_text(uuid.uuid4().hex, encoding="utf-8")
+    return wandb.init(
+        project=project,
+        name=workdir.name,
+        dir=str(workdir),
+        id=name.read_text(encoding="utf-8"),
+        resume="allow",
+        config=dict(config or {}),
+    )
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        MofNCompleteColumn(),
+        BarColumn(bar_width=30),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+    )

@@ -1,0 +1,98 @@
+"""Optimizers and learning-rate schedules, by optax; what does not decay, and the clip."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from specjax.errors import UserError, nearest
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+class Optimizer(NamedTuple):
+    """An optax transformation that also tells the learning rate at a step (for the log)."""
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    learning_rate: Callable[[Any], Any]
+
+
+def schedule(
+    name: str, *, learning_rate: float, steps: int, warmup_steps: int = 0, final_fraction: float = 0.1
+) -> optax.Schedule:
+    """Linear warmup from 0 to the peak, then constant, or cosine or linear decay to `final_fraction` of the peak.
+
+    The first update uses 1/warmup_steps of the peak (transformers' schedules waste it at 0).
+
+    >>> [round(float(schedule("linear", learning_rate=1.0, steps=4, warmup_steps=2, final_fraction=0.0)(s)), 2)
+    ...  for s in range(5)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+
+    Raises:
+      UserError: an unknown name.
+    """
+    decay_steps = max(1, steps - warmup_steps)
+    if name == "cosine":
+        main = optax.cosine_decay_schedule(learning_rate, decay_steps, final_fraction)
+    elif name == "linear":
+        main = optax.linear_schedule(learning_rate, learning_rate * final_fraction, decay_steps)
+    elif name == "constant":
+        main = optax.constant_schedule(learning_rate)
+    else:
+        raise UserError(f"schedule {name!r}: choose one of {', '.join(SCHEDULES)}.{nearest(name, SCHEDULES)}")
+
+    def rate(step: Any) -> Any:
+        warm = jnp.minimum(1.0, (step + 1) / max(1, warmup_steps))
+        return jnp.where(step < warmup_steps, learning_rate * warm, main(step - warmup_steps))
+
+    return rate
+
+
+def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
+    """Weight decay's mask by dotted path: matrices and LoRA factors decay, norm scales and biases do not."""
+    return {path: path.rsplit(".", 1)[-1] not in ("scale", "bias") for path in params}
+
+
+def adamw(
+    learning_rate: float | optax.Schedule,
+    *,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip_norm: float = 1.0,
+) -> Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) as `torch.optim.AdamW` computes it; moments in float32.
+
+    Args:
+      learning_rate: a number, or a function of the step (see `schedule`).
+      weight_decay: times the learning rate; see `decays` for what it spares.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      clip_norm: the gradient is scaled down to this global norm; 0: off.
+    """
+    rule = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+    return _finish(rule, learning_rate, clip_norm)
+
+
+def lion(
+    learning_rate: float | optax.Schedule,
+    *,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    clip_norm: float = 1.0,
+) -> Optimizer:
+    """Lion (Chen et al. 2023, arXiv:2302.06675): one moment, half of AdamW's state; wants a tenth of its rate."""
+    rule = optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays)
+    return _finish(rule, learning_rate, clip_norm)
+
+
+def _finish(rule: optax.GradientTransformation, learning_rate: Any, clip_norm: float) -> Optimizer:
+    chained = optax.chain(optax.clip_by_global_norm(clip_norm), rule) if clip_norm else rule
+    rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
+    return Optimizer(chained.init, chained.update, rate)
