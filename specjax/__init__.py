@@ -1,0 +1,68 @@
+"""Specialise a pretrained language model: from a Hugging Face checkpoint to a Hugging Face checkpoint.
+
+The public names are written out here and imported at first use: `import specjax` and `specjax --help` stay quick.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from specjax.errors import UserError as UserError
+
+if TYPE_CHECKING:
+    from specjax import data as data
+    from specjax import lora as lora
+    from specjax.generate import generate as generate
+    from specjax.hf.export import export as export
+    from specjax.hf.load import load as load
+    from specjax.lora import ALL as ALL
+    from specjax.lora import LORA as LORA
+    from specjax.sharding import make_mesh as make_mesh
+    from specjax.train.fit import fit as fit
+    from specjax.train.optim import adamw as adamw
+    from specjax.train.optim import lion as lion
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "make_mesh": "specjax.sharding",
+    "load": "specjax.hf.load",
+    "export": "specjax.hf.export",
+    "fit": "specjax.train.fit",
+    "adamw": "specjax.train.optim",
+    "lion": "specjax.train.optim",
+    "generate": "specjax.generate",
+    "ALL": "specjax.lora",
+    "LORA": "specjax.lora",
+}
+_SUBMODULES = ("data", "lora")
+
+__all__ = [*_HOMES, *_SUBMODULES, "UserError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"specjax.{name}")
+    else:
+        raise AttributeError(f"module 'specjax' has no attribute '{name}'")
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `specjax.generate` the function: importing the module of that name would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "generate" and isinstance(value, ModuleType):
+            value = value.generate
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,209 @@
+"""What is impossible in a config or contradicts itself, said in one sentence: the key, its value and what to do.
+
+`specjax.config.validate` is the door to this file.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from specjax.errors import UserError, nearest
+
+FREE = ("data.eval", "data.columns")  # groups whose names are the user's own; every value is a string
+CHOICES = {
+    "trainable": ("all", "lora"),
+    "model.dtype": ("bfloat16", "float32"),
+    "model.init": ("checkpoint", "random"),
+    "model.remat": ("none", "full"),
+    "data.format": ("auto", "text", "instruct", "prompt", "messages", "conversations"),
+    "data.overlong": ("drop", "truncate"),
+    "optimizer.name": ("adamw", "lion"),
+    "optimizer.schedule": ("cosine", "linear", "constant"),
+}
+AT_LEAST = {
+    **dict.fromkeys(("batch_size", "accumulate", "eval.max_new_tokens", "log.every"), 1),
+    **dict.fromkeys(("seed", "steps", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"), 0),
+    **dict.fromkeys(("eval.every", "eval.batches", "eval.patience", "checkpoint.every"), 0),
+    "data.length": 2,
+}
+POSITIVE = ("optimizer.learning_rate", "optimizer.eps")
+FRACTIONS = ("data.eval_fraction", "optimizer.b1", "optimizer.b2")
+KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "a list of strings"}
+
+
+def check(config: ConfigDict, default: ConfigDict, device_count: int | None) -> None:
+    """`specjax.config.validate`, given the defaults."""
+    _check_types(config, default, default)
+    _check_values(config)
+    _check_lora(config)
+    _check_steps(config, default)
+    _check_data(config)
+    _check_eval(config)
+    if config.batch_size % config.accumulate:
+        raise UserError(
+            f"config.batch_size is {config.batch_size}, which config.accumulate={config.accumulate} does not divide: "
+            "make the batch size a multiple of it."
+        )
+    if device_count is not None:
+        _check_devices(config, device_count)
+
+
+def eval_names(config: ConfigDict) -> list[str]:
+    """The names of the eval sets, sorted; the first is the default of `eval.best`."""
+    return sorted(config.data.eval) or (["heldout"] if config.data.eval_fraction else [])
+
+
+def nearest_key(key: str, default: ConfigDict) -> str:
+    """A hint that names the key nearest to the dotted `key`, by its last part or as a whole, or ""."""
+    last = {name: name.rpartition(".")[2] for name in [*(k for k, _ in flat(default.to_dict())), *FREE, "compare"]}
+    part = key.rpartition(".")[2]
+    near = [part] if part in last.values() else difflib.get_close_matches(part, last.values(), 1)
+    found = difflib.get_close_matches(key, [name for name in last if last[name] in near], 1, 0.0)
+    found = found or difflib.get_close_matches(key, last, 1)
+    return f" Did you mean 'config.{found[0]}'?" if found else ""
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, each with its dotted key.
+
+    >>> dict(flat({"a": 1, "b": {"c": 2}}))
+    {'a': 1, 'b.c': 2}
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _check_types(config: ConfigDict, default: ConfigDict, root: ConfigDict, group: str = "") -> None:
+    for key in {**config, **default}:
+        name = f"{group}{key}"
+        if key not in default:
+            raise UserError(f"config.{name} is not a key.{nearest_key(name, root)}")
+        if key not in config:
+            raise UserError(f"config.{name} is missing: start from specjax.config.get_config().")
+        value, expected = config[key], default.get_type(key)
+        if name in FREE:
+            for own, text in value.items():
+                if not (isinstance(text, str) and text):
+                    raise UserError(f"config.{name}.{own} is {text!r}: it takes a string that is not empty.")
+        elif isinstance(default[key], ConfigDict):
+            if not isinstance(value, ConfigDict):
+                raise UserError(f"config.{name} is {value!r}: it is a group of keys.")
+            if key != "compare":
+                _check_types(value, default[key], root, f"{name}.")
+        elif value is None and default[key] is None:
+            pass
+        elif not isinstance(value, expected) or (isinstance(value, bool) and expected is int):
+            raise UserError(f"config.{name} is {value!r}: it takes {KINDS[expected]}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{name} is {value!r}: it takes a finite number.")
+
+
+def _check_values(config: ConfigDict) -> None:
+    for key, choices in CHOICES.items():
+        if config[key] not in choices:
+            offered = ", ".join(repr(choice) for choice in choices)
+            raise UserError(f"config.{key} is {config[key]!r}: choose one of {offered}.{nearest(config[key], choices)}")
+    for key, least in AT_LEAST.items():
+        if config[key] < least:
+            raise UserError(f"config.{key} is {config[key]!r}: give it a value of at least {least}.")
+    for key in POSITIVE:
+        if config[key] <= 0:
+            raise UserError(f"config.{key} is {config[key]!r}: give it a value above 0.")
+    for key in FRACTIONS:
+        if not 0 <= config[key] < 1:
+            raise UserError(f"config.{key} is {config[key]!r}: give it a value from 0 to below 1.")
+    if not 0 <= (final := config.optimizer.final_fraction) <= 1:
+        raise UserError(f"config.optimizer.final_fraction is {final!r}: give it a value from 0 to 1.")
+
+
+def _check_lora(config: ConfigDict) -> None:
+    lora, given = config.lora, [key for key in config.lora if config.lora[key] is not None]
+    if config.trainable != "lora":
+        if given:
+            raise UserError(
+                f"config.lora.{given[0]} is {lora[given[0]]!r}, but config.trainable is {config.trainable!r}: "
+                f"set config.trainable='lora', or leave config.lora.{given[0]} out."
+            )
+        return
+    if lora.rank is None:
+        raise UserError("config.lora.rank is not set, but config.trainable is 'lora': set it, --config.lora.rank=16.")
+    if lora.rank < 1:
+        raise UserError(f"config.lora.rank is {lora.rank}: give it a value of at least 1.")
+    if lora.alpha is not None and lora.alpha <= 0:
+        raise UserError(f"config.lora.alpha is {lora.alpha}: give it a value above 0.")
+    if lora.dropout is not None and not 0 <= lora.dropout < 1:
+        raise UserError(f"config.lora.dropout is {lora.dropout}: give it a value from 0 to below 1.")
+    names = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    if names is not None and not (isinstance(names, list | tuple) and names and all(_is_text(name) for name in names)):
+        raise UserError(f"config.lora.targets is {lora.targets!r}: give 'all-linear', a list of names or a pattern.")
+
+
+def _check_steps(config: ConfigDict, default: ConfigDict) -> None:
+    if not config.steps and config.epochs <= 0:
+        raise UserError(f"config.epochs is {config.epochs!r} and config.steps is 0: give one of them a value above 0.")
+    if config.steps and config.epochs != default.epochs:
+        raise UserError(
+            f"config.steps is {config.steps} and config.epochs is {config.epochs!r}, which both set the run's length: "
+            f"leave config.epochs at {default.epochs} to run by steps, or config.steps at 0 to run by epochs."
+        )
+    if config.steps and config.optimizer.warmup_steps >= config.steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps is {config.optimizer.warmup_steps} of config.steps={config.steps}: "
+            "leave steps after the warmup."
+        )
+
+
+def _check_data(config: ConfigDict) -> None:
+    if not config.model.path:
+        raise UserError("config.model.path is empty: give a Hugging Face folder or hub name, --config.model.path=...")
+    if not config.data.train:
+        raise UserError("config.data.train is empty: give a file, a folder or a hub name, --config.data.train=...")
+    for name in config.data.eval:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"config.data.eval has a set named {name!r}: use letters, digits, '_' and '-' alone.")
+
+
+def _check_eval(config: ConfigDict) -> None:
+    names, evals = eval_names(config), config.eval
+    if evals.best and evals.best not in names:
+        raise UserError(
+            f"config.eval.best is {evals.best!r}, which names no eval set: choose one of "
+            f"{', '.join(names) or 'config.data.eval, which is empty'}.{nearest(evals.best, names)}"
+        )
+    if evals.patience and not evals.every:
+        raise UserError(
+            f"config.eval.patience is {evals.patience}, but config.eval.every is 0, so no eval can end the run: "
+            "set config.eval.every, or leave config.eval.patience at 0."
+        )
+    if evals.every and not names:
+        raise UserError(
+            f"config.eval.every is {evals.every}, but there is no eval set: "
+            "give config.data.eval one, or config.data.eval_fraction a value above 0."
+        )
+    for prompt in evals.prompts:
+        if not _is_text(prompt):
+            raise UserError(f"config.eval.prompts holds {prompt!r}: every prompt is a string that is not empty.")
+
+
+def _check_devices(config: ConfigDict, device_count: int) -> None:
+    from specjax.sharding import fill_sizes  # here, because it imports jax, which a config file never needs
+
+    rows = device_count // fill_sizes(config.mesh.to_dict(), device_count)["tensor"]
+    micro = config.batch_size // config.accumulate
+    if micro % rows:
+        raise UserError(
+            f"config.batch_size is {config.batch_size}, so each of config.accumulate={config.accumulate} micro-batches "
+            f"has {micro} rows for {rows} groups of devices (config.mesh.data x config.mesh.fsdp): "
+            f"make the batch size a multiple of {rows * config.accumulate}."
+        )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)

@@ -1,0 +1,279 @@
+"""The command line: one verb and its flags. Nothing heavy is imported before both are known to be right."""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from specjax import __version__
+from specjax.checks import FREE, KINDS, nearest_key
+from specjax.config import get_config, load_config_file
+from specjax.errors import UserError, nearest
+
+HELP = """specjax specialises a pretrained language model to a domain: full fine-tuning, SFT and LoRA, in JAX.
+
+  specjax train    --config=F --workdir=DIR     run the job; called again on the same folder, it goes on
+  specjax eval     --config=F --workdir=DIR     loss, perplexity and token accuracy on the named sets
+  specjax generate --model=M --prompt=TEXT      what a model, or a run's folder, answers
+  specjax export   --workdir=DIR --out=DIR      a Hugging Face folder, or a PEFT adapter
+  specjax data     --config=F                   what the model will see: counts, losses, the mask in colour
+  specjax compare  --config=F --workdir=DIR     the methods of config.compare on the same data, in one table
+
+Config: --config=F is a .py file of configs/ or a run's config.json, and --config.KEY=VALUE changes any key of it.
+  --config.data.eval.NAME=FILE adds an eval set, --config.data.columns.ROLE=COLUMN names a column,
+  --config.eval.prompts=TEXT may be repeated. specjax/config.py says what each key means.
+generate: --model=DIR|HUB_NAME, --adapter=[NAME=]DIR (repeatable), --prompt=TEXT (repeatable; - is standard input),
+  --prompt_file=F (a prompt a line), --system=TEXT, --raw (no chat template), --max_new_tokens=128,
+  --temperature=0 (greedy), --top_k=0, --top_p=1, --seed=0
+export: --merge (LoRA into the base's weights), --step=N (default: the best, or the last), --overwrite
+
+Examples:
+  specjax data --config=configs/sft.py --config.data.train=mine.jsonl
+  specjax train --config=configs/lora.py --workdir=runs/x --config.model.path=meta-llama/Llama-3.2-1B
+  specjax generate --model=runs/x --prompt="What is VAT?"
+  specjax export --workdir=runs/x --out=merged --merge
+"""
+
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "raw", "system")
+# verb -> the flags that it needs, those that it may have
+VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "train": (("config", "workdir"), ()),
+    "eval": (("config", "workdir"), ()),
+    "generate": (("model",), ("adapter", "prompt", "prompt_file", *SAMPLING)),
+    "export": (("workdir", "out"), ("merge", "step", "overwrite")),
+    "data": (("config",), ()),
+    "compare": (("config", "workdir"), ()),
+}
+NEEDED = {
+    "config": "the file to start from, such as --config=configs/lora.py",
+    "workdir": "the run's folder, such as --workdir=runs/lora",
+    "model": "a Hugging Face folder, a hub name or a run's folder, such as --model=runs/lora",
+    "out": "the folder to write, such as --out=exported",
+}
+
+
+def entry() -> None:
+    """The `specjax` command."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit status: 2, and one sentence on stderr, for a user's mistake."""
+    if not argv or {"help", "-h", "--help"}.intersection(argv):
+        print(HELP, end="")
+        return 0
+    if argv[0] == "--version":
+        print(f"specjax {__version__}")
+        return 0
+    try:
+        verb = argv[0]
+        _call(verb, parse(verb, argv[1:]))
+    except UserError as error:
+        print("specjax:", str(error).replace("\n", " "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("specjax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"specjax: The disk is full{where}: free some space and run the same command again.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The flags of `verb` by name, those not given at their defaults; `config` is the config, overrides applied.
+
+    Raises:
+        UserError: for an unknown verb or flag, a value of the wrong type, a flag that is missing or another verb's.
+    """
+    if verb not in VERBS:
+        what = "The verb comes first" if verb.startswith("-") else f"There is no verb '{verb}'"
+        raise UserError(f"{what}: it is one of {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+    needs, may = VERBS[verb]
+    path, overrides, others = _split(argv)
+    values = _flag_values()
+    try:
+        rest = values(["specjax", *others])[1:]
+        if rest:
+            raise UserError(f"`specjax {verb}` takes flags alone, and {rest[0]!r} is none.{_as_flag(needs, rest[0])}")
+        given = {name for name in values if values[name].present} | ({"config"} if path or overrides else set())
+        for name in sorted(given.difference(needs, may)):
+            raise UserError(f"--{name} is no flag of `specjax {verb}`, which takes {_dashed((*needs, *may))}.")
+        found = {name: values[name].value for name in (*needs, *may) if name != "config"}
+        if "config" in needs and path:
+            found["config"] = read_config(path, overrides)
+    except flags.Error as error:
+        raise UserError(_sentence(error, values)) from None
+    for name in needs:
+        if not found.get(name):
+            raise UserError(f"`specjax {verb}` needs --{name}: {NEEDED[name]}.")
+    if verb == "generate":
+        found["adapters"] = _adapters(found.pop("adapter"))
+        found["prompts"] = _prompts(found.pop("prompt"), found.pop("prompt_file"))
+    return found
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of a file, with `--config.KEY=VALUE` overrides, each typed as the key is.
+
+    Raises:
+        UserError: for what is wrong with the file, a key or a value.
+    """
+    config = load_config_file(path)
+    typed, prompts = [], []
+    for override in overrides:
+        key, _, value = override.removeprefix("--config.").partition("=")
+        group, _, name = key.rpartition(".")
+        if group in FREE:
+            config[group].unlock()
+            config[group][name] = value
+        elif key == "eval.prompts":  # a string each: ml_collections would read it as Python
+            prompts.append(value)
+        elif not _has(config, key := re.sub(r"^--noconfig\.", "", key)):
+            raise UserError(f"--config.{key} is no key of the config.{nearest_key(key, get_config())}")
+        elif isinstance(config[key], ConfigDict) and key not in FREE:
+            raise UserError(
+                f"--config.{key} is a group of keys: set one of them, such as --config.{key}.{next(iter(config[key]))}."
+            )
+        else:
+            typed.append(override)
+    values = flags.FlagValues()
+    argv = ["specjax", *typed]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except flags.Error as error:
+        raise UserError(_sentence(error, values)) from None
+    if prompts:
+        config.eval.prompts = tuple(prompts)
+    return config
+
+
+def _call(verb: str, found: dict[str, Any]) -> None:
+    """Calls the function of `specjax.run` that the verb names, the heavy libraries told to be quiet."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if verb == "compare":  # its children train: this process must not take the accelerator
+        from specjax.compare import compare
+
+        compare(**found)
+        return
+    from specjax import run
+
+    match verb:
+        case "train":
+            run.train(**found)
+        case "eval":
+            run.evaluate(**found)
+        case "generate":
+            run.generate(**found)
+        case "export":
+            run.export(**found)
+        case "data":
+            run.data(**found)
+
+
+def _flag_values() -> flags.FlagValues:
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    for name in ("workdir", "model", "out", "prompt_file", "system"):
+        flags.DEFINE_string(name, "", "", flag_values=values)
+    for name in ("adapter", "prompt"):
+        flags.DEFINE_multi_string(name, [], "", flag_values=values)
+    for name in ("raw", "merge", "overwrite"):
+        flags.DEFINE_bool(name, False, "", flag_values=values)
+    flags.DEFINE_integer("step", None, "", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 128, "", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "", lower_bound=0.0, upper_bound=1.0, flag_values=values)
+    return values
+
+
+def _split(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """`--config`'s file, its overrides as `--config.KEY=VALUE` or `--[no]config.KEY`, and all other arguments."""
+    path, overrides, others, rest = "", [], [], list(argv)
+    while rest:
+        argument = re.sub(r"^-(?=(no)?config\b)", "--", rest.pop(0))
+        if not re.match(r"--(no)?config(?![\w])", argument):
+            others.append(argument)
+            continue
+        if "=" not in argument and rest and not rest[0].startswith("--") and not argument.startswith("--no"):
+            argument = f"{argument}={rest.pop(0)}"
+        if argument.startswith("--config="):
+            path = argument.removeprefix("--config=")
+        elif argument != "--config":
+            overrides.append(argument)
+    return path, overrides, others
+
+
+def _has(config: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(config, ConfigDict) or part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+def _sentence(error: flags.Error, values: flags.FlagValues) -> str:
+    """What absl says of a bad flag, in our words."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"There is no flag --{error.flagname}.{nearest(error.flagname, [*values, 'config'])}"
+    if wrong := re.match(r"flag --([\w.]+)=(.*?): ", text := str(error), re.DOTALL):
+        parser = values[wrong[1]].parser
+        kinds = {flags.IntegerParser: int, flags.FloatParser: float, flags.BooleanParser: bool}
+        kind = next((kind for cls, kind in kinds.items() if isinstance(parser, cls)), None)
+        if kind and "not a" not in text.removeprefix(wrong[0]):
+            return f"--{wrong[1]} takes {KINDS[kind]}, not {wrong[2]!r}."
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+def _as_flag(needs: Sequence[str], text: str) -> str:
+    return f" Did you mean --{needs[0]}={text}?" if len(needs) == 1 else ""
+
+
+def _dashed(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)
+
+
+def _adapters(given: Sequence[str]) -> dict[str, str]:
+    """`NAME=DIR` or DIR, whose last part is then the name."""
+    adapters: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).exists():
+            name, folder = Path(text).resolve().name, text
+        if name in adapters:
+            raise UserError(f"Two adapters are named '{name}': give one another name, --adapter=NAME={folder}.")
+        adapters[name] = folder
+    return adapters
+
+
+def _prompts(given: Sequence[str], file: str) -> list[str]:
+    prompts = [sys.stdin.read() if text == "-" else text for text in given]
+    if file:
+        try:
+            prompts += [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except FileNotFoundError:
+            raise UserError(f"There is no file {file}: --prompt_file is a text file with a prompt a line.") from None
+    if not any(text.strip() for text in prompts):
+        raise UserError(
+            "`specjax generate` needs --prompt: a text, such as --prompt='What is VAT?', or - for standard input."
+        )
+    return prompts

@@ -1,0 +1,98 @@
+"""The methods side by side on one's own data: each trained in its own process, so that each peak memory is its own."""
+
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from specjax.config import get_config, merge, methods, resolved, validate
+from specjax.errors import UserError
+
+
+def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Trains every method of `config.compare` and prints one table; called again, it resumes the ones not finished.
+
+    Each run lies in `<workdir>/<method>`; the table's figures are also written to `<workdir>/comparison.json`.
+
+    Raises:
+      UserError: a wrong config (all are checked before the first run), or one method's own mistake.
+    """
+    workdir = Path(workdir)
+    runs = methods(config)
+    for made in runs.values():
+        validate(made, None)
+    console = Console(soft_wrap=True, highlight=False)
+    for name, made in runs.items():
+        console.rule(f"{name}")
+        _run(resolved(made), workdir / name)
+    found = {name: json.loads((workdir / name / "summary.json").read_text()) for name in runs}
+    (workdir / "comparison.json").write_text(json.dumps(found, indent=2) + "\n")
+    console.rule("comparison")
+    console.print(table(found))
+    for prompt in config.eval.prompts:
+        _answers(console, prompt, {name: workdir / name for name in runs})
+    return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> Table:
+    """One row a method; every set's loss before -> after, in nats a token."""
+    sets = list(dict.fromkeys(name for summary in found.values() for name in summary["evals"]))
+    result = Table(
+        "method", "trainable", "seconds", "tokens/s", "peak memory", *(f"{name} loss" for name in sets), "saved"
+    )
+    for name, summary in found.items():
+        losses = [summary["evals"].get(which) for which in sets]
+        result.add_row(
+            name,
+            f"{summary['trainable_parameters']:,}",
+            f"{summary['seconds']:.0f} (+{summary['compile_seconds']:.0f} compile)",
+            f"{summary['tokens_per_s']:,.0f}",
+            f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
+            *(f"{loss['before']:.3f} -> {loss['after']:.3f}" if loss else "" for loss in losses),
+            f"{summary['saved_bytes'] / 1e6:.1f} MB",
+        )
+    return result
+
+
+def _run(settings: dict[str, Any], workdir: Path) -> None:
+    context = multiprocessing.get_context("spawn")  # a fresh interpreter: no JAX state, a memory peak of its own
+    process = context.Process(target=_train, args=(settings, str(workdir)))
+    process.start()
+    process.join()
+    if process.exitcode == 2:
+        raise SystemExit(2)  # the child has said why
+    if process.exitcode == 143:
+        raise SystemExit(143)
+    if process.exitcode:
+        raise RuntimeError(f"the run in {workdir} ended with status {process.exitcode}")
+
+
+def _train(settings: dict[str, Any], workdir: str) -> None:
+    from specjax import run
+
+    try:
+        run.train(merge(get_config(), settings), workdir)
+    except UserError as error:
+        print(f"specjax: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _answers(console: Console, prompt: str, runs: dict[str, Path]) -> None:
+    """What the base said before the first step, and each result after its last."""
+    console.print(f"\n[bold]{_escaped(prompt)}[/bold]")
+    for number, (name, folder) in enumerate(runs.items()):
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        said = [row["text"] for row in rows if row["prompt"] == prompt]
+        if said and number == 0:
+            console.print(f"  [cyan]base[/cyan]  {_escaped(' '.join(said[0].split()))}")
+        if said:
+            console.print(f"  [cyan]{name}[/cyan]  {_escaped(' '.join(said[-1].split()))}")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,231 @@
+"""The default configuration: what its keys mean, what contradicts what, and in what two of them differ.
+
+Every file in `configs/` starts from `get_config()`, and the command line overrides any key. A config is locked and
+typed: an unknown key or a wrong type is refused where it is written, and `validate` refuses what contradicts itself
+before anything is loaded.
+"""
+
+import json
+import re
+import runpy
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict as ConfigDict
+from ml_collections.config_dict import placeholder
+
+from specjax.checks import FREE, KINDS, check, eval_names, flat, nearest_key
+from specjax.errors import UserError
+
+
+def get_config() -> ConfigDict:
+    """The defaults. 0, "" and -1 mean what the comment beside them says; a key of None is not set."""
+    config = ConfigDict()
+    config.seed = 0
+    config.trainable = "all"  # all: every weight | lora: only the LoRA factors
+    config.steps = 0  # optimizer steps; 0: as many as `epochs` make
+    config.epochs = 1.0
+    config.batch_size = 8  # rows per optimizer step, over all devices and micro-batches
+    config.accumulate = 1  # micro-batches per optimizer step
+
+    config.model = ConfigDict()
+    config.model.path = ""  # a Hugging Face folder or a hub name
+    config.model.revision = ""  # of a hub name; "": its default branch
+    config.model.dtype = "bfloat16"  # of the computation: bfloat16 | float32
+    config.model.init = "checkpoint"  # checkpoint | random: the folder's config.json only, trains from nothing
+    config.model.remat = "none"  # none | full: recompute each layer in the backward pass, for memory
+
+    config.lora = ConfigDict()  # only with trainable="lora"
+    config.lora.rank = placeholder(int)
+    config.lora.alpha = placeholder(float)  # not set: 2 * rank
+    config.lora.dropout = placeholder(float)  # not set: 0
+    config.lora.targets = placeholder(object)  # names, "a,b" or a pattern; not set: "all-linear"
+    config.lora.rslora = placeholder(bool)  # scale by alpha/sqrt(rank); not set: alpha/rank
+
+    config.data = ConfigDict()
+    config.data.train = ""  # a file, a folder or a hub name
+    config.data.split = "train"  # of a hub name or of a folder of splits
+    config.data.eval = ConfigDict()  # name -> file; empty: `eval_fraction` of the train rows, named "heldout"
+    config.data.eval_fraction = 0.02  # 0: nothing is held out
+    config.data.format = "auto"  # auto | text | instruct | prompt | messages | conversations
+    config.data.columns = ConfigDict()  # role -> column, such as instruction -> question
+    config.data.template = ""  # chatml, alpaca, llama3, mistral, zephyr or a .jinja file; "": the tokenizer's own
+    config.data.length = 1024  # tokens in a row
+    config.data.packing = True  # several documents in a row, each seeing itself alone
+    config.data.overlong = "drop"  # drop | truncate: pairs and chats over `length`; raw text is cut into pieces
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # adamw | lion
+    config.optimizer.learning_rate = 1e-4  # the peak
+    config.optimizer.schedule = "cosine"  # cosine | linear | constant, after the warmup
+    config.optimizer.warmup_steps = 0
+    config.optimizer.final_fraction = 0.1  # of the peak, at the last step
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.clip_norm = 1.0  # of all gradients together; 0: off
+
+    config.eval = ConfigDict()
+    config.eval.every = 0  # steps; 0: at the start and at the end only
+    config.eval.batches = 0  # 0: the whole set
+    config.eval.patience = 0  # evals without a better loss before the run stops; 0: it never stops early
+    config.eval.best = ""  # the set whose loss names the best checkpoint; "": the first by name
+    config.eval.prompts = ()  # answered at each eval
+    config.eval.max_new_tokens = 64
+
+    config.checkpoint = ConfigDict({"every": 0})  # steps; 0: at each eval and at the end
+    config.log = ConfigDict({"every": 10, "tensorboard": True, "wandb": ""})  # wandb: a project's name
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # devices on each axis; -1: all that are left
+    config.export = True  # write <workdir>/export at the end
+    config.compare = ConfigDict(sort_keys=False)  # `specjax compare` alone: method -> overrides of this same config
+    config.lock()
+    for key in (*FREE, "compare"):
+        config[key].unlock()
+    return config
+
+
+def validate(config: ConfigDict, device_count: int | None = None) -> None:
+    """Raises `UserError` at the first key whose value is impossible or contradicts another's.
+
+    Args:
+        config: as `get_config` makes it.
+        device_count: devices of the mesh over all processes; None leaves the mesh unchecked (`specjax data`).
+    """
+    check(config, get_config(), device_count)
+
+
+def check_length(length: int, max_positions: int) -> None:
+    """Raises `UserError` where rows of `length` tokens are longer than the model has positions for."""
+    if length > max_positions:
+        raise UserError(
+            f"config.data.length is {length}, but the model has {max_positions} positions: "
+            f"set config.data.length to at most {max_positions}."
+        )
+
+
+def lora_settings(config: ConfigDict) -> dict[str, Any]:
+    """`rank, alpha, dropout, targets, rslora`, with what is not set made explicit ("q_proj,v_proj" is a list)."""
+    lora = config.lora
+    targets = "all-linear" if lora.targets is None else lora.targets
+    if isinstance(targets, str) and re.fullmatch(r"\w+(,\w+)+", targets):
+        targets = targets.split(",")
+    return {
+        "rank": lora.rank,
+        "alpha": 2.0 * lora.rank if lora.alpha is None else lora.alpha,
+        "dropout": lora.dropout or 0.0,
+        "targets": targets if isinstance(targets, str) else list(targets),
+        "rslora": bool(lora.rslora),
+    }
+
+
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """The valid `config` as plain JSON values, with the defaults that depend on other keys filled in."""
+    values = json.loads(json.dumps(config.to_dict()))
+    if config.trainable == "lora":
+        values["lora"] = lora_settings(config)
+    values["eval"]["best"] = config.eval.best or next(iter(eval_names(config)), "")
+    return values
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys in which two `resolved` configs differ, of those that can change the run's result.
+
+    >>> differing({"seed": 0, "log": {"every": 1}}, {"seed": 1, "log": {"every": 9}})
+    ['seed']
+    """
+    was, now, absent = dict(flat(old)), dict(flat(new)), object()
+    keys = (key for key in {**was, **now} if was.get(key, absent) != now.get(key, absent))
+    return [key for key in keys if not re.match(r"(log|export|compare|checkpoint\.every)(\.|$)", key)]
+
+
+def merge(config: ConfigDict, overrides: Mapping[str, Any], where: str = "config") -> ConfigDict:
+    """A new config: `config` with the nested `overrides` (a mapping, or a `resolved` config read back).
+
+    Raises:
+        UserError: for a key that does not exist or a value of the wrong type, named as `<where>.<key>`.
+    """
+    merged = get_config()
+    _update(merged, config.to_dict(), "config")
+    _update(merged, overrides, where)
+    return merged
+
+
+def methods(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The config of each method in `config.compare`, in the file's order.
+
+    Raises:
+        UserError: when there is none, or when one's overrides are wrong.
+    """
+    if not config.compare:
+        raise UserError(
+            "config.compare is empty: give it a name and overrides for each method, as configs/demo.py does."
+        )
+    made = {}
+    for name, overrides in config.compare.items():
+        if not isinstance(overrides, Mapping | ConfigDict):
+            raise UserError(f"config.compare.{name} is {overrides!r}: give the overrides of this method as a dict.")
+        made[name] = merge(config, overrides, where=f"config.compare.{name}")
+        made[name].compare = ConfigDict()
+    return made
+
+
+def load_config_file(path: str) -> ConfigDict:
+    """The config that a `.py` file's `get_config()` makes, or that a run saved as `config.json`.
+
+    Raises:
+        UserError: when there is no such file or it fails, with the file and line.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"There is no config file {path}: give one such as --config=configs/lora.py.")
+    if path.endswith(".json"):
+        try:
+            return merge(get_config(), json.loads(Path(path).read_text(encoding="utf-8")), where=f"{path}: config")
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: this is not JSON ({error.msg}).") from None
+    try:
+        names = runpy.run_path(path)
+        config = names["get_config"]() if "get_config" in names else None
+    except Exception as error:  # the file is the user's program: whatever it raises is a mistake in it
+        raise UserError(_failure(path, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path} has no get_config() that returns a config: start from one of configs/.")
+    return config
+
+
+def _update(config: ConfigDict, values: Mapping[str, Any], where: str, group: str = "") -> None:
+    """Writes nested `values` into `config`, whose own place is the dotted `group`."""
+    for key, value in values.items():
+        inner = f"{group}.{key}".lstrip(".")
+        if key not in config and group not in FREE:
+            raise UserError(f"{where}.{inner} is not a key.{nearest_key(inner, get_config())}")
+        if isinstance(config.get(key), ConfigDict):
+            if not isinstance(value, Mapping | ConfigDict):
+                raise UserError(f"{where}.{inner} is {value!r}: it is a group of keys, so give a dict.")
+            if inner == "compare":
+                config.compare.update(value)
+            else:
+                _update(config[key], value, where, inner)
+            continue
+        try:
+            config[key] = value
+        except TypeError:
+            kind = KINDS.get(config.get_type(key), "another type")
+            raise UserError(f"{where}.{inner} is {value!r}: it takes {kind}.") from None
+
+
+def _failure(path: str, error: Exception) -> str:
+    """One sentence for what a config file raised, at the line of the file that is to blame."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else (lines or [0])[-1]
+    if isinstance(error, UserError):
+        return f"{path}:{line}: {error}"
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if unknown := re.search(r'Key \\?"(\w+)\\?" does not exist', what):
+        return f"{path}:{line}: '{unknown[1]}' is not a key of the config.{nearest_key(unknown[1], get_config())}"
+    if wrong := re.search(r"override field '(\w+)' \(reference\)\. (.*) is of .* to type <class '(\w+)'>", what):
+        kind = {kind.__name__: text for kind, text in KINDS.items()}.get(wrong[3], wrong[3])
+        return f"{path}:{line}: '{wrong[1]}' takes {kind}, not {wrong[2]!r}."
+    return f"{path}:{line}: {what.rstrip('.')}."
