@@ -80,6 +80,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         _restore(model, config, workdir, "best")
         _write_export(model, tokenizer, config, workdir / "export")
     _summarise(workdir, config, result)
+    if jax.process_index() == 0:
+        done = f"{result.step} steps" if result.tokens else "the run was complete, nothing was trained"
+        print(f"{done}; {workdir / 'export'} is ready; try: specjax generate --model={workdir} --prompt=...")
     return result
 
 
@@ -192,6 +195,8 @@ def _claim(workdir: Path, settings: dict[str, Any]) -> None:
         if workdir.is_dir() and any(workdir.iterdir()):
             raise UserError(f"{workdir} is not empty and holds no run: choose another workdir.")
         return
+    if not any((workdir / "checkpoints").glob("[0-9]*")):
+        return  # it ended before anything was learnt: nothing to resume, nothing to lose
     try:
         old = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -232,16 +237,18 @@ def _data(config: ConfigDict, tokenizer: Any) -> tuple[Data, dict[str, Data]]:
         "columns": d.columns.to_dict(),
         "split": d.split,
     }
+    # No more rows at once than a micro-batch: what trains must also fit when it is measured.
+    measured = common | {"batch_size": config.batch_size // config.accumulate}
     if d.eval:
         train_data = load_data(d.train, tokenizer, format=d.format, **common)
         # A set that is measured may be of another kind than the one that trains: text beside pairs.
-        sets = {name: load_data(d.eval[name], tokenizer, format="auto", **common) for name in sorted(d.eval)}
+        sets = {name: load_data(d.eval[name], tokenizer, format="auto", **measured) for name in sorted(d.eval)}
         return train_data, sets
     if not d.eval_fraction:
         return load_data(d.train, tokenizer, format=d.format, **common), {}
     parts = [
-        load_data(d.train, tokenizer, format=d.format, holdout=(d.eval_fraction, part), **common)
-        for part in ("train", "eval")
+        load_data(d.train, tokenizer, format=d.format, holdout=(d.eval_fraction, part), **settings)
+        for part, settings in (("train", common), ("eval", measured))
     ]
     return parts[0], {"heldout": parts[1]}
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from rich.console import Console
 
 from specjax import sharding
 from specjax.errors import UserError
@@ -116,7 +117,9 @@ def fit(
     ):
         result, start = run.result, run.restore()
         logging: dict[str, Any] = {"start": start, "tensorboard": tensorboard, "wandb": wandb, "config": config}
-        log = stack.enter_context(Log(workdir, steps=steps, **logging))
+        if jax.process_index():  # the first process speaks for all
+            logging |= {"console": Console(quiet=True)}
+        log = stack.enter_context(Log(None if jax.process_index() else workdir, steps=steps, **logging))
         if start:
             log.note(f"resumed at step {start}")
 
@@ -142,22 +145,23 @@ def fit(
             result.first_evals = result.evals
         pending: tuple[int, dict[str, Any]] | None = None
         for step in range(start, steps):
+            if patience and run.bad_evals >= patience:
+                result.stopped = "patience"
+                log.note(f"stopped at step {step}: {patience} evaluations without a better loss on {best!r}")
+                break
             metrics = run.step(step)
             # Metrics are read one step late, so that the device always has work queued.
             if pending:
                 _report(log, *pending, log_every, steps, run)
             done, pending = step + 1, (step + 1, metrics)
             evals = bool(eval_data) and (done == steps or bool(eval_every and done % eval_every == 0))
-            if evals or done == steps or stop or (save_every and done % save_every == 0):
+            stopping = bool(stop)  # read once: a signal that comes later finds the next step
+            if evals or done == steps or stopping or (save_every and done % save_every == 0):
                 _report(log, *pending, log_every, steps, run)
                 pending = None
                 loss = evaluate_all(done) if evals else None
                 run.save(done, loss)
-            if patience and run.bad_evals >= patience and done < steps:
-                result.stopped = "patience"
-                log.note(f"stopped at step {done}: {patience} evaluations without a better loss on {best!r}")
-                break
-            if stop and done < steps:
+            if stopping and done < steps:
                 result.stopped = "signal"
                 log.note(f"stopped by a signal at step {done}: the checkpoint is saved, call again to go on")
                 break
