@@ -2,34 +2,25 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from specjax import lora, sharding
-from specjax.config import check_length, differing, get_config, lora_settings, merge, resolved, validate
-from specjax.data import Data
-from specjax.data import load as load_data
+from specjax import build, lora, sharding
+from specjax.config import check_length, differing, resolved, validate
 from specjax.data.report import show
 from specjax.errors import UserError
 from specjax.generate import generate as generate_texts
 from specjax.hf import load as hf_load
-from specjax.hf.export import export as export_folder
-from specjax.models import Decoder, ModelConfig
-from specjax.train import optim
-from specjax.train.checkpoint import Checkpoints
 from specjax.train.evaluate import evaluate as evaluate_set
 from specjax.train.fit import Result, fit
 from specjax.train.step import make_eval_step, split
-
-SEED_MODEL, SEED_LORA = 0, 1  # offsets of config.seed, so that no two draws share a key
 
 
 def train(config: ConfigDict, workdir: str | Path) -> Result:
@@ -47,18 +38,18 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     settings = resolved(config)
     _claim(workdir, settings)
     mesh = sharding.make_mesh(**config.mesh)
-    folder, tokenizer = _tokenizer(config)
-    data, eval_data = _data(config, tokenizer)
+    folder, tokenizer = build.tokenizer_of(config)
+    data, eval_data = build.data_of(config, tokenizer)
     _write_json(workdir / "config.json", settings)
     _write_json(workdir / "data.json", {"train": data.report} | {name: d.report for name, d in eval_data.items()})
-    model = _model(config, folder, mesh)
+    model = build.model_of(config, folder, mesh)
     steps = config.steps or max(1, round(config.epochs * data.steps_per_epoch))
     result = fit(
         model,
         data,
-        _optimizer(config, steps),
+        build.optimizer_of(config, steps),
         steps=steps,
-        trainable=_filter(config),
+        trainable=build.filter_of(config),
         workdir=workdir,
         accumulate=config.accumulate,
         eval_data=eval_data,
@@ -69,7 +60,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         save_every=config.checkpoint.every,
         log_every=config.log.every,
         seed=config.seed,
-        sample=_sampler(config, tokenizer),
+        sample=build.sampler_of(config, tokenizer),
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
         config=settings,
@@ -77,8 +68,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     if result.stopped == "signal":
         raise SystemExit(143)
     if config.export and not (workdir / "export").exists():
-        _restore(model, config, workdir, "best")
-        _write_export(model, tokenizer, config, workdir / "export")
+        build.restore(model, config, workdir, "best")
+        build.write_export(model, tokenizer, config, workdir / "export")
     _summarise(workdir, config, result)
     if jax.process_index() == 0:
         done = f"{result.step} steps" if result.tokens else "the run was complete, nothing was trained"
@@ -92,10 +83,10 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
     The sets, their template and their lengths are the config's; the model is the run's.
     """
     validate(config, jax.device_count())
-    model, run_config = _load_run(workdir, "best", sharding.make_mesh(**config.mesh))
-    _, tokenizer = _tokenizer(run_config)
+    model, run_config = build.load_run(workdir, "best", sharding.make_mesh(**config.mesh))
+    _, tokenizer = build.tokenizer_of(run_config)
     check_length(config.data.length, model.config.max_positions)
-    _, eval_data = _data(config, tokenizer)
+    _, eval_data = build.data_of(config, tokenizer)
     if not eval_data:
         raise UserError(
             "config.data.eval is empty and config.data.eval_fraction is 0: name a set, --config.data.eval.NAME=FILE."
@@ -132,17 +123,20 @@ def generate(
     """Prints what a model, or a run's best checkpoint, answers; with several adapters, what each of them answers."""
     mesh = sharding.make_mesh()
     if (Path(model) / "checkpoints").is_dir():
-        decoder, config = _load_run(model, "best", mesh)
-        _, tokenizer = _tokenizer(config)
+        decoder, config = build.load_run(model, "best", mesh)
+        _, tokenizer = build.tokenizer_of(config)
     else:
         decoder, tokenizer = hf_load.load(
             model, mesh=mesh, dtype="bfloat16" if jax.default_backend() != "cpu" else "float32"
         )
         if tokenizer is None:
             raise UserError(f"{model} has no tokenizer files: give a folder that has.")
+    tokenizers: dict[str | None, Any] = {None: tokenizer}
     for name, folder in (adapters or {}).items():
         lora.load(decoder, folder, name=name)
-    sampling = {
+        # An adapter's folder may carry the chat template that it was trained with.
+        tokenizers[name] = hf_load.load_tokenizer(folder) or tokenizer
+    sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -154,6 +148,7 @@ def generate(
     for adapter in chosen:
         if adapter is not None:
             lora.use(decoder, adapter)
+        tokenizer = tokenizers[adapter]
         answers = generate_texts(decoder, tokenizer, list(prompts), chat=not raw, system=system or None, **sampling)
         for prompt, answer in zip(prompts, answers, strict=True):
             if len(prompts) > 1 or adapter is not None:
@@ -168,21 +163,21 @@ def export(
 
     `step` defaults to the best checkpoint where sets were evaluated, else to the last.
     """
-    model, config = _load_run(workdir, "best" if step is None else str(step), sharding.make_mesh())
+    model, config = build.load_run(workdir, "best" if step is None else str(step), sharding.make_mesh())
     if merge and config.trainable != "lora":
         raise UserError(f"{workdir} trained every weight: there is no adapter to merge, leave --merge out.")
     if merge:
         lora.merge(model)
-    _, tokenizer = _tokenizer(config)
-    _write_export(model, tokenizer, config, Path(out), overwrite=overwrite)
+    _, tokenizer = build.tokenizer_of(config)
+    build.write_export(model, tokenizer, config, Path(out), overwrite=overwrite)
     Console().print(f"wrote {out}", markup=False)
 
 
 def data(config: ConfigDict) -> None:
     """Prints what the model will see: counts, truncation, first rows decoded with the mask in colour."""
     validate(config, None)
-    _, tokenizer = _tokenizer(config)
-    train_data, eval_data = _data(config, tokenizer)
+    _, tokenizer = build.tokenizer_of(config)
+    train_data, eval_data = build.data_of(config, tokenizer)
     for name, rows in {"train": train_data, **eval_data}.items():
         Console().rule(name)
         show(rows.report, rows.preview(2 if name == "train" else 0))
@@ -214,126 +209,12 @@ def _at(settings: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _tokenizer(config: ConfigDict) -> tuple[Path, Any]:
-    """The model's folder and its tokenizer, after the length is known to fit."""
-    folder = hf_load.resolve(config.model.path, config.model.revision)
-    check_length(config.data.length, ModelConfig.from_folder(folder).max_positions)
-    tokenizer = hf_load.load_tokenizer(folder)
-    if tokenizer is None:
-        raise UserError(f"config.model.path: {config.model.path} has no tokenizer files: give a folder that has.")
-    return folder, tokenizer
-
-
-def _data(config: ConfigDict, tokenizer: Any) -> tuple[Data, dict[str, Data]]:
-    """The training rows, and the named sets: those given, or a part held out."""
-    d = config.data
-    common = {
-        "length": d.length,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "packing": d.packing,
-        "template": d.template or None,
-        "overlong": d.overlong,
-        "columns": d.columns.to_dict(),
-        "split": d.split,
-    }
-    # No more rows at once than a micro-batch: what trains must also fit when it is measured.
-    measured = common | {"batch_size": config.batch_size // config.accumulate}
-    if d.eval:
-        train_data = load_data(d.train, tokenizer, format=d.format, **common)
-        # A set that is measured may be of another kind than the one that trains: text beside pairs.
-        sets = {name: load_data(d.eval[name], tokenizer, format="auto", **measured) for name in sorted(d.eval)}
-        return train_data, sets
-    if not d.eval_fraction:
-        return load_data(d.train, tokenizer, format=d.format, **common), {}
-    parts = [
-        load_data(d.train, tokenizer, format=d.format, holdout=(d.eval_fraction, part), **settings)
-        for part, settings in (("train", common), ("eval", measured))
-    ]
-    return parts[0], {"heldout": parts[1]}
-
-
-def _model(config: ConfigDict, folder: Path, mesh: Mesh) -> Decoder:
-    """The model on its mesh, LoRA injected: float32 masters where everything trains, else the compute dtype."""
-    full = config.trainable == "all"
-    settings = {"mesh": mesh, "dtype": config.model.dtype, "remat": config.model.remat}
-    if config.model.init == "random":
-        model = hf_load.random(ModelConfig.from_folder(folder), seed=config.seed + SEED_MODEL, **settings)
-    else:
-        model, _ = hf_load.load(folder, param_dtype="float32" if full else None, **settings)
-    if not full:
-        lora.inject(model, seed=config.seed + SEED_LORA, **lora_settings(config))
-    return model
-
-
-def _filter(config: ConfigDict) -> Any:
-    return lora.ALL if config.trainable == "all" else lora.LORA
-
-
-def _optimizer(config: ConfigDict, steps: int) -> optim.Optimizer:
-    c = config.optimizer
-    rate = optim.schedule(
-        c.schedule,
-        learning_rate=c.learning_rate,
-        steps=steps,
-        warmup_steps=c.warmup_steps,
-        final_fraction=c.final_fraction,
-    )
-    common = {"weight_decay": c.weight_decay, "b1": c.b1, "b2": c.b2, "clip_norm": c.clip_norm}
-    return optim.adamw(rate, eps=c.eps, **common) if c.name == "adamw" else optim.lion(rate, **common)
-
-
-def _sampler(config: ConfigDict, tokenizer: Any) -> Callable[[Decoder], Sequence[tuple[str, str]]] | None:
-    prompts = list(config.eval.prompts)
-    if not prompts:
-        return None
-    chat = bool(tokenizer.chat_template)
-    new = config.eval.max_new_tokens
-    return lambda model: list(
-        zip(prompts, generate_texts(model, tokenizer, prompts, max_new_tokens=new, chat=chat), strict=True)
-    )
-
-
-def _load_run(workdir: str | Path, which: str, mesh: Mesh) -> tuple[Decoder, ConfigDict]:
-    """A run's model with the weights of a checkpoint, and the run's config."""
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir} is not a run: it has no config.json; give the workdir of `specjax train`.")
-    config = merge(get_config(), json.loads(path.read_text()), where=str(path))
-    folder = hf_load.resolve(config.model.path, config.model.revision)
-    model = _model(config, folder, mesh)
-    _restore(model, config, Path(workdir), which)
-    return model, config
-
-
-def _restore(model: Decoder, config: ConfigDict, workdir: Path, which: str) -> None:
-    """Puts a checkpoint's weights into the model, whose base must be the one that the checkpoint was trained on."""
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    step = checkpoints.pick(which)
-    base = checkpoints.restore_meta(step).get("base_fingerprint")
-    if base != model.config.fingerprint:
-        raise UserError(
-            f"{config.model.path} is not the base that {workdir} was trained on (its fingerprint is "
-            f"{model.config.fingerprint}, was {base}): restore it."
-        )
-    _, params, _ = split(model, _filter(config))
-    trained, _ = checkpoints.restore(step, params)
-    nnx.update(model, nnx.from_flat_state([(tuple(path.split(".")), value) for path, value in trained.items()]))
-
-
-def _write_export(model: Decoder, tokenizer: Any, config: ConfigDict, out: Path, *, overwrite: bool = False) -> None:
-    if lora.names(model):
-        lora.save(model, out, base=config.model.path, overwrite=overwrite)
-    else:
-        export_folder(model, tokenizer, out, overwrite=overwrite)
-
-
 def _summarise(workdir: Path, config: ConfigDict, result: Result) -> None:
     """Writes `summary.json`: what the run cost and what came of it."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     evals = [line for line in lines if any(key.startswith("eval/") for key in line)]
     names = sorted({key.split("/")[1] for line in evals for key in line if key.startswith("eval/")})
-    saved = sum(file.stat().st_size for file in (workdir / "export").rglob("*") if file.is_file())
+    saved = sum(file.stat().st_size for file in (workdir / "export").glob("*.safetensors"))
     summary = {
         "trainable": config.trainable,
         "trainable_parameters": result.trainable_parameters,

@@ -32,9 +32,9 @@ class Data:
     Attributes:
         length, batch_size, seed: as given.
         num_rows: rows of the plan.
+        steps_per_epoch: whole batches in one pass, at least 1.
         template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
         end_of_turn: id of the token that ends the assistant's turns there: generation must stop at it.
-        steps_per_epoch: whole batches in one pass, at least 1.
         report: counts, JSON-able (see `specjax.data.report`).
         fingerprint: of the tokens, masks and plan; equal data has an equal one.
     """
@@ -102,9 +102,11 @@ class Data:
     def _row(self, index: int) -> int:
         """Element `index` of the endless sequence that runs through all rows, in another order each epoch."""
         epoch, place = divmod(index, self.num_rows)
-        if self._order[0] != epoch:
-            self._order = (epoch, shuffled(self.num_rows, self.seed, epoch))
-        return int(self._order[1][place])
+        known, order = self._order  # read and set as one, for a prefetching thread beside this one
+        if known != epoch:
+            order = shuffled(self.num_rows, self.seed, epoch)
+            self._order = (epoch, order)
+        return int(order[place])
 
     def _assemble(self, rows: np.ndarray, height: int | None = None) -> Batch:
         height = height or len(rows)
@@ -113,7 +115,7 @@ class Data:
         starts, sizes = self.plan.starts[pieces], self.plan.sizes[pieces]
         number = ranges(np.zeros_like(counts), counts)  # of a piece within its row
         before = np.cumsum(sizes) - sizes
-        first = np.repeat(np.append(before, 0)[np.cumsum(counts) - counts], counts)  # tokens before its row
+        first = np.repeat(before[np.cumsum(counts) - counts], counts)  # tokens before its row
         where = ranges(np.repeat(np.arange(len(rows)), counts) * self.length + before - first, sizes)
         source = ranges(starts, sizes)
         target = self.tokens[np.minimum(source + 1, len(self.tokens) - 1)]

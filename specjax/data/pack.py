@@ -44,8 +44,8 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
     """Best-fit decreasing: the row of each piece, int64 [P].
 
     The longest pieces are placed first, each into the fullest row that still has room for it, else into a new one.
-    At most 11/9 of the fewest possible rows and a few more (Johnson 1974), in practice within a percent. Takes O(P log length):
-    rows of equal room lie in one stack, and the non-empty rooms are kept sorted.
+    At most 11/9 of the fewest possible rows and a few more (Johnson 1974), in practice within a percent. Takes
+    O(P log length): rows of equal room lie in one stack, and the rooms that have a row are kept sorted.
 
     >>> best_fit(np.array([3, 5, 2, 6, 2]), length=8).tolist()
     [1, 1, 0, 0, 2]

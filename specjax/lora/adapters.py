@@ -229,9 +229,13 @@ def merge(model: Decoder, name: str | None = None) -> None:
 
 
 def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, stacked: bool) -> jax.Array:
-    def one(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    def one(parts: tuple[jax.Array, ...]) -> jax.Array:
+        w, a, b = parts
         update = jnp.tensordot(a, b, axes=1, precision="highest") * scale
         return (w.astype(jnp.float32) + update).astype(w.dtype)
 
-    place = kernel.sharding
-    return jax.jit(jax.vmap(one) if stacked else one, out_shardings=place)(kernel, a, b)
+    def every(*parts: jax.Array) -> jax.Array:
+        # Layer by layer: float32 copies of all layers at once would be twice the model.
+        return jax.lax.map(one, parts) if stacked else one(parts)
+
+    return jax.jit(every, out_shardings=kernel.sharding)(kernel, a, b)

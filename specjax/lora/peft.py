@@ -40,7 +40,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def save(
-    model: Decoder, out: str | Path, *, name: str | None = None, base: str | None = None, overwrite: bool = False
+    model: Decoder,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes an adapter as PEFT does.
 
@@ -49,6 +55,7 @@ def save(
       out: the folder to make.
       name: which adapter; default the one in use.
       base: `base_model_name_or_path`; default what the model was loaded from.
+      tokenizer: written beside the adapter, with its chat template; None: none.
       overwrite: replace files of an existing folder.
 
     Raises:
@@ -89,6 +96,8 @@ def save(
     with new_folder(out, overwrite=overwrite) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def load(model: Decoder, folder: str | Path, *, name: str = adapters.DEFAULT) -> None:

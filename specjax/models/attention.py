@@ -48,13 +48,23 @@ def attend(
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(q.shape)
 
-    length = q.shape[1]
-    if length <= QUERY_CHUNK or length % QUERY_CHUNK:
+    size = _chunk(q.shape[1])
+    if size == q.shape[1]:
         return block(q, q_positions, q_segments)
 
     def chunks(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERY_CHUNK, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
     # Recomputed in the backward pass: keeping each chunk's scores would bring the quadratic memory back.
     out = jax.lax.map(lambda xs: jax.checkpoint(block)(*xs), (chunks(q), chunks(q_positions), chunks(q_segments)))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _chunk(length: int) -> int:
+    """The largest divisor of a length that is at most QUERY_CHUNK; the length itself where that would be tiny.
+
+    >>> _chunk(512), _chunk(4096), _chunk(1536), _chunk(2003)
+    (512, 1024, 768, 2003)
+    """
+    size = next(size for size in range(min(length, QUERY_CHUNK), 0, -1) if length % size == 0)
+    return size if size >= QUERY_CHUNK // 8 else length

@@ -1,0 +1,148 @@
+"""From a config to the parts of a run: tokenizer, data, model, optimizer; and a run's weights from its checkpoints."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from specjax import lora
+from specjax.config import check_length, get_config, lora_settings, merge
+from specjax.data import Data
+from specjax.data import load as load_data
+from specjax.data.chat import resolve as resolve_template
+from specjax.errors import UserError
+from specjax.generate import generate as generate_texts
+from specjax.hf import load as hf_load
+from specjax.hf.export import export as export_folder
+from specjax.models import Decoder, ModelConfig
+from specjax.train import optim
+from specjax.train.checkpoint import Checkpoints
+from specjax.train.step import split
+
+SEED_MODEL, SEED_LORA = 0, 1  # offsets of config.seed, so that no two draws share a key
+
+
+def tokenizer_of(config: ConfigDict) -> tuple[Path, Any]:
+    """The model's folder and its tokenizer, after the length is known to fit."""
+    folder = hf_load.resolve(config.model.path, config.model.revision)
+    check_length(config.data.length, ModelConfig.from_folder(folder).max_positions)
+    tokenizer = hf_load.load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(f"config.model.path: {config.model.path} has no tokenizer files: give a folder that has.")
+    if config.data.template:
+        # What it learns to answer in is what it will be asked in: samples, export and `specjax generate` all use it.
+        tokenizer.chat_template = resolve_template(tokenizer, config.data.template)
+    return folder, tokenizer
+
+
+def data_of(config: ConfigDict, tokenizer: Any) -> tuple[Data, dict[str, Data]]:
+    """The training rows, and the named sets: those given, or a part held out."""
+    d = config.data
+    common = {
+        "length": d.length,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "packing": d.packing,
+        "template": d.template or None,
+        "overlong": d.overlong,
+        "columns": d.columns.to_dict(),
+        "split": d.split,
+    }
+    # No more rows at once than a micro-batch: what trains must also fit when it is measured.
+    measured = common | {"batch_size": config.batch_size // config.accumulate}
+    if d.eval:
+        train_data = load_data(d.train, tokenizer, format=d.format, **common)
+        # A set that is measured may be of another kind than the one that trains: text beside pairs.
+        sets = {name: load_data(d.eval[name], tokenizer, format="auto", **measured) for name in sorted(d.eval)}
+        return train_data, sets
+    if not d.eval_fraction:
+        return load_data(d.train, tokenizer, format=d.format, **common), {}
+    parts = [
+        load_data(d.train, tokenizer, format=d.format, holdout=(d.eval_fraction, part), **settings)
+        for part, settings in (("train", common), ("eval", measured))
+    ]
+    return parts[0], {"heldout": parts[1]}
+
+
+def model_of(config: ConfigDict, folder: Path, mesh: Mesh) -> Decoder:
+    """The model on its mesh, LoRA injected: float32 masters where everything trains, else the compute dtype."""
+    full = config.trainable == "all"
+    settings = {"mesh": mesh, "dtype": config.model.dtype, "remat": config.model.remat}
+    if config.model.init == "random":
+        settings |= {"param_dtype": "float32" if full else config.model.dtype}
+        model = hf_load.random(ModelConfig.from_folder(folder), seed=config.seed + SEED_MODEL, **settings)
+    else:
+        model, _ = hf_load.load(folder, param_dtype="float32" if full else None, **settings)
+    if not full:
+        lora.inject(model, seed=config.seed + SEED_LORA, **lora_settings(config))
+    return model
+
+
+def filter_of(config: ConfigDict) -> Any:
+    """The trainable filter."""
+    return lora.ALL if config.trainable == "all" else lora.LORA
+
+
+def optimizer_of(config: ConfigDict, steps: int) -> optim.Optimizer:
+    """The optimizer, its schedule laid over `steps`."""
+    c = config.optimizer
+    rate = optim.schedule(
+        c.schedule,
+        learning_rate=c.learning_rate,
+        steps=steps,
+        warmup_steps=c.warmup_steps,
+        final_fraction=c.final_fraction,
+    )
+    common = {"weight_decay": c.weight_decay, "b1": c.b1, "b2": c.b2, "clip_norm": c.clip_norm}
+    return optim.adamw(rate, eps=c.eps, **common) if c.name == "adamw" else optim.lion(rate, **common)
+
+
+def sampler_of(config: ConfigDict, tokenizer: Any) -> Callable[[Decoder], Sequence[tuple[str, str]]] | None:
+    """What answers `config.eval.prompts` at each evaluation, or None."""
+    prompts = list(config.eval.prompts)
+    if not prompts:
+        return None
+    chat = bool(tokenizer.chat_template)
+    new = config.eval.max_new_tokens
+    return lambda model: list(
+        zip(prompts, generate_texts(model, tokenizer, prompts, max_new_tokens=new, chat=chat), strict=True)
+    )
+
+
+def load_run(workdir: str | Path, which: str, mesh: Mesh) -> tuple[Decoder, ConfigDict]:
+    """A run's model with the weights of a checkpoint, and the run's config."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} is not a run: it has no config.json; give the workdir of `specjax train`.")
+    config = merge(get_config(), json.loads(path.read_text()), where=str(path))
+    folder = hf_load.resolve(config.model.path, config.model.revision)
+    model = model_of(config, folder, mesh)
+    restore(model, config, Path(workdir), which)
+    return model, config
+
+
+def restore(model: Decoder, config: ConfigDict, workdir: Path, which: str) -> None:
+    """Puts a checkpoint's weights into the model, whose base must be the one that the checkpoint was trained on."""
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    step = checkpoints.pick(which)
+    base = checkpoints.restore_meta(step).get("base_fingerprint")
+    if base != model.config.fingerprint:
+        raise UserError(
+            f"{config.model.path} is not the base that {workdir} was trained on (its fingerprint is "
+            f"{model.config.fingerprint}, was {base}): restore it."
+        )
+    _, params, _ = split(model, filter_of(config))
+    trained, _ = checkpoints.restore(step, params)
+    nnx.update(model, nnx.from_flat_state([(tuple(path.split(".")), value) for path, value in trained.items()]))
+
+
+def write_export(model: Decoder, tokenizer: Any, config: ConfigDict, out: Path, *, overwrite: bool = False) -> None:
+    """Writes a PEFT adapter folder of a model that wears one, else a Hugging Face folder."""
+    if lora.names(model):
+        lora.save(model, out, base=config.model.path, tokenizer=tokenizer, overwrite=overwrite)
+    else:
+        export_folder(model, tokenizer, out, overwrite=overwrite)

@@ -1,0 +1,90 @@
+"""Imports point one way: `cli -> run -> {train, generate, hf, lora} -> models -> sharding`; `data` is a leaf."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# part of the package -> the other parts that it may import
+ALLOWED = {
+    "errors": set(),
+    "files": {"errors"},
+    "data": {"errors"},
+    "sharding": {"errors"},
+    "models": {"sharding", "errors"},
+    "hf": {"models", "sharding", "errors", "files"},
+    "lora": {"hf", "models", "sharding", "errors", "files"},
+    "train": {"models", "sharding", "errors"},
+    "generate": {"lora", "models", "sharding", "errors", "data"},
+    "checks": {"errors", "sharding"},
+    "config": {"checks", "errors"},
+    "build": {"config", "train", "generate", "hf", "lora", "data", "models", "errors"},
+    "run": {"build", "config", "train", "generate", "hf", "lora", "data", "sharding", "errors"},
+    "compare": {"run", "config", "errors"},
+    "cli": {"run", "compare", "config", "checks", "errors", "__init__"},
+    "__main__": {"cli"},
+}
+# foreign library -> the parts that may import it
+FOREIGN = {
+    "ml_collections": {"config", "checks", "cli", "build", "run", "compare"},
+    "absl": {"cli"},
+    "jax": set(ALLOWED) - {"data", "errors", "files", "config", "checks", "cli", "__main__"},
+    "flax": set(ALLOWED) - {"data", "errors", "files", "config", "checks", "cli", "__main__"},
+    "torch": set(),
+    "peft": set(),
+    "trl": set(),
+}
+FILES = sorted((ROOT / "specjax").rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT / "specjax").parts[0].removesuffix(".py")
+
+
+def imported(path: Path, top_level_only: bool = False) -> set[str]:
+    """The dotted names that a file imports: `from a import b` gives a.b, which stands for a as well."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_part_of_the_package_is_under_this_test():
+    assert {part(path) for path in FILES} - {"__init__"} == set(ALLOWED)
+    assert {path.stem for path in CONFIGS} >= {"full", "sft", "lora", "demo", "demo_base"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part(path) != "__init__"], ids=str)
+def test_a_part_imports_only_what_lies_below_it(path):
+    me = part(path)
+    for name in imported(path):
+        top, _, rest = name.partition(".")
+        if top == "specjax":
+            other = rest.partition(".")[0]
+            other = other if other in ALLOWED else "__init__"
+            assert other == me or other in ALLOWED[me], f"{path} imports {name}"
+        assert me in FOREIGN.get(top, {me}), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_a_config_imports_specjax_config_alone(path):
+    names = imported(path)
+    assert names
+    assert all(name.startswith("specjax.config.") for name in names), names
+
+
+@pytest.mark.parametrize("name", ["cli", "config", "checks", "errors", "__init__", "__main__"])
+def test_what_runs_before_the_verb_is_known_imports_nothing_heavy(name):
+    light = {"absl", "ml_collections", "specjax"}
+    names = imported(ROOT / "specjax" / f"{name}.py", top_level_only=True)
+    assert names
+    for top in {name.partition(".")[0] for name in names} - light:
+        assert top in __import__("sys").stdlib_module_names, top
