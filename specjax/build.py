@@ -39,12 +39,31 @@ def tokenizer_of(config: ConfigDict) -> tuple[Path, Any]:
     return folder, tokenizer
 
 
-def data_of(config: ConfigDict, tokenizer: Any) -> tuple[Data, dict[str, Data]]:
-    """The training rows, and the named sets: those given, or a part held out."""
+def train_data_of(config: ConfigDict, tokenizer: Any) -> Data:
+    """The training rows, without those held out."""
+    holdout = (config.data.eval_fraction, "train") if config.data.eval_fraction and not config.data.eval else None
+    return _load(config, tokenizer, config.data.train, batch_size=config.batch_size, holdout=holdout)
+
+
+def eval_data_of(config: ConfigDict, tokenizer: Any) -> dict[str, Data]:
+    """The named sets: those given, or the part of the training rows that is held out."""
+    # No more rows at once than a micro-batch: what trains must also fit when it is measured.
+    rows = {"batch_size": config.batch_size // config.accumulate}
+    if config.data.eval:
+        # A set that is measured may be of another kind than the one that trains: text beside pairs.
+        sets = sorted(config.data.eval.items())
+        return {name: _load(config, tokenizer, path, format="auto", **rows) for name, path in sets}
+    if not config.data.eval_fraction:
+        return {}
+    holdout = (config.data.eval_fraction, "eval")
+    return {"heldout": _load(config, tokenizer, config.data.train, holdout=holdout, **rows)}
+
+
+def _load(config: ConfigDict, tokenizer: Any, source: str, **settings: Any) -> Data:
     d = config.data
     common = {
         "length": d.length,
-        "batch_size": config.batch_size,
+        "format": d.format,
         "seed": config.seed,
         "packing": d.packing,
         "template": d.template or None,
@@ -52,20 +71,7 @@ def data_of(config: ConfigDict, tokenizer: Any) -> tuple[Data, dict[str, Data]]:
         "columns": d.columns.to_dict(),
         "split": d.split,
     }
-    # No more rows at once than a micro-batch: what trains must also fit when it is measured.
-    measured = common | {"batch_size": config.batch_size // config.accumulate}
-    if d.eval:
-        train_data = load_data(d.train, tokenizer, format=d.format, **common)
-        # A set that is measured may be of another kind than the one that trains: text beside pairs.
-        sets = {name: load_data(d.eval[name], tokenizer, format="auto", **measured) for name in sorted(d.eval)}
-        return train_data, sets
-    if not d.eval_fraction:
-        return load_data(d.train, tokenizer, format=d.format, **common), {}
-    parts = [
-        load_data(d.train, tokenizer, format=d.format, holdout=(d.eval_fraction, part), **settings)
-        for part, settings in (("train", common), ("eval", measured))
-    ]
-    return parts[0], {"heldout": parts[1]}
+    return load_data(source, tokenizer, **(common | settings))
 
 
 def model_of(config: ConfigDict, folder: Path, mesh: Mesh) -> Decoder:

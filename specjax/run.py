@@ -39,7 +39,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     _claim(workdir, settings)
     mesh = sharding.make_mesh(**config.mesh)
     folder, tokenizer = build.tokenizer_of(config)
-    data, eval_data = build.data_of(config, tokenizer)
+    data, eval_data = build.train_data_of(config, tokenizer), build.eval_data_of(config, tokenizer)
     _write_json(workdir / "config.json", settings)
     _write_json(workdir / "data.json", {"train": data.report} | {name: d.report for name, d in eval_data.items()})
     model = build.model_of(config, folder, mesh)
@@ -86,7 +86,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
     model, run_config = build.load_run(workdir, "best", sharding.make_mesh(**config.mesh))
     _, tokenizer = build.tokenizer_of(run_config)
     check_length(config.data.length, model.config.max_positions)
-    _, eval_data = build.data_of(config, tokenizer)
+    eval_data = build.eval_data_of(config, tokenizer)
     if not eval_data:
         raise UserError(
             "config.data.eval is empty and config.data.eval_fraction is 0: name a set, --config.data.eval.NAME=FILE."
@@ -177,8 +177,8 @@ def data(config: ConfigDict) -> None:
     """Prints what the model will see: counts, truncation, first rows decoded with the mask in colour."""
     validate(config, None)
     _, tokenizer = build.tokenizer_of(config)
-    train_data, eval_data = build.data_of(config, tokenizer)
-    for name, rows in {"train": train_data, **eval_data}.items():
+    sets = {"train": build.train_data_of(config, tokenizer), **build.eval_data_of(config, tokenizer)}
+    for name, rows in sets.items():
         Console().rule(name)
         show(rows.report, rows.preview(2 if name == "train" else 0))
 

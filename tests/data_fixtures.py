@@ -1,0 +1,112 @@
+"""Small tokenizers of the kinds that real models have, and awkward conversations."""
+
+from functools import cache
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
+
+CHATML_MARKED = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}{{- message['content'] + '<|im_end|>\\n' }}{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+TEXTS = [
+    "The cat sat on the mat, and the other cat sat on the other mat. What is two plus two? It is four.",
+    "Qu'est-ce que la taxe sur la valeur ajoutée ? C'est un impôt, perçu à chaque étape — même à Noël.",
+    "付加価値税とは何ですか？ 消費に対する税金です。 增值税是什么？",
+    "Yes! 🎉👩‍👩‍👧 No… 🙂",
+]
+
+
+def _turns(*contents, system=None):
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    return turns + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+CONVERSATIONS = {
+    "single": _turns("What is two plus two?", "It is four."),
+    "multi-turn": _turns("Hello", "Yes?", "What is the cat?", "The cat sat.", "And the other?", "On the mat."),
+    "system": _turns("Hello", "Yes!", system="Be brief."),
+    "empty system": _turns("Hello", "Yes!", system=""),
+    "trailing spaces": _turns("Hello  ", "  Yes \n\n ", " and? \n", "\n\nNo. "),
+    "french": _turns("Qu'est-ce que la taxe ?", "C'est un impôt — à Noël, même.", "Merci !", "À bientôt…"),
+    "cjk": _turns("付加価値税とは何ですか？", "消費に対する税金です。", "谢谢", "不客气！"),
+    "emoji": _turns("👩‍👩‍👧?", "🎉🙂", "🙂", "👩‍👩‍👧🎉"),
+    "ends with the user": _turns("Hello", "Yes!", "Thanks"),
+    "one letter": _turns("a", "b", "c", "d"),
+}
+
+
+@cache
+def tokenizer(kind="llama3", adds_bos=True, adds_eos=False, **special):
+    """A fast tokenizer.
+
+    "llama3" works on bytes; so does "gpt2", whose offsets leave spaces out; "llama2" on words with their space, with
+    bytes for the rest, and it puts a space after each special token.
+    """
+    vocabulary = {"vocab_size": 600, "special_tokens": SPECIAL, "show_progress": False}
+    if kind == "llama2":
+        backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        bytes_ = [AddedToken(f"<0x{byte:02X}>", special=False) for byte in range(256)]
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        trainer = trainers.BpeTrainer(**vocabulary | {"vocab_size": 900, "limit_alphabet": 60})
+        backend.train_from_iterator([TEXTS[0]] * 2, trainer)
+        backend = _with_bytes(backend, bytes_)
+    else:
+        backend = Tokenizer(models.BPE())
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(words, behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        backend.train_from_iterator(TEXTS * 2, trainers.BpeTrainer(initial_alphabet=alphabet, **vocabulary))
+    steps = []
+    if kind == "gpt2":
+        steps.append(processors.ByteLevel(trim_offsets=True))
+    if adds_bos or adds_eos:
+        single = " ".join(["<s>"] * adds_bos + ["$A"] + ["</s>"] * adds_eos)
+        tokens = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+        steps.append(processors.TemplateProcessing(single=single, special_tokens=tokens))
+    if steps:
+        backend.post_processor = processors.Sequence(steps)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+
+
+def _with_bytes(backend, bytes_):
+    """The same BPE with the 256 byte tokens that byte fallback needs in its vocabulary."""
+    import json
+
+    state = json.loads(backend.to_str())
+    vocabulary = state["model"]["vocab"]
+    for token in bytes_:
+        vocabulary[token.content] = len(vocabulary)
+    return Tokenizer.from_str(json.dumps(state))

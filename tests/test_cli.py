@@ -1,0 +1,234 @@
+import io
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import specjax
+from specjax import cli
+from specjax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+CONFIG = f"--config={ROOT}/configs/lora.py"
+TRAIN = ("train", CONFIG, "--workdir=w")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stands in for specjax.run: what each of its functions was called with."""
+    made: list[tuple[str, dict]] = []
+
+    def record(name):
+        return lambda **found: made.append((name, found))
+
+    verbs = ("train", "evaluate", "generate", "export", "data", "compare")
+    fake = SimpleNamespace(**{name: record(name) for name in verbs})
+    monkeypatch.setattr(specjax, "run", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "specjax.run", fake)
+    return made
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one sentence that a command ends with."""
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("specjax: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("specjax: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",), ("help",), ("train", "--help")])
+def test_help_names_every_verb_and_flag(capsys, argv):
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    for verb, (needs, may) in cli.VERBS.items():
+        assert f"specjax {verb}" in out
+        for flag in (*needs, *may):
+            assert f"--{flag}" in out, flag
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_help_and_a_users_mistake_take_less_than_a_second_and_import_nothing_heavy():
+    code = (
+        "import sys; from specjax.cli import main; main(['--help']);"
+        "assert main(['train', '--config=configs/lora.py', '--workdir=w', '--config.stepz=1']) == 2;"
+        "print([m for m in ('jax', 'numpy', 'flax', 'transformers', 'datasets', 'rich') if m in sys.modules])"
+    )
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+        seconds.append(time.monotonic() - began)
+        assert done.stdout.endswith("[]\n")
+        assert "Did you mean 'config.steps'?" in done.stderr
+    assert min(seconds) < 1
+
+
+def test_the_module_runs_as_the_command_does():
+    done = subprocess.run([sys.executable, "-m", "specjax", "trian"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "specjax: There is no verb 'trian': it is one of train, eval, generate, export, data, compare. "
+        "Did you mean 'train'?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [(TRAIN, "train"), (("eval", *TRAIN[1:]), "evaluate"), (("compare", *TRAIN[1:]), "compare")],
+)
+def test_a_verb_calls_its_function_with_the_config_and_the_workdir(calls, argv, name):
+    assert cli.main([*argv, "--config.seed=7", "--config.optimizer.learning_rate", "1e-3", "--noconfig.export"]) == 0
+    [(called, found)] = calls
+    assert called == name
+    assert set(found) == {"config", "workdir"}
+    assert found["workdir"] == "w"
+    config = found["config"]
+    assert (config.seed, config.optimizer.learning_rate, config.export) == (7, 1e-3, False)
+    assert config.trainable == "lora"
+
+
+def test_a_flags_value_may_be_the_next_argument(calls):
+    assert cli.main(["train", "--config", CONFIG.partition("=")[2], "--workdir", "w", "-config.mesh.fsdp", "-1"]) == 0
+    assert calls[0][1]["config"].mesh.fsdp == -1
+
+
+def test_data_needs_no_workdir(calls):
+    assert cli.main(["data", CONFIG]) == 0
+    assert set(calls[0][1]) == {"config"}
+
+
+def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", io.StringIO("from\nstdin"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n\ntwo\n")
+    adapters = ("--adapter=hr=a/x", "--adapter=b/legal", "--adapter", "c/tax")
+    argv = ("generate", "--model=m", *adapters, "--prompt=Hi", "--prompt=-", f"--prompt_file={prompts}", "--top_p=0.9")
+    assert cli.main(argv) == 0
+    assert calls == [
+        (
+            "generate",
+            {
+                "model": "m",
+                "adapters": {"hr": "a/x", "legal": "b/legal", "tax": "c/tax"},
+                "prompts": ["Hi", "from\nstdin", "one", "two"],
+                "max_new_tokens": 128,
+                "temperature": 0.0,
+                "top_k": 0,
+                "top_p": 0.9,
+                "seed": 0,
+                "raw": False,
+                "system": "",
+            },
+        )
+    ]
+
+
+def test_export_passes_what_was_asked(calls):
+    assert cli.main(["export", "--workdir=w", "--out=o", "--merge", "--step=0"]) == 0
+    assert calls == [("export", {"workdir": "w", "out": "o", "merge": True, "step": 0, "overwrite": False})]
+
+
+def test_names_of_eval_sets_and_columns_are_the_users_own(calls):
+    free = (
+        "--config.data.eval.domain=a.jsonl",
+        "--config.data.eval.general",
+        "b.txt",
+        "--config.data.columns.text=body",
+    )
+    assert cli.main([*TRAIN, *free]) == 0
+    data = calls[0][1]["config"].data
+    assert data.eval.to_dict() == {"domain": "a.jsonl", "general": "b.txt"}
+    assert data.columns.to_dict() == {"text": "body"}
+
+
+def test_prompts_of_an_eval_are_plain_texts(calls):
+    assert cli.main([*TRAIN, "--config.eval.prompts=What is it, then?", "--config.eval.prompts=1"]) == 0
+    assert calls[0][1]["config"].eval.prompts == ("What is it, then?", "1")
+
+
+def test_a_methods_own_key_is_overridden(calls):
+    demo = f"--config={ROOT}/configs/demo.py"
+    assert cli.main(["compare", demo, "--workdir=w", "--config.compare.lora.lora.rank=4"]) == 0
+    assert calls[0][1]["config"].compare.lora.lora.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--workdir=w", "train"), "The verb comes first: it is one of train, eval"),
+        (("train", CONFIG), "`specjax train` needs --workdir: the run's folder, such as --workdir=runs/lora."),
+        (("train", "--workdir=w"), "`specjax train` needs --config: the file to start from"),
+        (("train", "--workdir=w", "--config.seed=1"), "`specjax train` needs --config"),
+        (("train", "--workdir=w", "--config=absent.py"), "There is no config file absent.py"),
+        (("generate", "--model=m"), "`specjax generate` needs --prompt"),
+        (("generate", "--model=m", "--prompt= "), "`specjax generate` needs --prompt"),
+        (("generate", "--prompt=x"), "`specjax generate` needs --model"),
+        (("generate", "--model=m", "--prompt_file=absent"), "There is no file absent"),
+        (("generate", "--model=m", "--adapter=a/x", "--adapter=b/x", "--prompt=p"), "Two adapters are named 'x'"),
+        (("export", "--workdir=w"), "`specjax export` needs --out"),
+        ((*TRAIN, "--prompt=x"), "--prompt is no flag of `specjax train`, which takes --config, --workdir."),
+        (("export", "--workdir=w", "--out=o", CONFIG), "--config is no flag of `specjax export`"),
+        ((*TRAIN, "more"), "`specjax train` takes flags alone, and 'more' is none."),
+        (("data", "configs/lora.py"), "Did you mean --config=configs/lora.py?"),
+        ((*TRAIN, "--wrokdir=x"), "There is no flag --wrokdir. Did you mean 'workdir'?"),
+        (("train", "--configs=x", "--workdir=w"), "There is no flag --configs. Did you mean 'config'?"),
+        (("train", CONFIG, "--workdir"), "Missing value for flag --workdir."),
+        ((*TRAIN, "--config.seed"), "Missing value for flag --config.seed."),
+        (
+            (*TRAIN, "--config.data.lenght=3"),
+            "--config.data.lenght is no key of the config. Did you mean 'config.data.length'?",
+        ),
+        ((*TRAIN, "--config.learning_rate=3"), "Did you mean 'config.optimizer.learning_rate'?"),
+        ((*TRAIN, "--config.seed.x=3"), "--config.seed.x is no key of the config."),
+        ((*TRAIN, "--config.steps=abc"), "--config.steps takes an integer, not 'abc'."),
+        ((*TRAIN, "--config.batch_size=1.5"), "--config.batch_size takes an integer, not '1.5'."),
+        ((*TRAIN, "--config.optimizer.eps=tiny"), "--config.optimizer.eps takes a number, not 'tiny'."),
+        ((*TRAIN, "--config.data.packing=maybe"), "--config.data.packing takes true or false, not 'maybe'."),
+        ((*TRAIN, "--config.lora.rank=many"), "--config.lora.rank takes an integer, not 'many'."),
+        ((*TRAIN, "--config.model=x"), "--config.model is a group of keys: set one of them"),
+        (("export", "--workdir=w", "--out=o", "--step=last"), "--step takes an integer, not 'last'."),
+        (("export", "--workdir=w", "--out=o", "--step=-1"), "Flag --step=-1: -1 is not a non-negative integer."),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_status_2(capsys, calls, argv, said):
+    assert said in refused(capsys, *argv)
+    assert not calls
+
+
+def test_what_a_verb_raises_becomes_the_exit_status(capsys, calls, monkeypatch):
+    def raising(error):
+        def train(**_):
+            raise error
+
+        monkeypatch.setattr(specjax.run, "train", train)
+
+    raising(UserError("No such thing: do the other."))
+    assert refused(capsys, *TRAIN) == "No such thing: do the other."
+    raising(OSError(28, "No space left on device", "w/metrics.jsonl"))
+    assert "The disk is full (w/metrics.jsonl)" in refused(capsys, *TRAIN)
+    raising(KeyboardInterrupt())
+    assert cli.main(TRAIN) == 130
+    raising(OSError(5, "Input/output error"))  # not the user's mistake: a traceback
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main(TRAIN)
+
+
+def test_the_public_names_are_there_whatever_was_imported_first():
+    import specjax.generate  # puts the module in the function's place, were it not kept
+
+    import specjax.hf.load
+    import specjax.train.fit
+
+    for name in specjax.__all__:
+        assert getattr(specjax, name) is not None
+    assert specjax.generate.__name__ == "generate"
+    for name in ("generate", "load", "export", "fit", "make_mesh", "adamw", "lion"):
+        assert callable(getattr(specjax, name)), name
+    assert set(specjax.__all__) <= set(dir(specjax))
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = specjax.lode

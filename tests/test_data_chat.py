@@ -1,0 +1,264 @@
+"""Masks and token ids: by hand as numbers, and for every template by language and kind of tokenizer."""
+
+import pytest
+from data_fixtures import CONVERSATIONS, tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import specjax.data as data
+from specjax.data.chat import BUILT_IN, encode, resolve, spans
+from specjax.data.formats import Conversation, Pair, Text
+from specjax.errors import UserError
+
+SIZES = {"length": 512, "batch_size": 1}
+
+
+def trained_text(source, tok, **options):
+    """The text that trains, in pieces."""
+    loaded = data.load([source], tok, **SIZES, **options)
+    return [text for row in loaded.preview(1) for document in row for text, trained in document if trained]
+
+
+# --- by hand
+
+
+@pytest.fixture(scope="module")
+def words():
+    """One token a word: <s>=0 </s>=1 <u>=2 <a>=3 hi=4 yes=5 no=6 ok=7."""
+    vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<u>", "<a>", "hi", "yes", "no", "ok", "?"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>", "<u>", "<a>"])
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<u>' + m.content }}"
+        "{% else %}{{ '<a>' + m.content + '</s>' }}{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
+
+
+def test_a_conversation_trains_every_answer_with_its_end_token_and_nothing_else(words):
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "no"), ("assistant", "ok")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    batch = data.chat([row], words, length=13, batch_size=1).batch(0)
+    #                                           <s> <u>  hi <a> yes </s> <u> no <a> ok </s>  -  -
+    assert batch["tokens"].tolist() == [[0, 2, 4, 3, 5, 1, 2, 6, 3, 7, 1, 0, 0]]
+    assert batch["targets"].tolist() == [[2, 4, 3, 5, 1, 2, 6, 3, 7, 1, 0, 0, 0]]
+    assert batch["loss_mask"].tolist() == [[0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 0]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]]
+    assert {name: array.dtype.name for name, array in batch.items()} == {
+        "tokens": "int32", "targets": "int32", "loss_mask": "float32", "positions": "int32", "segment_ids": "int32"
+    }  # fmt: skip
+
+
+def test_a_pair_trains_the_completion_and_the_end_token(words):
+    batch = data.instruct([{"prompt": "hi no ", "completion": "yes"}], words, length=4, batch_size=1).batch(0)
+    assert batch["tokens"].tolist() == [[4, 6, 5, 1]]
+    assert batch["targets"].tolist() == [[6, 5, 1, 0]]
+    assert batch["loss_mask"].tolist() == [[0, 1, 1, 0]]
+
+
+def test_raw_text_trains_every_token_and_the_end_token(words):
+    batch = data.text(["hi yes no"], words, length=5, batch_size=1).batch(0)
+    assert batch["tokens"].tolist() == [[4, 5, 6, 1, 0]]
+    assert batch["loss_mask"].tolist() == [[1, 1, 1, 0, 0]]
+
+
+# --- every kind of tokenizer, language and template
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gpt2", "llama2"])
+@pytest.mark.parametrize("template", BUILT_IN)
+@pytest.mark.parametrize("name", ["single", "multi-turn", "french", "cjk", "emoji", "one letter"])
+def test_the_trained_text_is_the_answers_and_the_ids_are_the_templates(kind, template, name):
+    tok, turns = tokenizer(kind), CONVERSATIONS[name]
+    end = {"chatml": "<|im_end|>\n", "llama3": "<|eot_id|>", "zephyr": "</s>\n"}.get(template, "</s>")
+    start = " " if template == "mistral" else ""
+    answers = [start + turn["content"] + end for turn in turns if turn["role"] == "assistant"]
+    trained = trained_text({"messages": turns}, tok, template=template)
+    if kind == "llama2":  # which writes a space of its own after special tokens
+        trained, answers = ([text.replace(" ", "") for text in texts] for texts in (trained, answers))
+    assert trained == answers
+
+    text = resolve(tok, template)
+    (document,) = encode([Conversation("row 1", turns)], tok, text)
+    assert document.ids.tolist() == tok.apply_chat_template(turns, chat_template=text)["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["chatml", "alpaca", "llama3", "mistral"])
+def test_one_begin_token_results_where_both_template_and_tokenizer_add_it(template):
+    tok = tokenizer(adds_bos=True)
+    loaded = data.chat([{"messages": CONVERSATIONS["multi-turn"]}], tok, template=template, **SIZES)
+    assert loaded.tokens[0] == tok.bos_token_id
+    assert (loaded.tokens == tok.bos_token_id).sum() == 1
+
+
+def test_plain_text_that_already_begins_with_the_begin_token_gets_no_second():
+    tok = tokenizer(adds_bos=True)
+    for source in ("<s>The cat", {"prompt": "<s>The", "completion": " cat"}):
+        assert (data.load([source], tok, **SIZES).tokens == tok.bos_token_id).sum() == 1
+
+
+def test_text_that_already_ends_with_the_end_token_gets_no_second():
+    tok = tokenizer()
+    for source in ("The cat</s>", {"prompt": "The", "completion": " cat</s>"}):
+        assert (data.load([source], tok, **SIZES).tokens == tok.eos_token_id).sum() == 1
+
+
+def test_a_tokenizer_that_adds_the_end_token_adds_no_second_and_none_within_a_pair():
+    plain, adds = tokenizer(), tokenizer(adds_eos=True)
+    assert adds("The cat")["input_ids"] == [*plain("The cat")["input_ids"], plain.eos_token_id]
+    for source in (
+        "The cat",
+        "The cat</s>",
+        {"prompt": "The", "completion": " cat"},
+        {"prompt": "The</s>", "completion": " cat"},
+    ):
+        fingerprints = {data.load([source], tok, **SIZES).fingerprint for tok in (plain, adds)}
+        assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize("template", ["alpaca", "mistral", "zephyr"])
+def test_the_end_token_trains_even_where_it_is_also_the_padding(template):
+    tok = tokenizer(pad_token="</s>")
+    assert tok.pad_token_id == tok.eos_token_id
+    batch = data.chat([{"messages": CONVERSATIONS["multi-turn"]}], tok, template=template, **SIZES).batch(0)
+    ends = batch["targets"][batch["loss_mask"] == 1] == tok.eos_token_id
+    assert ends.sum() == 3
+    padding = batch["segment_ids"] == 0
+    assert padding.any() and batch["loss_mask"][padding].sum() == 0
+
+
+def test_alpaca_sets_the_input_under_a_heading_and_other_templates_after_a_blank_line():
+    row = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
+    loaded = data.instruct([row], tokenizer(), template="alpaca", **SIZES)
+    ((before, _), (after, trained)) = loaded.preview(1)[0][0]
+    assert before.startswith("<s>Below is an instruction that describes a task, paired with an input")
+    assert before.endswith("### Instruction:\nAdd.\n\n### Input:\n2 and 2\n\n### Response:\n")
+    assert (after, trained) == ("4</s>", True)
+    loaded = data.instruct([row], tokenizer(), template="chatml", **SIZES)
+    assert "Add.\n\n2 and 2<|im_end|>" in loaded.preview(1)[0][0][0][0]
+
+
+def test_alpaca_without_an_input_says_nothing_of_one():
+    loaded = data.instruct(
+        [{"instruction": "Add.", "input": "", "output": "4"}], tokenizer(), template="alpaca", **SIZES
+    )
+    before = loaded.preview(1)[0][0][0][0]
+    assert "### Input" not in before and "paired with an input" not in before
+
+
+def test_a_template_may_be_a_file(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    assert trained_text({"messages": CONVERSATIONS["single"]}, tokenizer(), template=str(path)) == ["[It is four.]"]
+
+
+def test_the_turns_end_token_is_told_for_generation_to_stop_at():
+    for template, end in (("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("zephyr", "</s>")):
+        tok = tokenizer()
+        loaded = data.chat([{"messages": CONVERSATIONS["single"]}], tok, template=template, **SIZES)
+        assert loaded.end_of_turn == tok.convert_tokens_to_ids(end)
+        assert loaded.report["end_of_turn"] == end
+
+
+def test_a_template_that_writes_the_date_gives_the_same_data_every_day():
+    template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    )
+    loaded = data.chat([{"messages": CONVERSATIONS["single"]}], tokenizer(), template=template, **SIZES)
+    assert loaded.preview(1)[0][0][0][0].startswith("26 Jul 2024")
+
+
+def test_the_llama3_template_renders_as_the_one_that_llama_3_ships():
+    from importlib.resources import files
+
+    original = files("trl").joinpath("chat_templates", "llama3.jinja").read_text()
+    tok = tokenizer()
+    for turns in CONVERSATIONS.values():
+        assert spans(tok, resolve(tok, "llama3"), Conversation("", turns)) == spans(
+            tok, original, Conversation("", turns)
+        )
+
+
+def test_examples_of_mixed_kinds_are_all_encoded():
+    tok = tokenizer()
+    mixed = [Text("a", "The cat"), Pair("b", "The", " cat"), Conversation("c", CONVERSATIONS["single"])]
+    assert len(encode(mixed, tok, resolve(tok, "chatml"))) == 3
+
+
+# --- refusals
+
+
+def refuse(source, tok, match, **options):
+    with pytest.raises(UserError, match=match) as caught:
+        data.load(source, tok, **SIZES, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row():
+    # As Qwen3's: only the last answer keeps its reasoning.
+    template = (
+        "{% for m in messages %}{{ m.role + ':' }}"
+        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+        "{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    good, bad = {"messages": CONVERSATIONS["single"]}, {"messages": CONVERSATIONS["multi-turn"]}
+    refuse(
+        [good, bad], tokenizer(), r"^row 2: the chat template renders .* up to message 2 otherwise", template=template
+    )
+    assert trained_text(good, tokenizer(), template=template) == ["<think></think>It is four.;"]
+
+
+def test_a_template_that_rejects_a_role_is_refused_with_the_row_and_its_own_words():
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    refuse(
+        [{"messages": CONVERSATIONS["system"]}], tokenizer(), "^row 1: .*System role not supported", template=template
+    )
+    tools = [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}, {"role": "assistant", "content": "c"}]
+    refuse([{"messages": tools}], tokenizer(), "^row 1: .*not tool", template="alpaca")
+
+
+def test_a_conversation_that_begins_with_the_assistant_is_refused_with_the_row():
+    refuse([{"messages": CONVERSATIONS["single"][1:]}], tokenizer(), "^row 1: .*begins with", template="chatml")
+
+
+def test_a_tokenizer_without_a_template_is_told_which_there_are():
+    refuse(
+        [{"messages": CONVERSATIONS["single"]}], tokenizer(), "no chat template: set data.template to one of alpaca, ch"
+    )
+
+
+def test_an_unknown_template_names_its_neighbour():
+    refuse([{"messages": CONVERSATIONS["single"]}], tokenizer(), "Did you mean 'chatml'", template="chatlm")
+
+
+def test_a_built_in_whose_end_token_the_tokenizer_lacks_is_refused(words):
+    refuse([{"messages": CONVERSATIONS["single"]}], words, "ends a turn with '<.im_end.>'", template="chatml")
+
+
+def test_a_tokenizer_without_an_end_token_cannot_end_a_document():
+    tok = tokenizer(eos_token=None)
+    refuse(["some text"], tok, "no eos token")
+
+
+def test_rows_without_an_answer_are_counted_and_alone_are_an_error():
+    silent = {"messages": [{"role": "user", "content": "Hello"}]}
+    empty = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": " "}]}
+    good = {"messages": CONVERSATIONS["single"]}
+    loaded = data.chat([silent, good, empty], tokenizer(), template="chatml", **SIZES)
+    assert loaded.report["dropped"] == {"nothing to learn": {"rows": 2, "tokens": 0}}
+    assert loaded.report["documents"] == 1
+    refuse([silent, empty], tokenizer(), "none of the 2 rows .*nothing to learn: 2", template="chatml")
+
+
+def test_a_template_that_leaves_the_answer_out_is_no_silent_empty_mask():
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    refuse(
+        [{"messages": CONVERSATIONS["single"]}],
+        tokenizer(),
+        "none of the 1 rows .*no trained token: 1",
+        template=template,
+    )

@@ -1,0 +1,221 @@
+"""Packing keeps every token once and wastes little; batches are a pure function of (data, seed, step)."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from data_fixtures import tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import specjax.data as data
+from specjax.data.loader import Data, shuffled
+from specjax.data.pack import best_fit, plan
+
+FIELDS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
+
+
+def make(sizes, *, length, batch_size=2, seed=0, packing=True):
+    """Documents of random tokens (never 0) and masks."""
+    rng = np.random.default_rng(7)
+    offsets = np.cumsum([0, *sizes])
+    tokens = rng.integers(1, 1000, offsets[-1]).astype(np.int32)
+    trained = rng.random(offsets[-1]) < 0.5
+    arguments = {"length": length, "batch_size": batch_size, "seed": seed, "packing": packing}
+    return Data(tokens, trained, offsets, tokenizer=None, **arguments), tokens, trained, offsets
+
+
+def rows_of(batches):
+    batches = list(batches)
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in FIELDS}
+
+
+def equal(one, other):
+    return all(np.array_equal(one[name], other[name]) for name in FIELDS)
+
+
+sizes_and_length = st.integers(2, 40).flatmap(
+    lambda length: st.tuples(
+        st.lists(st.integers(1, 3 * length), min_size=1, max_size=60), st.just(length), st.booleans(), st.integers(1, 4)
+    )
+)
+
+
+@given(sizes_and_length)
+@settings(max_examples=150, deadline=None)
+def test_every_token_and_every_target_is_there_exactly_once(case):
+    sizes, length, packing, batch_size = case
+    loaded, tokens, trained, offsets = make(sizes, length=length, batch_size=batch_size, packing=packing)
+    batches = list(loaded.once())
+    assert all(batch[name].shape == (batch_size, length) for batch in batches for name in FIELDS)
+    rows = rows_of(batches)
+    inside = rows["segment_ids"] > 0
+    assert sorted(rows["tokens"][inside].tolist()) == sorted(tokens.tolist())
+    for name in FIELDS:
+        assert not rows[name][~inside].any()
+    # The pairs (token, target) that count are those of the documents, also across the cuts of long ones.
+    last = np.zeros(len(tokens), bool)
+    last[offsets[1:] - 1] = True
+    wanted = [(tokens[i], tokens[i + 1]) for i in range(len(tokens)) if not last[i] and trained[i + 1]]
+    counted = rows["loss_mask"] == 1
+    assert sorted(zip(rows["tokens"][counted], rows["targets"][counted], strict=True)) == sorted(wanted)
+    assert set(np.unique(rows["loss_mask"])) <= {0.0, 1.0}
+    assert loaded.report["loss_tokens"] == len(wanted)
+
+
+@given(sizes_and_length)
+@settings(max_examples=100, deadline=None)
+def test_segments_are_numbered_from_one_and_positions_restart_in_each(case):
+    sizes, length, packing, batch_size = case
+    loaded, *_ = make(sizes, length=length, batch_size=batch_size, packing=packing)
+    rows = rows_of(loaded.once())
+    for segments, positions in zip(rows["segment_ids"], rows["positions"], strict=True):
+        full = int((segments > 0).sum())
+        assert not segments[full:].any()  # padding only at the end
+        steps = np.diff(segments[:full])
+        assert ((steps == 0) | (steps == 1)).all()
+        assert full == 0 or segments[0] == 1
+        if not packing:
+            assert segments.max(initial=0) <= 1
+        restart = np.concatenate([[True], steps == 1]) if full else np.empty(0, bool)
+        assert (positions[:full][restart] == 0).all()
+        assert (np.diff(positions[:full])[~restart[1:]] == 1).all()
+
+
+def test_longest_pieces_go_first_and_each_into_the_fullest_row_with_room():
+    assert best_fit(np.array([5, 6, 2]), 8).tolist() == [1, 0, 0]
+    assert best_fit(np.array([3, 3, 5, 5]), 8).tolist() == [1, 0, 0, 1]
+
+
+@given(arrays(np.int64, st.integers(1, 200), elements=st.integers(1, 64)))
+@settings(max_examples=200, deadline=None)
+def test_no_row_overflows_and_no_two_rows_could_have_been_one(sizes):
+    load = np.sort(np.bincount(best_fit(sizes, 64), weights=sizes))
+    assert load[-1] <= 64 and load[0] > 0
+    assert len(load) == 1 or load[0] + load[1] > 64
+
+
+@given(st.lists(st.sets(st.integers(1, 63), max_size=8), min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_packing_is_within_the_bound_of_best_fit_decreasing(cuts):
+    # Full rows cut to pieces: the fewest rows are known.
+    sizes = np.concatenate([np.diff([0, *sorted(cut), 64]) for cut in cuts])
+    assert best_fit(sizes, 64).max() + 1 <= 11 / 9 * len(cuts) + 6 / 9
+
+
+def test_packing_of_usual_lengths_wastes_less_than_one_percent():
+    rng = np.random.default_rng(0)
+    sizes = np.minimum(rng.lognormal(4.5, 0.8, 20_000).astype(int) + 1, 1024)
+    packed = plan(np.concatenate([[0], np.cumsum(sizes)]), 1024)
+    assert sizes.sum() / ((len(packed.rows) - 1) * 1024) > 0.99
+
+
+def test_a_long_text_goes_on_in_another_row_and_loses_no_target():
+    loaded, tokens, *_ = make([10], length=4, batch_size=3)
+    rows = rows_of(loaded.once())
+    order = np.argsort([np.flatnonzero(tokens == row[0])[0] for row in rows["tokens"]])
+    assert rows["tokens"][order].reshape(-1)[:10].tolist() == tokens.tolist()
+    assert rows["targets"][order].reshape(-1)[:10].tolist() == [*tokens[1:], 0]
+    assert rows["positions"][order].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 0]]
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    sizes = np.random.default_rng(1).integers(1, 30, 200)
+    loaded, *_ = make(sizes, length=32, batch_size=4)
+    steps = [0, 7, 3, 100, 7, 31, 0]
+    first = [loaded.batch(step) for step in steps]
+    again, *_ = make(sizes, length=32, batch_size=4)
+    assert all(equal(again.batch(step), batch) for step, batch in reversed(list(zip(steps, first, strict=True))))
+    other, *_ = make(sizes, length=32, batch_size=4, seed=1)
+    assert not equal(other.batch(0), first[0])
+    assert other.fingerprint == loaded.fingerprint  # the seed orders the data and does not change it
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_shards_are_parts_of_the_same_global_batch(shards):
+    loaded, *_ = make(np.random.default_rng(1).integers(1, 30, 200), length=32, batch_size=8)
+    for step in (0, 2, 5, 50):
+        parts = rows_of([loaded.batch(step, shard=shard, shards=shards) for shard in range(shards)])
+        assert equal(parts, loaded.batch(step))
+
+
+def test_a_batch_that_does_not_divide_into_the_shards_is_refused():
+    with pytest.raises(ValueError, match="8 rows does not divide into 3"):
+        make([5] * 50, length=10, batch_size=8)[0].batch(0, shards=3)
+
+
+def test_each_epoch_holds_every_row_once_in_another_order_and_batches_cross_its_end():
+    loaded, *_ = make([10] * 7, length=10, batch_size=3, seed=3)  # 7 rows in batches of 3
+    assert (loaded.num_rows, loaded.steps_per_epoch) == (7, 2)
+    seen = rows_of([loaded.batch(step) for step in range(7)])["tokens"]  # three epochs
+    epochs = [seen[7 * epoch : 7 * epoch + 7].tolist() for epoch in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] and epochs[1] != epochs[2] and epochs[0] != epochs[2]
+
+
+def test_fewer_rows_than_a_batch_are_repeated():
+    loaded, *_ = make([10] * 2, length=10, batch_size=5)
+    assert loaded.steps_per_epoch == 1
+    assert (loaded.batch(0)["segment_ids"] == 1).all()
+
+
+def test_the_order_of_rows_is_the_same_for_ever():
+    assert shuffled(8, seed=0, epoch=0).tolist() == [1, 4, 2, 6, 0, 7, 3, 5]
+    assert np.array_equal(np.sort(shuffled(1000, 5, 2)), np.arange(1000))
+
+
+def test_shuffles_are_uniform():
+    first = np.bincount([shuffled(6, seed, epoch)[0] for seed in range(100) for epoch in range(60)], minlength=6)
+    assert (abs(first - 1000) < 6 * math.sqrt(1000 * 5 / 6)).all()
+
+
+def test_the_fingerprint_tells_tokens_masks_and_plan_apart():
+    (loaded, tokens, trained, offsets) = make([5, 6, 3], length=8)
+    same = {"tokenizer": None, "batch_size": 2}
+    changed = tokens.copy()
+    changed[3] += 1
+    prints = {
+        loaded.fingerprint,
+        Data(changed, trained, offsets, length=8, **same).fingerprint,
+        Data(tokens, ~trained, offsets, length=8, **same).fingerprint,
+        Data(tokens, trained, offsets, length=9, **same).fingerprint,
+        Data(tokens, trained, offsets, length=8, packing=False, **same).fingerprint,
+        Data(tokens, trained, np.array([0, 5, 14]), length=8, **same).fingerprint,
+    }
+    assert len(prints) == 6
+    assert Data(tokens, trained, offsets, length=8, **same).fingerprint == loaded.fingerprint
+
+
+def test_overlong_pairs_are_dropped_or_truncated_and_counted():
+    tok = tokenizer(adds_bos=False)
+    rows = [{"prompt": "a" * 4, "completion": "b" * n} for n in (3, 5, 9)] + [{"prompt": "a" * 20, "completion": "b"}]
+    sizes = {"length": 10, "batch_size": 1}
+    assert len(tok("aaaabbb")["input_ids"]) == 7
+    dropped = data.instruct(rows, tok, **sizes).report
+    assert dropped["rows"] == 4 and dropped["documents"] == 2
+    assert dropped["dropped"] == {"over length": {"rows": 2, "tokens": 14 + 22}}
+    loaded = data.instruct(rows, tok, overlong="truncate", **sizes)
+    assert loaded.report["truncated"] == {"rows": 1, "tokens": 4}
+    assert loaded.report["dropped"] == {"answer beyond length": {"rows": 1, "tokens": 22}}
+    assert loaded.report["documents"] == 3 and loaded.report["tokens"] == 8 + 10 + 10
+    assert dropped["truncated"] == {"rows": 0, "tokens": 0}
+
+
+def test_raw_text_over_the_length_is_cut_and_never_dropped():
+    report = data.text(["a" * 25, "b"], tokenizer(adds_bos=False), length=10, batch_size=1).report
+    assert (report["tokens"], report["split_documents"], report["pieces"]) == (28, 1, 4)
+    assert not report["dropped"]
+
+
+def test_the_report_is_json_and_its_counts_add_up():
+    rows = [{"instruction": "What is it?", "response": "The cat."}] * 9 + [{"instruction": "Hello", "response": ""}]
+    loaded = data.instruct(rows, tokenizer(), template="chatml", length=64, batch_size=2)
+    report = json.loads(json.dumps(loaded.report))
+    batches = rows_of(loaded.once())
+    assert report["tokens"] == (batches["segment_ids"] > 0).sum()
+    assert report["loss_tokens"] == batches["loss_mask"].sum()
+    assert report["rows"] == report["documents"] + sum(count["rows"] for count in report["dropped"].values())
+    assert report["packed_rows"] == loaded.num_rows and report["fingerprint"] == loaded.fingerprint
+    assert report["packing_efficiency"] == pytest.approx(report["tokens"] / (loaded.num_rows * 64), abs=1e-4)

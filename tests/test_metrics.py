@@ -1,0 +1,134 @@
+import io
+import json
+import re
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from specjax.errors import UserError
+from specjax.train.metrics import Log
+
+
+def console(terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=200)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(folder: Path | None, first: int, last: int, start: int = 0, **options) -> str:
+    out = options.pop("console", None) or console()
+    with Log(folder, steps=10, start=start, console=out, **options) as log:
+        if start == 0:
+            log.evaluate(0, {"eval/domain/loss": 1.5})
+        for step in range(first, last + 1):
+            log.train(step, {"loss": np.float32(step), "tokens": np.int64(64), "tokens_per_s": 1234.5, "lr": 1e-4})
+            if step % 2 == 0:
+                log.evaluate(step, {"eval/domain/loss": 0.5})
+                log.sample(step, "Why?", "Because\nit is.")
+    return out.file.getvalue()
+
+
+def test_every_logged_step_is_a_json_line(tmp_path):
+    run(tmp_path, 1, 2, tensorboard=False)
+    assert rows(tmp_path / "metrics.jsonl") == [
+        {"step": 0, "eval/domain/loss": 1.5},
+        {"step": 1, "loss": 1.0, "tokens": 64, "tokens_per_s": 1234.5, "lr": 1e-4},
+        {"step": 2, "loss": 2.0, "tokens": 64, "tokens_per_s": 1234.5, "lr": 1e-4},
+        {"step": 2, "eval/domain/loss": 0.5},
+    ]
+    assert rows(tmp_path / "samples.jsonl") == [{"step": 2, "prompt": "Why?", "text": "Because\nit is."}]
+
+
+def test_lines_are_on_disk_before_the_run_ends(tmp_path):
+    log = Log(tmp_path, steps=2, tensorboard=False, console=console())
+    log.train(1, {"loss": 1.0})
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+    log.close()
+    log.close()
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_a_resumed_run_leaves_the_files_of_one_that_never_stopped(tmp_path, start):
+    run(tmp_path / "whole", 1, 6, tensorboard=False)
+    run(tmp_path / "killed", 1, 4, tensorboard=False)
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "lo')  # killed in the middle of a write
+    run(tmp_path / "killed", start + 1, 6, start=start, tensorboard=False)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert rows(tmp_path / "killed" / name) == rows(tmp_path / "whole" / name)
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+
+
+def test_values_that_json_lacks_are_null(tmp_path):
+    with Log(tmp_path, steps=1, tensorboard=False, console=console()) as log:
+        log.train(1, {"loss": float("nan"), "grad_norm": np.float32("inf")})
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "grad_norm": None}]
+
+
+def test_a_pipe_gets_one_plain_line_a_step(tmp_path):
+    lines = run(None, 1, 3).splitlines()
+    assert lines[1] == "step 1/10  loss 1.0000  lr 1.00e-04  1,234 tokens/s"
+    assert re.fullmatch(r"step 3/10  loss 3.0000 .* 0:00 left", lines[-1])
+    assert "step 2/10  eval/domain/loss 0.5000" in lines
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes(tmp_path):
+    shown = run(None, 8, 10, start=7, console=console(terminal=True))
+    assert "10/10" in shown
+    assert "7/10" in shown
+    assert "tokens/s" in shown
+
+
+def test_without_a_workdir_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(None, 1, 2, wandb="project")
+    assert not list(tmp_path.iterdir())
+
+
+def events(folder: Path) -> list[Event]:
+    found = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:  # TFRecord: length, its checksum, the event, its checksum
+            (size,) = struct.unpack_from("<Q", data)
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_scalars_and_is_told_what_a_resume_drops(tmp_path):
+    run(tmp_path, 1, 4)
+    first = {(v.tag, e.step): v.simple_value for e in events(tmp_path / "tensorboard") for v in e.summary.value}
+    assert first["train/loss", 3] == 3.0
+    assert first["eval/domain/loss", 2] == 0.5
+    run(tmp_path, 3, 5, start=2)
+    assert [e.step for e in events(tmp_path / "tensorboard") if e.HasField("session_log")] == [0, 3]
+
+
+def test_wandb_that_is_not_installed_is_a_users_mistake(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        Log(tmp_path, steps=1, wandb="project", console=console())
+
+
+def test_wandb_continues_the_page_of_a_resumed_run(tmp_path, monkeypatch):
+    calls: list[dict] = []
+    logged: list[tuple] = []
+    fake = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: calls.append(how) or fake))
+    for start in (0, 1):
+        with Log(tmp_path, steps=2, start=start, wandb="project", config={"seed": 0}, console=console()) as log:
+            log.train(start + 1, {"loss": 1.0})
+    assert calls[0]["id"] == calls[1]["id"]
+    assert calls[0]["project"] == "project"
+    assert calls[0]["config"] == {"seed": 0}
+    assert logged == [(1, {"loss": 1.0}), "end", (2, {"loss": 1.0}), "end"]
