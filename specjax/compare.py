@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
             name,
             f"{summary['trainable_parameters']:,}",
             f"{summary['seconds']:.0f} (+{summary['compile_seconds']:.0f} compile)",
-            f"{summary['tokens_per_s']:,.0f}",
+            f"{summary['tokens_per_s']:,.0f}" if summary["tokens_per_s"] else "",
             f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
             *(f"{loss['before']:.3f} -> {loss['after']:.3f}" if loss else "" for loss in losses),
             f"{summary['saved_bytes'] / 1e6:.1f} MB",
@@ -63,7 +64,11 @@ def _run(settings: dict[str, Any], workdir: Path) -> None:
     context = multiprocessing.get_context("spawn")  # a fresh interpreter: no JAX state, a memory peak of its own
     process = context.Process(target=_train, args=(settings, str(workdir)))
     process.start()
-    process.join()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())  # it saves, and ends with 143
+    try:
+        process.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if process.exitcode == 2:
         raise SystemExit(2)  # the child has said why
     if process.exitcode == 143:
@@ -78,7 +83,7 @@ def _train(settings: dict[str, Any], workdir: str) -> None:
     try:
         run.train(merge(get_config(), settings), workdir)
     except UserError as error:
-        print(f"specjax: {error}", file=sys.stderr)
+        print("specjax:", str(error).replace("\n", " "), file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,6 +1,7 @@
 """The composition root, the only reader of a ConfigDict: it builds mesh, model, data and optimizer, and calls `fit`."""
 
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,11 @@ from specjax.train.evaluate import evaluate as evaluate_set
 from specjax.train.fit import Result, fit
 from specjax.train.step import make_eval_step, split
 
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's remarks on its own options are no concern of the user's
+
 
 def train(config: ConfigDict, workdir: str | Path) -> Result:
-    """Runs the job of a config; called again on the same workdir, it resumes.
+    """Runs the job of a config; called again on the same workdir, it resumes; a finished run stays as it is.
 
     Everything that can be wrong with config, data and folder is said before the weights are read. Writes `config.json`,
     `data.json`, `metrics.jsonl`, `checkpoints/`, `summary.json` and `export/` into the workdir.
@@ -37,6 +40,9 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     validate(config, jax.device_count())
     settings = resolved(config)
     _claim(workdir, settings)
+    if (finished := _finished(workdir, config)) is not None:
+        _say(f"{workdir}: the run was complete after {finished.step} steps, nothing was trained")
+        return finished
     mesh = sharding.make_mesh(**config.mesh)
     folder, tokenizer = build.tokenizer_of(config)
     data, eval_data = build.train_data_of(config, tokenizer), build.eval_data_of(config, tokenizer)
@@ -71,9 +77,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         build.restore(model, config, workdir, "best")
         build.write_export(model, tokenizer, config, workdir / "export")
     _summarise(workdir, config, result)
-    if jax.process_index() == 0:
-        done = f"{result.step} steps" if result.tokens else "the run was complete, nothing was trained"
-        print(f"{done}; {workdir / 'export'} is ready; try: specjax generate --model={workdir} --prompt=...")
+    exported = f"; {workdir / 'export'} is ready" if config.export else ""
+    _say(f"{result.step} steps{exported}; try: specjax generate --model={workdir} --prompt=...")
     return result
 
 
@@ -186,11 +191,15 @@ def data(config: ConfigDict) -> None:
 def _claim(workdir: Path, settings: dict[str, Any]) -> None:
     """Refuses a workdir that holds something else, or a run whose result this config would change."""
     path = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: choose another workdir.")
     if not path.exists():
         if workdir.is_dir() and any(workdir.iterdir()):
             raise UserError(f"{workdir} is not empty and holds no run: choose another workdir.")
         return
     if not any((workdir / "checkpoints").glob("[0-9]*")):
+        if (workdir / "export").exists():
+            raise UserError(f"{workdir} holds an export but no checkpoint to resume from: choose another workdir.")
         return  # it ended before anything was learnt: nothing to resume, nothing to lose
     try:
         old = json.loads(path.read_text())
@@ -207,6 +216,21 @@ def _at(settings: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def _finished(workdir: Path, config: ConfigDict) -> Result | None:
+    """What a complete run did (its summary is written last), or None while something is left to do."""
+    path = workdir / "summary.json"
+    if not path.exists() or (config.export and not (workdir / "export").exists()):
+        return None
+    found = json.loads(path.read_text())
+    kept = ("step", "best_step", "stopped", "trainable_parameters")
+    return Result(**{name: found[name] for name in kept})
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:  # the first process speaks for all
+        print(text)
 
 
 def _summarise(workdir: Path, config: ConfigDict, result: Result) -> None:

@@ -85,7 +85,7 @@ class Linear(nnx.Module):
         """[...,*in_shape] -> [...,*out_shape] in x's dtype, or in `accumulate` (the logits' float32)."""
         y = _contract(x, self.kernel[...], self.in_dims, accumulate)
         if self.bias is not None:
-            y += self.bias[...].astype(y.dtype)
+            y += jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
         if self.active is not None:
             y += self.lora[self.active](x, self.in_dims, dropout_key)
         return y

@@ -10,10 +10,12 @@ from specjax.models.config import RopeScaling
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
     """Inverse frequencies, float32 [head_dim/2], equal to transformers' `ROPE_INIT_FUNCTIONS`.
 
-    Computed in float32 throughout: one unit in the last place is already visible in the logits.
+    Rounded to float32 where transformers rounds: one unit in the last place is already visible in the logits.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.int64).astype(np.float32) / np.float32(head_dim)
-    inverse = (np.float32(1.0) / np.float32(theta) ** exponent).astype(np.float32)
+    # torch's float32 power is rounded correctly, which NumPy's is not: taken in float64 and rounded, they agree.
+    power = (np.float64(theta) ** exponent.astype(np.float64)).astype(np.float32)
+    inverse = np.float32(1.0) / power
     if scaling is None:
         return inverse
     if scaling.kind == "linear":

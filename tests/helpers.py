@@ -1,0 +1,148 @@
+"""Small models and data for the tests that compare numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from specjax import sharding
+from specjax.data import Data
+from specjax.hf.load import abstract
+from specjax.models import Decoder, ModelConfig
+
+PROMPT = 493  # long enough for a wrong rotary embedding to show, and no multiple of anything
+
+
+def sizes(**changes: Any) -> dict[str, Any]:
+    """A `config.json` of Llama, as transformers 5 writes it."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "dtype": "float32",
+    } | changes
+
+
+def model(*, mesh: Any = None, dtype: Any = "float32", param_dtype: Any = "float32", **changes: Any) -> Decoder:
+    """A random model of ours, drawn by NumPy: the same on every mesh, and nothing to compile."""
+    shapes = abstract(ModelConfig.from_hf(sizes(**changes)), dtype=dtype, param_dtype=param_dtype)
+    places = sharding.of_module(shapes, mesh) if mesh is not None else {}
+    rng = np.random.default_rng(3)
+    leaves = []
+    for path, leaf in nnx.to_flat_state(nnx.state(shapes)):
+        name = sharding.path_name(path)
+        values = rng.normal(1.0 if name.endswith("scale") else 0.0, 0.08, leaf.shape)
+        leaves.append((path, jax.device_put(jnp.asarray(values, param_dtype), places.get(name))))
+    return nnx.merge(nnx.graphdef(shapes), nnx.from_flat_state(leaves))
+
+
+def torch_model(family: str = "llama", *, seed: int = 0, dtype: Any = None, **changes: Any) -> Any:
+    """A random model of transformers, its logits of size 1 to 5 and none of its norms or biases the neutral one."""
+    import torch
+    import transformers
+
+    kinds = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    }
+    config_class, model_class = kinds[family]
+    common = {
+        "vocab_size": 517,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "attn_implementation": "eager",
+    }
+    made = model_class(config_class(**common | changes)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in made.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            weight.data = 1 + 0.1 * noise
+        elif name.endswith("bias"):
+            weight.data = 0.1 * noise
+        else:
+            # q and k wide enough for attention that is far from uniform: else its mask and positions hardly show.
+            weight.data = noise * (0.2 if "q_proj" in name or "k_proj" in name else 0.15)
+    return made.to(dtype or torch.float32)
+
+
+def torch_logits(of: Any, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B,T,V] of a transformers model."""
+    import torch
+
+    with torch.no_grad():
+        return of(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
+
+
+def prompts(vocab_size: int = 517, rows: int = 2, length: int = PROMPT, seed: int = 0) -> np.ndarray:
+    """int32 [rows, length] of random tokens."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (rows, length)).astype(np.int32)
+
+
+def data(
+    *,
+    documents: int = 40,
+    shortest: int = 5,
+    longest: int = 60,
+    vocab_size: int = 128,
+    length: int = 64,
+    batch_size: int = 8,
+    seed: int = 0,
+    answers: bool = False,
+) -> Data:
+    """Packed documents that can be learnt: each token follows from the one before, with some noise.
+
+    With `answers` the first half of each document is a question, which the loss does not count.
+    """
+    rng = np.random.default_rng(1000 + seed)
+    follows = np.random.default_rng(0).permutation(vocab_size)
+    counts = rng.integers(shortest, longest + 1, documents)
+    tokens, trained = [], []
+    for count in counts:
+        ids = [int(rng.integers(vocab_size))]
+        while len(ids) < count:
+            ids.append(int(follows[ids[-1]]) if rng.random() < 0.9 else int(rng.integers(vocab_size)))
+        tokens += ids
+        trained += [not answers or place >= count // 2 for place in range(count)]
+    offsets = np.cumsum([0, *counts])
+    flags = np.array(trained, bool)
+    ids = np.array(tokens, np.int32)
+    return Data(ids, flags, offsets, tokenizer=None, length=length, batch_size=batch_size, seed=seed)
+
+
+def weights(of: nnx.Module, kind: Any = nnx.Param) -> dict[str, np.ndarray]:
+    """A copy of the parameters by dotted path."""
+    leaves = nnx.to_flat_state(nnx.state(of, kind))
+    return {sharding.path_name(path): np.array(leaf[...], copy=True) for path, leaf in leaves}
+
+
+BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+
+
+def assert_same_bits(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    """The same names, dtypes and bytes."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype, name
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+def metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl` without what measures time."""
+    rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]

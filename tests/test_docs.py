@@ -1,0 +1,192 @@
+"""What the documents say can be done, can be done: commands parse, files exist, keys and functions are there."""
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from specjax.cli import VERBS, parse
+from specjax.config import check_length, get_config, load_config_file, lora_settings, methods, validate
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GROUPS = "model|lora|data|optimizer|eval|checkpoint|log|mesh"
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(text: str, language: str = r"\w*") -> list[str]:
+    """The fenced blocks of a Markdown text."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def prose(text: str) -> str:
+    """A Markdown text without its fenced blocks, on one line."""
+    return " ".join(re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE).split())
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Every `specjax VERB --FLAG ...` in a document's blocks and code spans, or in a config's docstring."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        parts = [ast.get_docstring(ast.parse(text)) or ""]
+    else:
+        parts = [*blocks(text), *re.findall(r"`(specjax [^`]* --[^`]*)`", prose(text))]
+    lines = re.sub(r"\\\n\s*", "", "\n".join(parts)).splitlines()
+    found = [re.match(r"\s*specjax ([a-z].*)", line) for line in lines]
+    return [shlex.split(hit[1], comments=True) for hit in found if hit]
+
+
+def all_commands() -> list[tuple[str, list[str]]]:
+    return [(name(path), words) for path in [*DOCUMENTS, *CONFIGS] for words in commands(path)]
+
+
+def tree() -> list[str]:
+    """The paths of the README's file tree."""
+    block = next(block for block in blocks(README) if block.startswith("specjax/\n"))
+    found: list[str] = []
+    parents: list[str] = []
+    for line in block.splitlines():
+        entry = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents[depth:] = [entry]
+        found.append("".join(parents))
+    return found
+
+
+def test_there_are_commands_in_the_readme_and_in_every_config():
+    where = [path for path, _ in all_commands()]
+    assert where.count("README.md") > 10
+    assert {name(path) for path in CONFIGS} - set(where) == {"configs/demo_base.py"}  # its command is `make demo-base`
+    assert {words[0] for path, words in all_commands() if path == "README.md"} == set(VERBS)
+
+
+@pytest.mark.parametrize("path, words", all_commands())
+def test_every_command_in_the_documents_parses_and_its_config_is_valid(monkeypatch, path, words):
+    monkeypatch.chdir(ROOT)
+    verb, *argv = ["--config=configs/demo.py" if word == "--config=F" else word for word in words]
+    found = parse(verb, argv)
+    if "config" in found:
+        validate(found["config"], 1)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_every_verb_in_the_documents_exists(path):
+    assert set(re.findall(r"`specjax ([a-z]+)", prose(path.read_text(encoding="utf-8")))) <= set(VERBS)
+
+
+def test_every_make_target_in_the_documents_exists():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = {
+        target
+        for path in DOCUMENTS
+        for target in re.findall(r"(?:^|`)make ([\w-]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert named >= {"demo", "test"}
+    assert named <= set(targets)
+
+
+def test_everything_in_the_readmes_file_tree_exists_and_all_of_the_package_is_in_it():
+    paths = tree()
+    assert len(paths) > 30
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    package = {name(path) for path in (ROOT / "specjax").rglob("*.py")}
+    package -= {path for path in package if path.endswith("/__init__.py") and path != "specjax/__init__.py"}
+    assert package | {name(path) for path in CONFIGS} <= set(paths)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_links_to_files_and_headings_resolve(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        file, _, heading = target.partition("#")
+        linked = path.parent / file if file else path
+        assert linked.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in slugs, target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+def test_files_and_tests_named_in_code_spans_exist(path):
+    text = path.read_text(encoding="utf-8")
+    roots = "specjax|configs|demo|docs|tests|benchmarks|notebooks"
+    for span in re.findall(rf"`((?:{roots})/[\w./-]+)(?:::(\w+))?`", text):
+        file, test = span
+        assert (ROOT / file).exists(), span
+        if test:
+            assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), span
+
+
+def test_config_keys_named_in_the_readme_exist():
+    config = get_config()
+    keys = re.findall(rf"`(?:--config\.)?((?:{GROUPS})\.[a-z_0-9.]+)", README)
+    assert len(keys) > 30
+    for key in keys:
+        if key.rpartition(".")[2] in ("py", "json", "md") or key.startswith(("data.eval.", "data.columns.")):
+            continue  # a file, or a group whose names are the user's own
+        node = config
+        for part in key.split("."):
+            assert part in node, key
+            node = node[part]
+
+
+def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
+    """The calls of `sj.<name>` or `sj.<module>.<name>` in a piece of Python."""
+    found = [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [(text.removeprefix("sj."), node) for text, node in found if text.startswith("sj.")]
+
+
+def test_the_readmes_python_calls_functions_that_exist_with_arguments_that_they_take():
+    python = "\n".join(blocks(README, "python"))
+    found = calls(ast.parse(python))
+    assert len(found) > 12
+    for dotted, call in found:
+        function = importlib.import_module("specjax")
+        for part in dotted.split("."):
+            function = getattr(function, part)
+        keywords = {str(keyword.arg): None for keyword in call.keywords}
+        inspect.signature(function).bind(*call.args, **keywords)
+    contract = {"make_mesh", "load", "lora.inject", "data.instruct", "fit", "adamw", "generate", "lora.save", "export"}
+    assert contract <= {dotted for dotted, _ in found}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_every_config_builds_its_model_abstractly_and_lays_it_over_a_mesh(path, monkeypatch):
+    from specjax import sharding
+    from specjax.hf.load import abstract
+    from specjax.lora.adapters import match
+    from specjax.models import ModelConfig
+
+    monkeypatch.chdir(ROOT)
+    config = load_config_file(str(path))
+    for made in methods(config).values() if config.compare else [config]:
+        validate(made, 8)
+        assert os.path.isfile(f"{made.model.path}/config.json"), "a shipped config runs on what ships with it"
+        sizes = ModelConfig.from_folder(made.model.path)
+        check_length(made.data.length, sizes.max_positions)
+        param_dtype = "float32" if made.trainable == "all" else made.model.dtype
+        model = abstract(sizes, dtype=made.model.dtype, param_dtype=param_dtype, remat=made.model.remat)
+        assert sharding.of_module(model, sharding.make_mesh(fsdp=4, tensor=2))
+        if made.trainable == "lora":
+            assert match(model, lora_settings(made)["targets"])
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *CONFIGS, *NOTEBOOKS], ids=name)
+def test_no_figure_is_owed(path):
+    marker = "MEASURED" + ":"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [number for number, line in enumerate(lines, 1) if marker in line] == []

@@ -1,0 +1,236 @@
+"""The decoder equals transformers' Llama and Mistral, whatever route its computation takes."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import PROMPT, data, model, prompts, sizes, torch_logits, torch_model
+
+from specjax.errors import UserError
+from specjax.hf.load import load
+from specjax.models import ModelConfig, attention, rope
+from specjax.train.losses import token_sums
+from specjax.train.step import merge, split
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+CASES = {
+    "llama": ("llama", {}),
+    "llama, every head its own keys": ("llama", {"num_key_value_heads": 8}),
+    "llama3 rope scaling": ("llama", {"rope_parameters": LLAMA3}),
+    "linear rope scaling": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "another rope base": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "a head_dim of its own": ("llama", {"head_dim": 24}),
+    "a norm eps that shows": ("llama", {"rms_norm_eps": 1e-2}),
+    "mistral, window shorter than the prompt": ("mistral", {"sliding_window": 50, "head_dim": 24}),
+    "mistral without window": ("mistral", {"sliding_window": None}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """case -> (a folder that transformers wrote, its logits over the prompts)."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            family, changes = CASES[case]
+            reference = torch_model(family, **changes)
+            path = tmp_path_factory.mktemp("model")
+            reference.save_pretrained(path)
+            made[case] = path, torch_logits(reference, prompts())
+        return made[case]
+
+    return get
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(folder, case):
+    path, wanted = folder(case)
+    ours, tokenizer = load(path, dtype="float32")
+    assert tokenizer is None
+    found = np.asarray(ours(prompts()))
+    assert found.dtype == np.float32 and found.shape == (2, PROMPT, 517)
+    assert 0.5 < wanted.std() < 5  # or a tolerance of 1e-4 says nothing
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+    print(f"{case}: differs by {np.abs(found - wanted).max():.1e}, logits up to {np.abs(wanted).max():.1f}")
+
+
+@pytest.mark.parametrize("head_dim", [24, 64, 80, 128])
+@pytest.mark.parametrize("case", ["llama", "linear rope scaling", "llama3 rope scaling"])
+def test_rotary_frequencies_are_those_of_transformers_to_the_last_bit(case, head_dim):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(**sizes(head_dim=head_dim) | CASES[case][1])
+    wanted = LlamaRotaryEmbedding(config).inv_freq.numpy()
+    ours = ModelConfig.from_hf(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    found = rope.frequencies(head_dim, ours.rope_theta, ours.rope_scaling)
+    assert found.dtype == np.float32
+    np.testing.assert_array_max_ulp(found, wanted, maxulp=0 if case == "llama" else 1)
+
+
+@pytest.mark.parametrize("case", ["llama3 rope scaling", "mistral, window shorter than the prompt", "tied"])
+def test_bfloat16_logits_are_within_two_percent(folder, case):
+    path, wanted = folder(case)
+    ours, _ = load(path, dtype="bfloat16")
+    found = np.asarray(ours(prompts()))
+    assert found.dtype == np.float32
+    assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+
+
+def test_a_config_in_the_dialect_of_transformers_4_is_the_same_model(folder, tmp_path):
+    path, _ = folder("llama3 rope scaling")
+    new = json.loads((path / "config.json").read_text())
+    rope = new.pop("rope_parameters")
+    old = new | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": new.pop("dtype")}
+    assert ModelConfig.from_hf(old) == ModelConfig.from_folder(path)
+    assert ModelConfig.from_hf(old).stored_dtype == ModelConfig.from_folder(path).stored_dtype == "float32"
+    older = old | {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert ModelConfig.from_hf(older).rope_scaling.kind == "linear"
+
+
+def test_sizes_that_a_config_leaves_out_are_those_of_transformers():
+    given = sizes()
+    for key in ("num_key_value_heads", "rms_norm_eps", "dtype"):
+        del given[key]
+    config = ModelConfig.from_hf(given)
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 8, 10000.0)
+    assert (config.norm_eps, config.tied, config.sliding_window, config.stored_dtype) == (1e-6, False, None, "float32")
+    mistral = ModelConfig.from_hf(sizes(architectures=["MistralForCausalLM"], num_attention_heads=8, hidden_size=64))
+    assert mistral.sliding_window == 4096
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": ["GPTNeoXForCausalLM"]}, ("GPTNeoXForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")),
+        ({"architectures": None}, ("(none)", "LlamaForCausalLM")),
+        ({"hidden_act": "gelu"}, ("hidden_act 'gelu'", "silu")),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("'dynamic'", "default, linear, llama3")),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ("'yarn'", "default, linear, llama3")),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ("lacks low_freq_factor, high_freq_factor",)),
+        ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, ("num_attention_heads 4", "num_key_value_heads 3")),
+        ({"vocab_size": None, "hidden_size": "32"}, ("vocab_size, hidden_size",)),
+    ],
+)
+def test_a_config_that_is_not_supported_says_what_and_what_is(changes, said):
+    with pytest.raises(UserError) as refused:
+        ModelConfig.from_hf(sizes(**changes), where="there/config.json")
+    for part in ("there/config.json", *said):
+        assert part in str(refused.value)
+
+
+def packed(rows):
+    """Documents side by side in one row, and padding after them: what a packed batch gives the model."""
+    tokens = np.concatenate(rows)
+    positions = np.concatenate([np.arange(len(row)) for row in rows])
+    segments = np.concatenate([np.full(len(row), number) for number, row in enumerate(rows, 1)])
+    padding = np.zeros(7, int)
+    return [np.concatenate([x, padding])[None].astype(np.int32) for x in (tokens, positions, segments)]
+
+
+@pytest.mark.parametrize("case", ["llama3 rope scaling", "mistral, window shorter than the prompt"])
+def test_a_packed_row_gives_each_document_the_logits_it_has_alone(folder, case):
+    ours, _ = load(folder(case)[0], dtype="float32")
+    documents = [prompts(rows=1, length=length, seed=length)[0] for length in (120, 1, 63, 200)]
+    tokens, positions, segments = packed(documents)
+    found = np.asarray(ours(tokens, positions, segments))
+    assert np.isfinite(found).all()
+    start = 0
+    for document in documents:
+        alone = np.asarray(ours(document[None]))
+        np.testing.assert_allclose(found[:, start : start + len(document)], alone, rtol=0, atol=2e-5)
+        start += len(document)
+
+
+@pytest.mark.parametrize("case", ["llama3 rope scaling", "mistral, window shorter than the prompt"])
+def test_extending_a_cache_equals_the_whole_prompt(folder, case):
+    ours, _ = load(folder(case)[0], dtype="float32")
+    tokens, size, pad = prompts(length=150), 170, np.array([0, 9])
+    whole = np.asarray(ours(tokens))
+    # The second row begins 9 slots later, after padding on its left.
+    slots = np.arange(size)[None] - pad[:, None]
+    places, held = np.maximum(slots, 0).astype(np.int32), np.zeros((2, size), np.int32)
+    cache, parts, slot = ours.empty_cache(2, size), [], 0
+    extend = nnx.jit(lambda m, *given: m.extend(*given))
+    for count in (100, 30, 1, 1, 18):
+        held[:, slot : slot + count] = slots[:, slot : slot + count] >= 0
+        fed = np.stack([np.append(np.zeros(p, np.int32), row)[slot : slot + count] for row, p in zip(tokens, pad)])
+        hidden, cache = extend(ours, fed, places[:, slot : slot + count], cache, places, held, jnp.int32(slot))
+        parts.append(np.asarray(ours.unembed(hidden)))
+        slot += count
+    found = np.concatenate(parts, axis=1)
+    np.testing.assert_allclose(found[0], whole[0], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(found[1, 9:], whole[1, : 150 - 9], rtol=0, atol=2e-5)
+
+
+def loss_and_gradient(of, batch):
+    """The summed loss and its gradient by every parameter."""
+    graph, params, rest = split(of, nnx.Param)
+    assert not rest
+
+    def loss(params):
+        return token_sums(merge(graph, params), batch)["nll"]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    return np.asarray(value), {name: np.asarray(value) for name, value in gradient.items()}
+
+
+def assert_same_gradients(found, wanted, tolerance=1e-5):
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    for name, value in wanted[1].items():
+        assert np.abs(value).max() > 0, name
+        np.testing.assert_allclose(found[1][name], value, rtol=0, atol=tolerance * np.abs(value).max(), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return data(batch_size=4).batch(0)
+
+
+def jaxpr(of, batch):
+    graph, params, _ = split(of, nnx.Param)
+    return str(jax.make_jaxpr(jax.grad(lambda params: token_sums(merge(graph, params), batch)["nll"]))(params))
+
+
+def test_rematerialised_layers_have_the_gradients_of_kept_ones(batch):
+    kept, again = model(), model()
+    again.remat = "full"
+    assert "remat" in jaxpr(again, batch) and "remat" not in jaxpr(kept, batch)
+    assert_same_gradients(loss_and_gradient(again, batch), loss_and_gradient(kept, batch))
+
+
+def test_attention_by_chunks_of_queries_equals_it_whole(monkeypatch, batch):
+    ours = model(architectures=["MistralForCausalLM"], sliding_window=20)
+    wanted = loss_and_gradient(ours, batch)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 16)
+    shapes = jaxpr(ours, batch)
+    assert "f32[4,2,2,16,64]" in shapes and "f32[4,2,2,64,64]" not in shapes  # the scores of 16 queries at a time
+    assert_same_gradients(loss_and_gradient(ours, batch), wanted)
+
+
+def test_float32_parameters_under_bfloat16_compute_are_cast_where_used():
+    ours = model(dtype="bfloat16", param_dtype="float32")
+    stored = model(dtype="bfloat16", param_dtype="bfloat16")
+    tokens = prompts(128, length=40)
+    np.testing.assert_array_equal(ours(tokens), stored(tokens))
+
+
+def test_a_config_compares_by_what_the_model_computes():
+    config = ModelConfig.from_hf(sizes())
+    assert dataclasses.replace(config, source="here", fingerprint="x") == config
+    assert dataclasses.replace(config, norm_eps=1e-3) != config

@@ -1,0 +1,320 @@
+"""End to end: the commands a user gives, on a tiny model and 8 devices, and the files that they leave."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from helpers import metrics
+from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, write_data
+
+from specjax import run
+from specjax.config import load_config_file
+
+# What peft 0.21 calls is deprecated in transformers 5.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+KINDS = ("full", "sft", "lora")
+PROMPT = "What has ada got?"
+STEPS = 6
+
+
+def sets(base: Path) -> dict[str, Path]:
+    return {f"data.eval.{name}": base.parent / "data" / f"{name}_eval.jsonl" for name in ("pairs", "text")}
+
+
+def job(base: Path, workdir: Path, kind: str) -> list[str]:
+    """`full` holds some of its rows out; the others are measured on named sets, and answer a prompt."""
+    if kind == "full":
+        return flags(base, workdir, kind, **{"log.tensorboard": True})
+    more = {"eval.prompts": PROMPT, "eval.max_new_tokens": 8} if kind == "sft" else {}
+    return flags(base, workdir, kind, **sets(base), **more, **{"eval.best": "pairs", "eval.every": 3})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_data(folder / "data")
+    return write_base(folder / "base")
+
+
+@pytest.fixture(scope="module")
+def runs(base):
+    """The workdir of a finished run of each kind."""
+    found = {kind: base.parent / kind for kind in KINDS}
+    for kind, workdir in found.items():
+        assert specjax("train", *job(base, workdir, kind)) == 0
+    return found
+
+
+def rows(workdir: Path, which: str) -> list[dict]:
+    """The lines of `metrics.jsonl` that hold `which`."""
+    return [row for row in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if which in row]
+
+
+def torch_loss(model, tokenizer, examples: list[dict]) -> float:
+    """Mean nll of the answers (pairs) or of all tokens (texts), by transformers alone, each example by itself."""
+    nll, count = 0.0, 0
+    for example in examples:
+        if "text" in example:
+            ids, prompt = [*tokenizer(example["text"])["input_ids"], tokenizer.eos_token_id], 1
+        else:
+            user = {"role": "user", "content": example["instruction"]}
+            chat = [user, {"role": "assistant", "content": example["response"]}]
+            ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+            prompt = len(tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=False))
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0, prompt - 1 : -1].float().log_softmax(-1)
+        targets = torch.tensor(ids[prompt:])
+        nll -= scores[torch.arange(len(targets)), targets].sum().item()
+        count += len(targets)
+    return nll / count
+
+
+def opened(base: Path, folder: Path):
+    """An export as transformers or peft opens it, and its tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if (folder / "adapter_config.json").exists():
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return peft.PeftModel.from_pretrained(model, folder).eval(), tokenizer
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_leaves_its_config_reports_metrics_and_summary(base, runs, kind):
+    workdir = runs[kind]
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["trainable"] == ("lora" if kind == "lora" else "all")
+    assert (saved["steps"], saved["model"]["path"]) == (STEPS, str(base))
+    assert load_config_file(str(workdir / "config.json")).optimizer.learning_rate == (2e-2 if kind == "lora" else 1e-2)
+    names = ["heldout"] if kind == "full" else ["pairs", "text"]
+    assert list(json.loads((workdir / "data.json").read_text())) == ["train", *names]
+
+    steps = rows(workdir, "loss")
+    assert [row["step"] for row in steps] == [1, 2, 4, 6]
+    assert all({"loss", "tokens", "tokens_per_s", "grad_norm", "lr"} <= row.keys() for row in steps)
+    for name in names:
+        evals = rows(workdir, f"eval/{name}/loss")
+        assert [row["step"] for row in evals] == ([0, 6] if kind == "full" else [0, 3, 6])
+        assert evals[-1][f"eval/{name}/loss"] < evals[0][f"eval/{name}/loss"] - 0.3
+
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert (summary["step"], summary["best_step"], summary["stopped"]) == (STEPS, STEPS, "")
+    assert summary["tokens"] == sum(row["tokens"] for row in steps)
+    assert summary["saved_bytes"] == sum(file.stat().st_size for file in (workdir / "export").glob("*.safetensors"))
+    assert summary["evals"].keys() == set(names)
+    assert min(summary[key] for key in ("seconds", "compile_seconds", "tokens_per_s", "peak_memory_bytes")) > 0
+    full = sum(value.numel() for value in transformers.AutoModelForCausalLM.from_pretrained(base).parameters())
+    assert summary["trainable_parameters"] == full if kind != "lora" else summary["trainable_parameters"] < full
+
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(STEPS)]
+    assert (workdir / "tensorboard").exists() == (kind == "full")
+    said = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in said] == ([(n, PROMPT) for n in (0, 3, 6)] if kind == "sft" else [])
+    assert not [path for path in workdir.rglob("*") if "partial" in path.name or path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", ["sft", "lora"])
+def test_transformers_and_peft_open_the_export_and_find_the_losses_that_were_logged(base, runs, kind):
+    model, tokenizer = opened(base, runs[kind] / "export")
+    for name, examples in (("pairs", PAIRS), ("text", TEXTS)):
+        logged = rows(runs[kind], f"eval/{name}/loss")[-1][f"eval/{name}/loss"]
+        assert torch_loss(model, tokenizer, examples[-16:]) == pytest.approx(logged, abs=1e-4)
+
+
+def test_without_an_eval_set_rows_are_held_out_and_never_trained_on(base, runs, capsys):
+    report = json.loads((runs["full"] / "data.json").read_text())
+    assert report["heldout"]["holdout"] == [0.02, "eval"]
+    assert (report["train"]["rows"], report["heldout"]["rows"]) == (78, 2)
+    model, tokenizer = opened(base, runs["full"] / "export")
+    [*_, last] = rows(runs["full"], "eval/heldout/loss")
+    losses = [torch_loss(model, tokenizer, [row]) for row in TEXTS[:-16]]
+    wanted = last["eval/heldout/loss"]
+    pairs = [(a + b) / 2 for i, a in enumerate(losses) for b in losses[:i]]  # the rows are about equally long
+    assert min(abs(pair - wanted) for pair in pairs) < 0.05
+
+
+def test_the_same_command_twice_gives_the_same_run(base, runs, tmp_path):
+    assert specjax("train", *job(base, tmp_path / "again", "sft")) == 0
+    assert metrics(tmp_path / "again") == metrics(runs["sft"])
+    assert tree(tmp_path / "again" / "export") == tree(runs["sft"] / "export")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_run_says_so_at_once_and_changes_nothing(base, runs, kind, capsys):
+    before, began = tree(runs[kind]), time.monotonic()
+    assert specjax("train", *job(base, runs[kind], kind)) == 0
+    assert time.monotonic() - began < 2
+    assert "the run was complete after 6 steps, nothing was trained" in capsys.readouterr().out
+    assert tree(runs[kind]) == before
+
+
+def test_another_config_is_refused_and_the_keys_are_named(base, runs, capsys):
+    before = tree(runs["lora"])
+    changed = ("--config.optimizer.learning_rate=0.5", "--config.lora.rank=4")
+    assert specjax("train", *job(base, runs["lora"], "lora"), *changed) == 2
+    said = capsys.readouterr().err
+    assert "optimizer.learning_rate (was 0.02, now 0.5)" in said
+    assert "lora.rank (was 16, now 4), lora.alpha (was 32.0, now 8.0)" in said
+    assert tree(runs["lora"]) == before
+    # What cannot change the result may change.
+    assert specjax("train", *job(base, runs["lora"], "lora"), "--config.log.every=1") == 0
+
+
+@pytest.fixture(scope="module")
+def stopped(base):
+    """The LoRA run in a process that got SIGTERM after its first steps: (exit status, its output, workdir)."""
+    workdir = base.parent / "stopped"
+    command = [sys.executable, "-u", "-m", "specjax", "train", *job(base, workdir, "lora"), "--config.log.every=1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=os.environ
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+    return process.wait(), "".join(lines), workdir
+
+
+def test_sigterm_saves_and_ends_with_143(stopped):
+    status, out, workdir = stopped
+    assert status == 143, out
+    assert "stopped by a signal at step" in out
+    assert "Traceback" not in out
+    assert any((workdir / "checkpoints").iterdir())
+    assert not (workdir / "summary.json").exists()
+    assert not (workdir / "export").exists()
+
+
+def test_a_stopped_run_goes_on_with_its_own_base_alone_and_ends_as_if_never_stopped(base, stopped, runs, capsys):
+    workdir, kept = stopped[2], base.parent / "kept"
+    again = [*job(base, workdir, "lora"), "--config.log.every=1"]
+    before = tree(workdir)
+    base.rename(kept)
+    try:
+        write_base(base, seed=1)
+        for verb, argv in (("train", again), ("export", [f"--workdir={workdir}", f"--out={base.parent / 'no'}"])):
+            assert specjax(verb, *argv) == 2
+            said = capsys.readouterr().err.strip()
+            assert said.count("\n") == 0
+            assert "base" in said and "fingerprint" in said and "restore" in said
+    finally:
+        shutil.rmtree(base)
+        kept.rename(base)
+    assert not (base.parent / "no").exists()
+    assert {path: tree(workdir)[path] for path in before} == before
+
+    assert specjax("train", *again) == 0
+    assert "resumed at step" in capsys.readouterr().out
+    whole = metrics(runs["lora"])
+    assert [row for row in metrics(workdir) if "eval/pairs/loss" in row] == [r for r in whole if "eval/pairs/loss" in r]
+    assert metrics(workdir)[-2]["loss"] == whole[-2]["loss"]
+    export = "export/adapter_model.safetensors"
+    assert (workdir / export).read_bytes() == (runs["lora"] / export).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_eval_finds_what_the_run_logged_last(base, runs, kind, capsys):
+    found = run.evaluate(load_config_file(str(runs[kind] / "config.json")), runs[kind])
+    printed = capsys.readouterr().out
+    for name, values in found.items():
+        [*_, last] = rows(runs[kind], f"eval/{name}/loss")
+        for key, value in values.items():
+            assert value == pytest.approx(last[f"eval/{name}/{key}"], rel=1e-6)
+        assert name in printed and f"{values['loss']:.4f}" in printed
+
+
+def test_export_writes_the_adapter_or_the_merged_model(base, runs, tmp_path, capsys):
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert specjax("export", f"--workdir={runs['lora']}", f"--out={adapter}") == 0
+    assert tree(adapter) == tree(runs["lora"] / "export")
+    assert specjax("export", f"--workdir={runs['lora']}", f"--out={merged}", "--merge") == 0
+    whole, tokenizer = opened(base, merged)
+    worn, _ = opened(base, adapter)
+    tokens = torch.tensor([tokenizer(PROMPT * 4)["input_ids"]])
+    with torch.no_grad():
+        found, wanted = whole(tokens).logits.numpy(), worn(tokens).logits.numpy()
+        bare = transformers.AutoModelForCausalLM.from_pretrained(base)(tokens).logits.numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert np.abs(found - bare).max() > 0.1
+    assert specjax("export", f"--workdir={runs['sft']}", f"--out={tmp_path / 'x'}", "--merge") == 2
+    assert "there is no adapter to merge" in capsys.readouterr().err
+
+
+def test_export_writes_the_step_that_is_asked_for(runs, tmp_path, capsys):
+    assert specjax("export", f"--workdir={runs['sft']}", f"--out={tmp_path / 'best'}", f"--step={STEPS}") == 0
+    assert tree(tmp_path / "best") == tree(runs["sft"] / "export")
+    assert specjax("export", f"--workdir={runs['sft']}", f"--out={tmp_path / 'x'}", "--step=1") == 2
+    assert f"no checkpoint '1': there are {STEPS};" in capsys.readouterr().err
+
+
+def answers(capsys, *argv: object) -> list[str]:
+    capsys.readouterr()
+    assert specjax("generate", f"--prompt={PROMPT}", "--max_new_tokens=8", *argv) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_generate_answers_from_a_run_a_folder_and_a_base_with_adapters(base, runs, tmp_path, capsys):
+    shutil.copytree(runs["lora"] / "export", tmp_path / "same")
+    worn = runs["lora"] / "export"
+    from_run = answers(capsys, f"--model={runs['lora']}")
+    from_base = answers(capsys, f"--model={base}")
+    [head, *first, other, second] = answers(
+        capsys, f"--model={base}", f"--adapter=hr={worn}", f"--adapter={tmp_path / 'same'}"
+    )
+    assert from_run != from_base
+    assert (head, other) == (f"--- [hr] {PROMPT}", f"--- [same] {PROMPT}")
+    assert first == [second] == from_run
+    # The answer that the run logged after its last step.
+    [*_, said] = map(json.loads, (runs["sft"] / "samples.jsonl").read_text().splitlines())
+    assert answers(capsys, f"--model={runs['sft']}") == said["text"].splitlines()
+    assert answers(capsys, f"--model={runs['sft'] / 'export'}") == said["text"].splitlines()
+
+
+def test_data_prints_counts_and_what_is_trained(base, capsys):
+    argv = [flag for flag in flags(base, base, "sft", **sets(base)) if not flag.startswith("--workdir")]
+    assert specjax("data", *argv) == 0
+    out = capsys.readouterr().out
+    for line in ("rows read  80", "loss tokens", "packed rows", "a turn ends with  <|im_end|>"):
+        assert line in " ".join(out.split()) or line in out, line
+    assert "instruction=instruction response=response" in out
+    question, answer = "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n", "⟦{response}<|im_end|>\n⟧"
+    assert any((question + answer).format(**row) in out for row in PAIRS[:-16])
+    assert out.count("rows read") == 3
+
+
+def test_compare_trains_each_method_and_prints_one_table(base, tmp_path, capfd):
+    config = tmp_path / "two.py"
+    config.write_text(
+        "from specjax.config import get_config as defaults\n\n\n"
+        "def get_config():\n"
+        "    config = defaults()\n"
+        "    config.compare.every = {'optimizer': {'learning_rate': 1e-2}}\n"
+        "    config.compare.few = {'trainable': 'lora', 'lora': {'rank': 2}, 'optimizer': {'learning_rate': 2e-2}}\n"
+        "    return config\n"
+    )
+    [_, workdir, *rest] = flags(base, tmp_path / "out", "sft", **sets(base), **{"eval.prompts": PROMPT})
+    rest = [flag for flag in rest if "learning_rate" not in flag]
+    assert specjax("compare", f"--config={config}", workdir, *rest) == 0
+    out = capfd.readouterr().out
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert list(found) == ["every", "few"]
+    for name, summary in found.items():
+        assert summary == json.loads((tmp_path / "out" / name / "summary.json").read_text())
+        assert f"{summary['trainable_parameters']:,}" in out
+        loss = summary["evals"]["pairs"]
+        assert f"{loss['before']:.3f} -> {loss['after']:.3f}" in out
+        assert loss["after"] < loss["before"]
+    assert found["few"]["trainable_parameters"] < found["every"]["trainable_parameters"]
+    assert found["few"]["saved_bytes"] < found["every"]["saved_bytes"]
+    assert all(f"\n  {name} " in out for name in ("base", "every", "few"))
