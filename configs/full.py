@@ -2,7 +2,8 @@ r"""Full fine-tuning: every weight trains, on raw domain text.
 
     specjax train --config=configs/full.py --workdir=runs/full
     specjax train --config=configs/full.py --workdir=runs/full-llama \
-        --config.model.path=meta-llama/Llama-3.2-1B --config.data.train=mine.txt --config.data.length=2048
+        --config.model.path=meta-llama/Llama-3.2-1B --config.optimizer.learning_rate=2e-5 \
+        --config.data.train=mine.jsonl --config.data.length=2048
 
 As it stands it runs on the demo's base and corpus (`make demo` writes the corpus): 2 cores.
 MEASURED: time, peak memory

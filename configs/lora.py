@@ -2,7 +2,8 @@ r"""LoRA: only low-rank factors beside the linear layers train, on the responses
 
     specjax train --config=configs/lora.py --workdir=runs/lora
     specjax train --config=configs/lora.py --workdir=runs/lora-llama \
-        --config.model.path=meta-llama/Llama-3.2-1B --config.data.train=mine.jsonl --config.data.length=2048
+        --config.model.path=meta-llama/Llama-3.2-1B-Instruct --config.optimizer.learning_rate=2e-4 \
+        --config.data.train=mine.jsonl --config.data.length=2048
 
 As it stands it runs on the demo's base and corpus (`make demo` writes the corpus): 2 cores.
 MEASURED: time, peak memory

@@ -2,7 +2,8 @@ r"""Supervised fine-tuning (SFT): every weight trains, on the responses of instr
 
     specjax train --config=configs/sft.py --workdir=runs/sft
     specjax train --config=configs/sft.py --workdir=runs/sft-llama \
-        --config.model.path=meta-llama/Llama-3.2-1B --config.data.train=mine.jsonl --config.data.length=2048
+        --config.model.path=meta-llama/Llama-3.2-1B-Instruct --config.optimizer.learning_rate=2e-5 \
+        --config.data.train=mine.jsonl --config.data.length=2048
 
 As it stands it runs on the demo's base and corpus (`make demo` writes the corpus): 2 cores.
 MEASURED: time, peak memory

@@ -1,6 +1,5 @@
 """From a config to the parts of a run: tokenizer, data, model, optimizer; and a run's weights from its checkpoints."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from specjax import lora
-from specjax.config import check_length, get_config, lora_settings, merge
+from specjax.config import check_length, load_config_file, lora_settings
 from specjax.data import Data
 from specjax.data import load as load_data
 from specjax.data.chat import resolve as resolve_template
@@ -124,7 +123,7 @@ def load_run(workdir: str | Path, which: str, mesh: Mesh) -> tuple[Decoder, Conf
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is not a run: it has no config.json; give the workdir of `specjax train`.")
-    config = merge(get_config(), json.loads(path.read_text()), where=str(path))
+    config = load_config_file(str(path))
     folder = hf_load.resolve(config.model.path, config.model.revision)
     model = model_of(config, folder, mesh)
     restore(model, config, Path(workdir), which)

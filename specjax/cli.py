@@ -35,7 +35,7 @@ export: --merge (LoRA into the base's weights), --step=N (default: the best, or 
 
 Examples:
   specjax data --config=configs/sft.py --config.data.train=mine.jsonl
-  specjax train --config=configs/lora.py --workdir=runs/x --config.model.path=meta-llama/Llama-3.2-1B
+  specjax train --config=configs/lora.py --workdir=runs/x --config.model.path=meta-llama/Llama-3.2-1B-Instruct
   specjax generate --model=runs/x --prompt="What is VAT?"
   specjax export --workdir=runs/x --out=merged --merge
 """

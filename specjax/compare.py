@@ -27,7 +27,8 @@ def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     runs = methods(config)
     for made in runs.values():
         validate(made, None)
-    console = Console(soft_wrap=True, highlight=False)
+    # Off a terminal Rich assumes 80 columns, in which the table would be folded.
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
     for name, made in runs.items():
         console.rule(f"{name}")
         _run(resolved(made), workdir / name)

@@ -30,7 +30,12 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield staging
-        staging.chmod(0o755)
+        # mkdtemp and safetensors make private files; these are as open as any other of the user's.
+        mask = os.umask(0)
+        os.umask(mask)
+        staging.chmod(0o777 & ~mask)
+        for file in staging.iterdir():
+            file.chmod(0o666 & ~mask)
         if out.is_dir() and any(out.iterdir()):
             # Shards of an earlier export would be read beside the new ones.
             for stale in out.glob("*.safetensors*"):

@@ -1,11 +1,11 @@
 """Text from a model: batched prompts of unequal length, a KV cache, greedy or sampled.
 
 Prompts are padded on the left, so that all rows of a batch write the same cache slot. One compiled program reads the
-prompts in a single pass and then makes a token a turn of a `jax.lax.while_loop`, until every row has ended. Sizes are
-rounded up to powers of two, and what may differ within them (the true limit, temperature, filters, seed, end tokens) is
-an argument: a bucket compiles once.
+prompts but for their last tokens in one pass; then each turn of a `jax.lax.while_loop` takes every row's last token
+and makes the next, until all have ended. Sizes are rounded up to powers of two, and what may differ within them (the
+true limit, temperature, filters, seed, end tokens) is an argument: a bucket compiles once.
 
-B batch, P prompt length, N new tokens, S = P + N cache length, V vocab, E tokens that end a text.
+B batch, P prompt length without the last token, N new tokens, P + N cache length, V vocab, E tokens that end a text.
 """
 
 import functools
@@ -126,7 +126,7 @@ def generate_tokens(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), size):
         chosen = by_length[start : start + size]
-        tokens = np.zeros((size, _bucket(len(prompts[chosen[-1]]), 32)), np.int32)
+        tokens = np.zeros((size, _bucket(len(prompts[chosen[-1]]) - 1, 32) + 1), np.int32)
         rows = _Rows(tokens, np.zeros(size, np.int32), np.zeros(size, np.int32))
         for row, i in enumerate(chosen):
             tokens[row, -len(prompts[i]) :], rows.lengths[row], rows.indices[row] = prompts[i], len(prompts[i]), i
@@ -156,7 +156,7 @@ def end_tokens(model: Decoder, tokenizer: Any, *, chat: bool = False) -> list[in
 class _Rows(NamedTuple):
     """A batch of prompts."""
 
-    tokens: Any  # int32 [B,P], padded on the left
+    tokens: Any  # int32 [B,P+1], padded on the left
     lengths: Any  # int32 [B], 0 for a row that fills the batch up
     indices: Any  # int32 [B], each row's stream of random numbers
 
@@ -176,27 +176,17 @@ class _Settings(NamedTuple):
 def _program(state: Any, rows: _Rows, settings: _Settings, *, graph: Any, new: int, greedy: bool) -> Array:
     """The new tokens of each row, int32 [B,N] with -1 after its end; N is `new`, `graph` and `state` are the model."""
     model = nnx.merge(graph, state)
-    batch, prompt = rows.tokens.shape
+    batch, last = rows.tokens.shape[0], rows.tokens.shape[1] - 1
     stop, limit, seed, *how = settings
     # The position of the token that a slot holds or will hold; negative: padding. A slot not yet written is later than
     # every query, so the causal mask hides it.
-    positions = jnp.arange(prompt + new, dtype=jnp.int32)[None] - (prompt - rows.lengths)[:, None]
+    positions = jnp.arange(last + new, dtype=jnp.int32)[None] - (last + 1 - rows.lengths)[:, None]
     segments = (positions >= 0).astype(jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows.indices)
 
     def extend(tokens: Array, cache: Any, slot: Array | int) -> tuple[Array, Any]:
         where = jax.lax.dynamic_slice_in_dim(positions, slot, tokens.shape[1], axis=1)
-        hidden, cache = model.extend(tokens, where, cache, positions, segments, slot)
-        return hidden[:, -1], cache
-
-    def emit(hidden: Array, step: Array | int, done: Array, out: Array) -> tuple[Array, Array, Array]:
-        logits = model.unembed(hidden)
-        if greedy:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), *how)
-        done |= (token[:, None] == stop[None]).any(axis=1)
-        return token, done, out.at[:, step].set(jnp.where(done, -1, token))
+        return model.extend(tokens, where, cache, positions, segments, slot)
 
     def unfinished(carry: Any) -> Array:
         step, _, done, _, _ = carry
@@ -204,14 +194,20 @@ def _program(state: Any, rows: _Rows, settings: _Settings, *, graph: Any, new: i
 
     def turn(carry: Any) -> Any:
         step, token, done, out, cache = carry
-        hidden, cache = extend(token[:, None], cache, prompt + step - 1)
-        return step + 1, *emit(hidden, step, done, out), cache
+        hidden, cache = extend(token[:, None], cache, last + step)
+        logits = model.unembed(hidden[:, 0])
+        if greedy:
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), *how)
+        done |= (token[:, None] == stop[None]).any(axis=1)
+        return step + 1, token, done, out.at[:, step].set(jnp.where(done, -1, token)), cache
 
     axes = ("layers", "batch", "length", "kv_heads", "head_dim")
-    cache = jax.tree.map(lambda x: sharding.constrain(x, *axes), model.empty_cache(batch, prompt + new))
-    hidden, cache = extend(rows.tokens, cache, 0)
-    first = emit(hidden, 0, rows.lengths == 0, jnp.full((batch, new), -1, jnp.int32))
-    out = jax.lax.while_loop(unfinished, turn, (jnp.int32(1), *first, cache))[3]
+    cache = jax.tree.map(lambda x: sharding.constrain(x, *axes), model.empty_cache(batch, last + new))
+    _, cache = extend(rows.tokens[:, :last], cache, 0)
+    start = (jnp.int32(0), rows.tokens[:, last], rows.lengths == 0, jnp.full((batch, new), -1, jnp.int32), cache)
+    out = jax.lax.while_loop(unfinished, turn, start)[3]
     return sharding.constrain(out, None, None)  # on every device: each process reads all rows
 
 

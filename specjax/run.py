@@ -23,8 +23,6 @@ from specjax.train.evaluate import evaluate as evaluate_set
 from specjax.train.fit import Result, fit
 from specjax.train.step import make_eval_step, split
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's remarks on its own options are no concern of the user's
-
 
 def train(config: ConfigDict, workdir: str | Path) -> Result:
     """Runs the job of a config; called again on the same workdir, it resumes; a finished run stays as it is.
@@ -273,8 +271,24 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _hush() -> None:
+    """Keeps off stderr what Orbax and tensorstore say there beside the errors that they raise, which are told."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # The writes that a failed save leaves behind find their event loop closed, each with a traceback.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     partial.replace(path)
+
+
+_hush()

@@ -38,17 +38,24 @@ def model(*, mesh: Any = None, dtype: Any = "float32", param_dtype: Any = "float
     """A random model of ours, drawn by NumPy: the same on every mesh, and nothing to compile."""
     shapes = abstract(ModelConfig.from_hf(sizes(**changes)), dtype=dtype, param_dtype=param_dtype)
     places = sharding.of_module(shapes, mesh) if mesh is not None else {}
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     rng = np.random.default_rng(3)
     leaves = []
     for path, leaf in nnx.to_flat_state(nnx.state(shapes)):
         name = sharding.path_name(path)
         values = rng.normal(1.0 if name.endswith("scale") else 0.0, 0.08, leaf.shape)
-        leaves.append((path, jax.device_put(jnp.asarray(values, param_dtype), places.get(name))))
+        leaves.append((path, jax.device_put(jnp.asarray(values, param_dtype), places.get(name, single))))
     return nnx.merge(nnx.graphdef(shapes), nnx.from_flat_state(leaves))
 
 
-def torch_model(family: str = "llama", *, seed: int = 0, dtype: Any = None, **changes: Any) -> Any:
-    """A random model of transformers, its logits of size 1 to 5 and none of its norms or biases the neutral one."""
+def torch_model(
+    family: str = "llama", *, seed: int = 0, dtype: Any = None, attention: float = 0.2, **changes: Any
+) -> Any:
+    """A random model of transformers, its logits of size 1 to 5 and none of its norms or biases the neutral one.
+
+    `attention` is the spread of the weights of q and k: wide, so that attention is far from uniform and its mask and
+    positions show in the logits.
+    """
     import torch
     import transformers
 
@@ -76,8 +83,7 @@ def torch_model(family: str = "llama", *, seed: int = 0, dtype: Any = None, **ch
         elif name.endswith("bias"):
             weight.data = 0.1 * noise
         else:
-            # q and k wide enough for attention that is far from uniform: else its mask and positions hardly show.
-            weight.data = noise * (0.2 if "q_proj" in name or "k_proj" in name else 0.15)
+            weight.data = noise * (attention if "q_proj" in name or "k_proj" in name else 0.15)
     return made.to(dtype or torch.float32)
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import transformers
 from helpers import torch_model
 
 from demo.tokenizer import train_tokenizer
@@ -29,6 +30,7 @@ def write_base(folder: Path, *, seed: int = 0, **changes) -> Path:
     """A random Llama that transformers wrote, with a tokenizer whose chat template is ChatML's."""
     train_tokenizer([row["text"] for row in TEXTS], folder, vocabulary=VOCABULARY, length=128)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "max_position_embeddings": 128}
+    transformers.utils.logging.disable_progress_bar()
     ids = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
     made = torch_model(seed=seed, **{"vocab_size": VOCABULARY, **sizes, **ids, **changes})
     made.save_pretrained(folder)

@@ -3,6 +3,8 @@
 Run as a program, this file is the training job that the tests kill: `test_fit.py WORKDIR full|lora [limit]`.
 """
 
+import dataclasses
+import json
 import logging
 import os
 import random
@@ -14,14 +16,17 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import BASE, assert_same_bits, data, metrics, model, weights
+from jax.experimental.compilation_cache import compilation_cache
 from orbax.checkpoint import checkpoint_managers
 
 import specjax as sj
+from specjax.errors import UserError
 from specjax.train.checkpoint import Checkpoints
-from specjax.train.fit import _Run
+from specjax.train.step import split
 
 KINDS = ("full", "lora")
 STEPS = 24
@@ -48,9 +53,7 @@ def job(workdir, kind="full", rows=None, *, steps=STEPS, of=None, **changes):
         "tensorboard": False,
         "seed": 5,
     } | changes
-    result = sj.fit(
-        made, rows or data(), sj.adamw(5e-3), steps=steps, trainable=trainable, workdir=workdir, **options
-    )
+    result = sj.fit(made, rows or data(), sj.adamw(5e-3), steps=steps, trainable=trainable, workdir=workdir, **options)
     return result, weights(made)
 
 
@@ -88,6 +91,25 @@ def whole(tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory, whole):
+    """A folder that keeps what is compiled, for speed; the reference runs above compiled their own."""
+    folder = tmp_path_factory.mktemp("compiled")
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield options
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
 def assert_as_whole(workdir, trained, whole):
     assert metrics(workdir) == whole[0]
     assert_same_bits(trained, whole[1])
@@ -104,8 +126,7 @@ def test_the_job_learns_and_logs_what_it_should(whole, kind):
     assert rows[-1]["eval/heldout/loss"] < rows[0]["eval/heldout/loss"] - 0.05
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("at", [2, 7, 16, 23])
+@pytest.mark.parametrize(("kind", "at"), [("full", 2), ("lora", 5), ("full", 16), ("lora", 23)])
 def test_a_run_that_an_error_stopped_resumes_bit_for_bit(tmp_path, whole, kind, at):
     with pytest.raises(Stop):
         job(tmp_path, kind, Hooked(data(), at, stop))
@@ -121,27 +142,23 @@ def test_a_finished_run_called_again_changes_nothing(whole):
     assert_as_whole(workdir, again, (rows, trained))
 
 
+def test_evaluating_saving_and_logging_change_no_weight(whole):
+    result, trained = job(None, eval_data={}, save_every=0, log_every=100)
+    assert result.evals == {} and result.best_step is None
+    assert_same_bits(trained, whole["full"][1])
+
+
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts this file as a program. What it compiles is kept between starts; the reference run compiled its own."""
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+def start(compiled):
+    """Starts this file as a program."""
+    environment = os.environ | {name.upper(): str(value) for name, value in compiled.items()}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
     def begin(workdir, *more):
         command = [sys.executable, "-u", __file__, str(workdir), *more]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return begin
-
-
-def finish(process):
-    out, _ = process.communicate(timeout=300)
-    return process.returncode, out
 
 
 def run_until_killed(process, lines, seconds):
@@ -159,23 +176,222 @@ def run_until_killed(process, lines, seconds):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_killed_at_random_moments_resumes_bit_for_bit(tmp_path, whole, start, kind):
     last = []
-    for _ in range(5):
+    for _ in range(4):
         status = run_until_killed(start(tmp_path, kind), random.randint(1, 5), random.random() / 3)
         last.append(Checkpoints(tmp_path / "checkpoints", read_only=True).latest())
         if status == 0:  # it had come to its end
             break
         assert status == -signal.SIGKILL
-    code, out = finish(start(tmp_path, kind))
-    assert code == 0, out
+    process = start(tmp_path, kind)
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, out
     print("the last checkpoint at each kill:", last)
     assert_as_whole(tmp_path, dict(np.load(tmp_path / "weights.npz")), whole[kind])
 
 
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, whole, start):
+    process = start(tmp_path, "full", "limit")
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 1, out
+    [said] = [line for line in out.splitlines() if line.startswith("specjax.errors.UserError: ")]
+    assert "could not be written (File too large); the checkpoint of step 9 is whole" in said
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).latest() == 9
+    _, trained = job(tmp_path)
+    assert_as_whole(tmp_path, trained, whole["full"])
+
+
+def test_sigterm_saves_and_ends_and_the_run_goes_on_from_there(tmp_path, whole):
+    before = signal.getsignal(signal.SIGTERM)
+    result, stopped = job(tmp_path, "lora", Hooked(data(), 11, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert result.stopped == "signal" and 11 <= result.step < STEPS
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).latest() == result.step
+    assert signal.getsignal(signal.SIGTERM) == before
+    result, trained = job(tmp_path, "lora")
+    assert result.stopped == "" and result.step == STEPS
+    assert_as_whole(tmp_path, trained, whole["lora"])
+
+
+def test_the_step_compiles_once(tmp_path, caplog):
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        job(tmp_path, steps=9, eval_every=3, save_every=2, log_every=1)
+    compiled = [record.getMessage().split()[1] for record in caplog.records if record.getMessage()[:10] == "Compiling "]
+    assert compiled.count("jit(train_step)") == 1, compiled
+    assert compiled.count("jit(eval_step)") == 1, compiled
+
+
+def quick(of=None, rows=None, *, rate=5e-3, steps=12, trainable=sj.ALL, **options):
+    """A run of the plain step: (result, model)."""
+    of, options = of or model(), {"tensorboard": False, "eval_data": {"heldout": data(seed=1, documents=6)}} | options
+    return sj.fit(of, rows or data(), sj.adamw(rate), steps=steps, trainable=trainable, **options), of
+
+
+def test_the_best_and_the_last_checkpoint_are_kept(tmp_path):
+    turns = lambda step: jnp.where(step < 4, 5e-3, -5e-3)  # noqa: E731
+    result, trained = quick(rate=turns, eval_every=4, save_every=3, workdir=tmp_path)
+    assert result.best_step == 4
+    kept = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert (kept.pick("best"), kept.pick("last"), kept.pick("4")) == (4, 12, 4)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [4, 12]
+    with pytest.raises(UserError, match="no checkpoint '7': there are 4, 12"):
+        kept.pick("7")
+    best, _ = kept.restore(4, split(trained, sj.ALL)[1])
+    assert any(np.any(np.asarray(best[name]) != value) for name, value in weights(trained).items())
+
+
+def test_a_run_that_gets_no_better_stops_early_and_stays_stopped(tmp_path):
+    again = None
+    for _ in range(2):
+        result, trained = quick(rate=-1e-3, eval_every=2, patience=2, workdir=tmp_path)
+        assert (result.stopped, result.step) == ("patience", 4)
+        found = (metrics(tmp_path), weights(trained))
+        if again:
+            assert found[0] == again[0]
+            assert_same_bits(found[1], again[1])
+        again = found
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_checkpoint(tmp_path):
+    breaks = lambda step: jnp.where(step < 6, 5e-3, jnp.inf)  # noqa: E731
+    with pytest.raises(UserError, match=r"^step 8: the loss is nan .* the last good checkpoint is step 6: lower"):
+        quick(rate=breaks, save_every=3, log_every=100, workdir=tmp_path)
+    assert all(None not in row.values() for row in metrics(tmp_path))
+    result, trained = quick(rate=lambda step: 5e-3, workdir=tmp_path)
+    assert result.step == 12 and np.isfinite(np.asarray(trained(data().batch(0)["tokens"]))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({}, "step 0: the loss on 'heldout' is nan"), ({"eval_data": None}, "step 1: the loss is nan")],
+)
+def test_a_model_with_a_weight_that_is_not_a_number_does_not_train(tmp_path, options, said):
+    poisoned = model()
+    poisoned.norm.scale[...] = poisoned.norm.scale[...].at[3].set(np.nan)
+    with pytest.raises(UserError, match=f"^{said}.*no checkpoint was saved yet"):
+        quick(poisoned, workdir=tmp_path, **options)
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
+def test_checkpoints_hold_the_weights_of_their_step_though_buffers_are_donated_right_after(tmp_path, monkeypatch, mesh):
+    saved, save = {}, Checkpoints.save
+
+    def spy(self, step, trainable, opt_state, *more):
+        saved[step] = [np.array(x, copy=True) for x in jax.tree.leaves((trainable, opt_state))]
+        save(self, step, trainable, opt_state, *more)
+
+    latest = checkpoint_managers.LatestN
+    monkeypatch.setattr(Checkpoints, "save", spy)
+    monkeypatch.setattr(checkpoint_managers, "LatestN", lambda n: latest(100))
+    wide = model(mesh=mesh and sj.make_mesh(**mesh), hidden_size=128, intermediate_size=512)  # seconds to write
+    quick(wide, steps=8, save_every=1, eval_data={}, workdir=tmp_path)
+    assert sorted(saved) == list(range(1, 9))
+    kept, params = Checkpoints(tmp_path / "checkpoints", read_only=True), split(wide, sj.ALL)[1]
+    like = (params, sj.adamw(5e-3).init(params))
+    like = jax.tree.map(lambda x: x if hasattr(x, "sharding") else jnp.asarray(x), like)
+    for step, wanted in saved.items():
+        for found, value in zip(jax.tree.leaves(kept.restore(step, *like)), wanted, strict=True):
+            np.testing.assert_array_equal(np.asarray(found), value, err_msg=f"step {step}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loras_base_is_bit_identical_afterwards_and_its_factors_moved(dtype):
+    made = model(dtype=dtype, param_dtype=dtype)
+    before = weights(made)
+    sj.lora.inject(made, rank=4, seed=1)
+    fresh = weights(made, sj.LORA)
+    result, _ = quick(made, trainable=sj.LORA, steps=3)
+    assert_same_bits(weights(made, BASE), before)
+    factors = weights(made, sj.LORA)
+    assert result.trainable_parameters == sum(value.size for value in factors.values())
+    for name, value in factors.items():
+        assert value.dtype == np.float32
+        assert np.any(value != fresh[name]), name
+
+
+def test_full_training_makes_float32_masters_of_every_weight():
+    made = model(dtype="bfloat16", param_dtype="bfloat16")
+    before = weights(made)
+    quick(made, steps=2)
+    for name, value in weights(made).items():
+        assert value.dtype == np.float32
+        assert np.any(value != before[name].astype(np.float32)), name
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda: {"rows": data(seed=9)}, "another data fingerprint"),
+        (lambda: {"of": rebased("another")}, "another base fingerprint"),
+    ],
+)
+def test_a_run_on_other_data_or_another_base_is_not_resumed(tmp_path, change, said):
+    quick(rebased("one"), steps=2, workdir=tmp_path)
+    kept = weights(changed := change().get("of") or rebased("one"))
+    with pytest.raises(UserError, match=f"{said}.*start in a new workdir"):
+        quick(changed, **{k: v for k, v in change().items() if k != "of"}, steps=4, workdir=tmp_path)
+    assert_same_bits(weights(changed), kept)
+
+
+def rebased(fingerprint):
+    made = model()
+    made.config = dataclasses.replace(made.config, fingerprint=fingerprint)
+    return made
+
+
+def test_a_filter_that_selects_nothing_is_refused():
+    with pytest.raises(UserError, match="selects no parameter: inject LoRA first, or train specjax.ALL"):
+        quick(trainable=sj.LORA)
+
+
+def test_several_adapters_at_once_are_refused():
+    made = model()
+    sj.lora.inject(made, rank=2, name="hr")
+    sj.lora.inject(made, rank=2, name="law")
+    with pytest.raises(UserError, match="adapters hr, law are loaded: unload all but the one to train"):
+        quick(made, trainable=sj.LORA)
+
+
+def test_a_batch_that_does_not_divide_into_micro_batches_is_refused():
+    with pytest.raises(UserError, match="8 rows does not divide into 3 micro-batches"):
+        quick(accumulate=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_an_error_the_model_has_the_weights_of_its_last_step(tmp_path, kind):
+    made, trainable = subject(kind)
+    with pytest.raises(Stop):
+        quick(made, Hooked(data(), 3, stop), trainable=trainable, workdir=tmp_path, save_every=3)
+    found, _ = Checkpoints(tmp_path / "checkpoints", read_only=True).restore(3, split(made, trainable)[1])
+    assert_same_bits(weights(made, trainable), {name: np.asarray(value) for name, value in found.items()})
+    assert np.isfinite(np.asarray(made(data().batch(0)["tokens"]))).all()
+
+
+def test_samples_are_taken_from_the_weights_of_the_moment(tmp_path):
+    tokens, seen = data().batch(0)["tokens"], []
+
+    def sample(of):
+        seen.append(np.asarray(of(tokens)))
+        return [("a prompt", f"answer {len(seen)}")]
+
+    made = model()
+    first = np.asarray(made(tokens))
+    quick(made, steps=4, eval_every=2, sample=sample, workdir=tmp_path)
+    assert len(seen) == 3
+    np.testing.assert_array_equal(seen[0], first)
+    np.testing.assert_array_equal(seen[2], np.asarray(made(tokens)))
+    assert np.abs(seen[1] - seen[2]).max() > 1e-3
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["text"]) for row in lines] == [(0, "answer 1"), (2, "answer 2"), (4, "answer 3")]
+
+
+def limit_files(workdir):
+    """From the checkpoint of step 9 on no file may grow beyond FILE_LIMIT (Python ignores the signal that tells of it)."""
+    while not (workdir / "checkpoints" / "9").is_dir():
+        time.sleep(0.01)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
+
+
 if __name__ == "__main__":
-    _, kind, *limit = sys.argv[1:]
-    workdir = Path(sys.argv[1])
-    rows = data()
-    if limit:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        rows = Hooked(rows, 10, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT)))
-    np.savez(workdir / "weights.npz", **job(workdir, kind, rows)[1])
+    workdir, kind, *limit = sys.argv[1:]
+    hooked = Hooked(data(), 10, lambda: limit_files(Path(workdir))) if limit else None
+    _, trained = job(workdir, kind, hooked)
+    np.savez(Path(workdir) / "weights.npz", **trained)

@@ -72,9 +72,14 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # Mistral's repositories hold the same weights a second time, as "consolidated".
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["consolidated*"]
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {name!r}: no such folder, and the hub did not give it ({reason}).") from error

@@ -36,6 +36,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None,),
+    # The others (pissa, olora, corda, loftq, ...) subtract their start from the base: the adapter fits no plain base.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
 

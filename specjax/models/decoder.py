@@ -3,6 +3,7 @@
 B batch, T length, S cache length, D embed, V vocab, L layers, K kv heads, H head_dim.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -70,7 +71,9 @@ class Decoder(nnx.Module):
         Returns:
           float32 [B,T,V].
         """
-        return self.unembed(self.hidden(tokens, positions, segment_ids))
+        # Compiled once a shape: run eagerly, the scan over the layers would be compiled anew at every call.
+        graph, state = nnx.split(self)
+        return _logits(graph, state, tokens, positions, segment_ids)
 
     def hidden(
         self,
@@ -155,3 +158,9 @@ class Decoder(nnx.Module):
             table = self.embed_tokens.embedding[...].astype(hidden.dtype)
             return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
         return self.lm_head(hidden, accumulate=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph: Any, state: Any, tokens: jax.Array, positions: Any, segment_ids: Any) -> jax.Array:
+    model = nnx.merge(graph, state)
+    return model.unembed(model.hidden(tokens, positions, segment_ids))

@@ -21,10 +21,11 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None)
     if scaling.kind == "linear":
         return inverse / np.float32(scaling.factor)
     # llama3: long wavelengths are stretched by `factor`, short ones kept, those between blended.
-    wavelength = np.float32(2 * np.pi) / inverse
+    wavelength = np.float32(1.0) / inverse * np.float32(2 * np.pi)  # torch divides by multiplying with the reciprocal
     low_wavelength = scaling.original_max_positions / scaling.low_freq_factor
     high_wavelength = scaling.original_max_positions / scaling.high_freq_factor
-    smooth = (scaling.original_max_positions / wavelength - np.float32(scaling.low_freq_factor)) / np.float32(
+    turns = np.float32(1.0) / wavelength * np.float32(scaling.original_max_positions)
+    smooth = (turns - np.float32(scaling.low_freq_factor)) / np.float32(
         scaling.high_freq_factor - scaling.low_freq_factor
     )
     blended = (1 - smooth) * inverse / np.float32(scaling.factor) + smooth * inverse

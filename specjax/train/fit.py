@@ -177,7 +177,8 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
             "lower the learning rate or look at the data of this step."
         )
     if step % every == 0 or step == 1 or step == steps:
-        log.train(step, {name: float(value) for name, value in metrics.items()} | run.speed())
+        numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        log.train(step, numbers | run.speed())
 
 
 @contextmanager
@@ -218,7 +219,7 @@ class _Run:
             raise UserError(f"adapters {', '.join(sorted(adapters))} are loaded: unload all but the one to train.")
         self.mesh = sharding.mesh_of(next(iter(self.trainable.values())))
         self.checkpoints = Checkpoints(Path(workdir) / "checkpoints") if workdir else None
-        self.best_loss, self.bad_evals, self.result = math.inf, 0, Result()
+        self.best_loss, self.bad_evals, self.tokens, self.result = math.inf, 0, 0, Result()
         self.result.trainable_parameters = sum(value.size for value in self.trainable.values())
         self._train_step = steps_lib.make_train_step(self.graph, optimizer, seed=seed)
         self._eval_step = jax.jit(steps_lib.make_eval_step(self.graph))
@@ -282,6 +283,7 @@ class _Run:
                 )
         self.trainable, self.opt_state = self.checkpoints.restore(latest, self.trainable, self.opt_state)
         self.best_loss, self.bad_evals = math.inf if meta["best"] is None else meta["best"], meta["bad"]
+        self.tokens = meta.get("tokens", 0)
         self._saved = self.result.step = latest
         return latest
 
@@ -294,6 +296,7 @@ class _Run:
             return
         best = self.best_loss if math.isfinite(self.best_loss) else None
         meta = {"step": step, "base": self.source.config.source, "best": best, "bad": self.bad_evals}
+        meta |= {"tokens": self.tokens}
         with self.paused():
             self.checkpoints.save(step, self.trainable, self.opt_state, meta | self._provenance(), loss)
         self._saved = step
@@ -313,7 +316,7 @@ class _Run:
         return sharding.put_batch(micro, self.mesh, lead=(None,)), tokens
 
     def step(self, step: int) -> dict[str, Any]:
-        """One optimizer step; returns device scalars."""
+        """One optimizer step; returns device scalars, and `tokens`, those (not padding) of all steps so far."""
         began = time.perf_counter()
         batch, tokens = self._next.result() if self._next is not None else self._batch(step)
         self.result.data_seconds += time.perf_counter() - began
@@ -324,8 +327,8 @@ class _Run:
         self.trainable, self.opt_state, metrics = self._compiled(*args)
         self._next = self._pool.submit(self._batch, step + 1)
         self.result.step, self.result.tokens = step + 1, self.result.tokens + tokens
-        self._window_tokens += tokens
-        return metrics
+        self.tokens, self._window_tokens = self.tokens + tokens, self._window_tokens + tokens
+        return metrics | {"tokens": self.tokens}
 
     def _compile(self, batch: Any) -> Any:
         """Ahead of time, once: a second compilation cannot happen unseen, for a change of shape raises."""
@@ -344,11 +347,11 @@ class _Run:
         self._window_start += time.perf_counter() - began
 
     def speed(self) -> dict[str, float]:
-        """Tokens (not padding) since the last call, and tokens a second."""
+        """Tokens (not padding) a second since the last call."""
         seconds, tokens = time.perf_counter() - self._window_start, self._window_tokens
         self._window_start, self._window_tokens = self._window_start + seconds, 0
         self.result.seconds += seconds
-        return {"tokens": tokens, "tokens_per_s": tokens / max(seconds, 1e-9)}
+        return {"tokens_per_s": tokens / max(seconds, 1e-9)}
 
     def evaluate(self, data: Any, batches: int) -> dict[str, float]:
         """The sums of one data set, see `evaluate`."""
