@@ -17,7 +17,7 @@ DATA = "runs/demo/data"
 def get_config() -> ConfigDict:
     """What the three share; `config.compare` holds that in which each differs."""
     config = defaults()
-    config.steps = 60
+    config.steps = 40
     config.batch_size = 8
     config.model.path = "demo/base"
     config.model.dtype = "float32"
@@ -28,9 +28,13 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 5
     config.eval.best = "domain"
     config.eval.prompts = ("What does `textwrap.dedent` do?",)
+    config.eval.max_new_tokens = 48
     config.log.tensorboard = False
 
-    config.compare.full = {"data": {"train": f"{DATA}/text_train.jsonl"}, "optimizer": {"learning_rate": 3e-4}}
+    config.compare.full = {
+        "data": {"train": f"{DATA}/text_train.jsonl", "eval": {"domain": f"{DATA}/text_eval.jsonl"}},
+        "optimizer": {"learning_rate": 5e-4},
+    }
     config.compare.sft = {"optimizer": {"learning_rate": 3e-4}}
     config.compare.lora = {"trainable": "lora", "lora": {"rank": 16}, "optimizer": {"learning_rate": 2e-3}}
     return config

@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
     config.model.path = "demo/base"
     config.data.train = "runs/demo/data/pairs_train.jsonl"
     config.data.length = 256
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate = 2e-3  # for the demo's 4M parameters: a tenth or less for billions
     config.optimizer.warmup_steps = 10
     return config

@@ -384,7 +384,7 @@ def test_samples_are_taken_from_the_weights_of_the_moment(tmp_path):
 
 
 def limit_files(workdir):
-    """From the checkpoint of step 9 on no file may grow beyond FILE_LIMIT (Python ignores the signal that tells of it)."""
+    """Once step 9 is saved no file may grow beyond FILE_LIMIT. (Python ignores SIGXFSZ: writing fails instead.)"""
     while not (workdir / "checkpoints" / "9").is_dir():
         time.sleep(0.01)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
