@@ -4,26 +4,31 @@
 
 Each method of configs/demo.py is trained by `specjax.run.train` in a process of its own, on the demo's data where
 `make demo` has written it, else on made-up rows of the same shape. `compilations` counts what XLA really compiled under
-the step's name; `data` is the part of the training time in which the step waited for its batch.
+the step's name; `data` is the part of the training time in which the step waited for its batch, and `ms a batch` what
+putting one together takes, in a thread beside the step.
 """
 
 import argparse
 import contextlib
+import io
 import json
 import multiprocessing
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("full", "sft", "lora")
+BATCHES = 50  # put together to time it
 MOST_DATA = 0.02  # of the step's time
 COLUMNS = {
     "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
     "ms a step": lambda row: f"{1000 * row['seconds'] / row['steps']:.1f}",
     "compile s": lambda row: f"{row['compile_seconds']:.1f}",
     "compilations": lambda row: str(row["compilations"]),
+    "ms a batch": lambda row: f"{1000 * row['batch_seconds']:.2f}",
     "data": lambda row: f"{row['data_share']:.2%}",
     "peak memory": lambda row: f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
     "trainable": lambda row: f"{row['trainable_parameters']:,}",
@@ -35,14 +40,14 @@ def measure(method: str, steps: int) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     from jax import monitoring
 
-    from specjax import run
+    from specjax import build, run
     from specjax.config import load_config_file, methods
 
     compiled: list[str] = []
 
-    def note(event: str, seconds: float, **about: Any) -> None:
+    def note(event: str, duration_secs: float, **about: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(about["fun_name"])
+            compiled.append(str(about["fun_name"]))
 
     monitoring.register_event_duration_secs_listener(note)
     config = methods(load_config_file(str(ROOT / "configs" / "demo.py")))[method]
@@ -54,8 +59,13 @@ def measure(method: str, steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         rows = ROOT / config.data.train
         config.data.train = str(rows if rows.exists() else made_up(Path(folder) / rows.name))
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(io.StringIO()):
             result = run.train(config, Path(folder) / method)
+        data = build.train_data_of(config, build.tokenizer_of(config)[1])
+    began = time.perf_counter()
+    for step in range(BATCHES):
+        data.batch(step)
+    batch_seconds = (time.perf_counter() - began) / BATCHES
     return {
         "method": method,
         "steps": steps,
@@ -63,6 +73,7 @@ def measure(method: str, steps: int) -> dict[str, Any]:
         "seconds": result.seconds,
         "compile_seconds": result.compile_seconds,
         "compilations": sum("train_step" in name for name in compiled),
+        "batch_seconds": batch_seconds,
         "data_share": result.data_seconds / result.seconds,
         "peak_memory_bytes": run.peak_memory(),
         "trainable_parameters": result.trainable_parameters,

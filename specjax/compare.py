@@ -95,9 +95,13 @@ def _answers(console: Console, prompt: str, runs: dict[str, Path]) -> None:
         rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         said = [row["text"] for row in rows if row["prompt"] == prompt]
         if said and number == 0:
-            console.print(f"  [cyan]base[/cyan]  {_escaped(' '.join(said[0].split()))}")
+            console.print(f"  [cyan]base[/cyan]  {_one_line(said[0])}")
         if said:
-            console.print(f"  [cyan]{name}[/cyan]  {_escaped(' '.join(said[-1].split()))}")
+            console.print(f"  [cyan]{name}[/cyan]  {_one_line(said[-1])}")
+
+
+def _one_line(text: str) -> str:
+    return _escaped(" ".join(text.split())) or "[dim](ends at once)[/dim]"
 
 
 def _escaped(text: str) -> str:

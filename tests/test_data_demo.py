@@ -19,7 +19,7 @@ def rows():
 def test_every_file_has_rows_and_the_eval_sets_are_small(rows, tmp_path):
     counts = corpus.write(tmp_path / "out")
     assert sorted(counts) == sorted(NAMES)
-    assert all(counts[name] == (len(rows[name]), counts[name][1]) and len(rows[name]) > 10 for name in NAMES)
+    assert all(counts[name] == (len(rows[name]), counts[name][1]) and len(rows[name]) > 5 for name in NAMES)
     assert counts["base_train"][1] > 3_000_000 and counts["text_train"][1] > 500_000
     assert len(rows["pairs_train"]) > 2000 and len(rows["pairs_eval"]) == corpus.EVAL_PAIRS
     assert counts["text_eval"][1] <= corpus.EVAL_CHARACTERS and counts["general_eval"][1] <= corpus.GENERAL_CHARACTERS

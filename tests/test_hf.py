@@ -86,7 +86,9 @@ def test_what_we_export_is_the_same_model_in_transformers(tmp_path, case):
     reference = torch_model(family, **changes)
     reference.save_pretrained(tmp_path / "in")
     sj.export(load(tmp_path / "in", dtype="float32")[0], None, tmp_path / "out", shard_bytes=100_000)
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, attn_implementation="eager"
+    )
     assert not any(report.values()), report
     found, wanted = torch_logits(again, prompts(length=100)), torch_logits(reference, prompts(length=100))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
@@ -221,7 +223,7 @@ def test_a_damaged_folder_is_one_sentence(copy, damage, said):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "nowhere", ""])
+@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "nowhere"])
 def test_a_path_that_is_not_there_is_one_sentence(name):
     with pytest.raises(UserError, match="no such folder, and not a hub name of the form org/name"):
         load(name)

@@ -19,6 +19,8 @@ from specjax.lora.adapters import match
 from specjax.models.layers import LoRA
 from specjax.train.losses import token_sums
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
+
 PROJECTIONS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 TOKENS = prompts(length=200)
 
@@ -151,7 +153,7 @@ def adapter(base, tmp_path_factory):
             config = peft.LoraConfig(r=5, init_lora_weights=False, task_type="CAUSAL_LM", **PEFT[name])
             theirs = peft.get_peft_model(copy.deepcopy(base[1]), config)
             path = tmp_path_factory.mktemp("adapter") / name
-            theirs.save_pretrained(path)
+            theirs.save_pretrained(path, save_embedding_layers=False)
             made[name] = path, torch_logits(theirs, TOKENS)
         return made[name]
 
@@ -212,8 +214,8 @@ def test_merging_into_a_bfloat16_base_rounds_once(base):
         a, b = (factors[f"{path}.lora.default.{letter}"].astype(np.float64) for letter in "ab")
         exact = value.astype(np.float64) + 3.0 * np.stack([np.tensordot(x, y, 1) for x, y in zip(a, b, strict=True)])
         assert after[name].dtype == jnp.bfloat16
-        # Half a unit in the last place of bfloat16 (2^-9 of the value), and nothing lost before that.
-        assert np.all(np.abs(after[name].astype(np.float64) - exact) <= np.abs(exact) * 2.0**-8 * 0.5001 + 1e-7), name
+        # Half a unit in the last place of bfloat16 is at most 2^-8 of the value; nothing is lost before that.
+        assert np.all(np.abs(after[name].astype(np.float64) - exact) <= np.abs(exact) * 2.0**-8 * 1.001 + 1e-7), name
 
 
 def test_several_adapters_are_worn_side_by_side_and_switched(base, adapter):
@@ -221,7 +223,7 @@ def test_several_adapters_are_worn_side_by_side_and_switched(base, adapter):
     made = ours(base)
     sj.lora.load(made, adapter("list")[0], name="hr")
     sj.lora.load(made, adapter("regex")[0], name="law")
-    assert sj.lora.names(made) == ["hr", "law"]
+    assert sorted(sj.lora.names(made)) == ["hr", "law"]
     np.testing.assert_allclose(logits(made), adapter("regex")[1], rtol=0, atol=1e-4)
     sj.lora.use(made, "hr")
     np.testing.assert_allclose(logits(made), adapter("list")[1], rtol=0, atol=1e-4)
@@ -378,10 +380,10 @@ def test_dropout_acts_in_training_alone():
         made = model()
         sj.lora.inject(made, rank=4, dropout=dropout, seed=1)
         shake(made)
-        sums = [token_sums(made, batch, key)["nll"] for key in (None, jax.random.key(0), jax.random.key(1))]
-        found[dropout] = [float(value) for value in sums]
-    assert found[0.0][0] == found[0.0][1] == found[0.0][2] == found[0.9][0]
-    assert len({found[0.9][0], found[0.9][1], found[0.9][2]}) == 3
+        nll = jax.jit(lambda key, made=made: token_sums(made, batch, key)["nll"])
+        found[dropout] = [float(nll(key)) for key in (None, jax.random.key(0), jax.random.key(1))]
+    np.testing.assert_allclose(found[0.0], found[0.9][0], rtol=1e-6)
+    assert len(set(found[0.9])) == 3
 
 
 def test_factors_lie_on_the_mesh_of_their_map_and_give_the_same_logits(base, adapter):
@@ -392,5 +394,5 @@ def test_factors_lie_on_the_mesh_of_their_map_and_give_the_same_logits(base, ada
         assert leaf[...].sharding.mesh.size == 8 and leaf[...].is_fully_replicated
     np.testing.assert_allclose(logits(made), wanted, rtol=0, atol=1e-4)
     sj.lora.merge(made)
-    assert made.layers.mlp.up_proj.kernel[...].sharding.spec == (None, "fsdp", "tensor")
+    assert tuple(made.layers.mlp.up_proj.kernel[...].sharding.spec) == (None, "fsdp", "tensor")
     np.testing.assert_allclose(logits(made), wanted, rtol=0, atol=1e-4)

@@ -165,7 +165,7 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is not a safetensors index ({error!r}): restore the file.") from error
         absent = [file.name for file in files if not file.is_file()]
         if absent:

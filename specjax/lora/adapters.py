@@ -177,7 +177,7 @@ def worn(model: Decoder, name: str) -> Iterator[tuple[str, Linear, LoRA]]:
 
 
 def names(model: Decoder) -> list[str]:
-    """The loaded adapters, in order of loading."""
+    """The loaded adapters."""
     return list(dict.fromkeys(name for linear in linears(model).values() for name in linear.lora))
 
 

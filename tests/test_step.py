@@ -1,0 +1,356 @@
+"""What one step computes: torch's and peft's numbers, whatever the cut into micro-batches and chunks."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import data, model, torch_model, weights
+
+import specjax as sj
+from specjax.errors import UserError
+from specjax.hf.export import tensors
+from specjax.hf.load import load
+from specjax.train import losses, optim
+from specjax.train.evaluate import evaluate
+from specjax.train.losses import token_sums
+from specjax.train.optim import Optimizer, schedule
+from specjax.train.step import make_eval_step, make_train_step, merge, split
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
+
+STEPS, RATE, DECAY, CLIP = 10, 3e-3, 0.1, 1.0
+
+
+def packed(**options):
+    return data(**{"vocab_size": 517, "batch_size": 4, "answers": True} | options)
+
+
+def micro(batch, parts):
+    """[B,T] arrays as [k,b,T]."""
+    return {name: value.reshape(parts, -1, value.shape[1]) for name, value in batch.items()}
+
+
+def our_losses(of, trainable, rows, parts=2):
+    """Losses and gradient norms of each step; the model is trained in place."""
+    graph, params, frozen = split(of, trainable)
+    optimizer = sj.adamw(RATE, weight_decay=DECAY, clip_norm=CLIP)
+    step = jax.jit(make_train_step(graph, optimizer))
+    state, found = optimizer.init(params), []
+    for number in range(STEPS):
+        params, state, metrics = step(params, state, frozen, micro(rows.batch(number), parts), np.int32(number))
+        found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    nnx.update(of, nnx.from_flat_state([(tuple(path.split(".")), value) for path, value in params.items()]))
+    return np.array(found)
+
+
+def torch_losses(of, rows):
+    """The same of a plain loop: torch's AdamW and clip, cross-entropy over whole batches."""
+    import torch
+
+    trained = {name: weight for name, weight in of.named_parameters() if weight.requires_grad}
+    spared = [weight for name, weight in trained.items() if name.endswith(("norm.weight", "bias"))]
+    decayed = [weight for weight in trained.values() if all(weight is not other for other in spared)]
+    groups = [{"params": decayed, "weight_decay": DECAY}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=RATE)
+    found = []
+    for number in range(STEPS):
+        batch = {name: torch.tensor(value) for name, value in rows.batch(number).items()}
+        segments, length = batch["segment_ids"], rows.length
+        seen = (segments[:, :, None] == segments[:, None, :]) & torch.ones(length, length).tril().bool()
+        mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[:, None]
+        logits = of(
+            input_ids=batch["tokens"].long(), attention_mask=mask, position_ids=batch["positions"].long()
+        ).logits
+        nll = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch["targets"].long().flatten(), reduction="none"
+        )
+        counted = batch["loss_mask"].flatten()
+        loss = (nll * counted).sum() / counted.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        optimizer.step()
+        found.append((loss.item(), norm.item()))
+    return np.array(found)
+
+
+def assert_same_course(found, wanted):
+    print(f"losses differ by {np.abs(found[:, 0] / wanted[:, 0] - 1).max():.1e} of themselves")
+    assert wanted[-1, 0] < wanted[0, 0] - 0.1
+    assert wanted[:, 1].max() > CLIP  # or the clip is not seen
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_full_training_follows_torch(tmp_path):
+    reference, rows = torch_model(), packed()
+    reference.save_pretrained(tmp_path)
+    ours, _ = load(tmp_path, dtype="float32")
+    assert_same_course(our_losses(ours, sj.ALL, rows), torch_losses(reference, rows))
+    theirs = {name: weight.detach().numpy() for name, weight in reference.named_parameters()}
+    for name, value in tensors(ours, np.float32):
+        np.testing.assert_allclose(value, theirs[name], rtol=0, atol=2e-4, err_msg=name)
+
+
+def test_lora_training_follows_peft(tmp_path):
+    import peft
+    import torch
+
+    reference, rows = torch_model(), packed()
+    reference.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(reference, config)
+    theirs.save_pretrained(tmp_path / "start")
+    ours, _ = load(tmp_path / "base", dtype="float32")
+    sj.lora.load(ours, tmp_path / "start")
+    before = weights(ours, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    assert_same_course(our_losses(ours, sj.LORA, rows), torch_losses(theirs, rows))
+    after = weights(ours)
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
+    sj.lora.save(ours, tmp_path / "end")
+    theirs.save_pretrained(tmp_path / "theirs")
+    from safetensors.numpy import load_file
+
+    wanted = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    for name, value in load_file(tmp_path / "end" / "adapter_model.safetensors").items():
+        np.testing.assert_allclose(value, wanted[name], rtol=0, atol=5e-4, err_msg=name)
+
+
+def descent(rate=1.0):
+    """Plain gradient descent: its update is the gradient."""
+    rule = optax.sgd(rate)
+    return Optimizer(rule.init, rule.update, lambda step: rate)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_micro_batches_add_up_to_the_whole_batch(kind):
+    ours = model()
+    if kind == "lora":
+        sj.lora.inject(ours, rank=4)
+        for path, leaf in nnx.to_flat_state(nnx.state(ours, nnx.LoRAParam)):
+            leaf[...] = leaf[...] + 0.05 * np.random.default_rng(len(path[2])).standard_normal(leaf.shape)
+    graph, params, frozen = split(ours, sj.LORA if kind == "lora" else sj.ALL)
+    batch = data(answers=True, longest=30).batch(0)
+    batch["loss_mask"][:2] *= np.arange(64) < 9  # the first micro-batches count fewer tokens
+    counts = batch["loss_mask"].reshape(4, -1).sum(1)
+    assert counts.max() > 3 * counts.min()
+    found = {}
+    for parts in (1, 4):
+        step = jax.jit(make_train_step(graph, descent()))
+        after, _, metrics = step(params, descent().init(params), frozen, micro(batch, parts), np.int32(0))
+        found[parts] = {name: np.asarray(params[name] - after[name]) for name in params}, metrics
+    assert float(found[1][1]["loss_tokens"]) == batch["loss_mask"].sum()
+    for name in ("loss", "loss_tokens", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(found[4][1][name], found[1][1][name], rtol=1e-6, err_msg=name)
+    for name, wanted in found[1][0].items():
+        np.testing.assert_allclose(
+            found[4][0][name], wanted, rtol=0, atol=1e-6 * max(1, np.abs(wanted).max()), err_msg=name
+        )
+
+
+def shapes(jaxpr):
+    """The shapes of all that a jaxpr computes, inner ones included."""
+    for equation in jaxpr.eqns:
+        yield from (tuple(out.aval.shape) for out in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                    yield from shapes(inner)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_frozen_weight_has_no_gradient_and_no_optimizer_state(kind, parts):
+    ours = model(intermediate_size=80, vocab_size=136)  # no activation has a weight's shape
+    sj.lora.inject(ours, rank=4)
+    graph, params, frozen = split(ours, sj.LORA if kind == "lora" else nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    optimizer, batch = sj.adamw(RATE), micro(data(vocab_size=136).batch(0), parts)
+    state = optimizer.init(params)
+    base = weights(ours, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    matrices = {value.shape for name, value in base.items() if not name.endswith("scale")}
+    assert {leaf.shape for leaf in jax.tree.leaves(state)} <= {value.shape for value in params.values()} | {()}
+    traced = jax.make_jaxpr(make_train_step(graph, optimizer))(params, state, frozen, batch, np.int32(0))
+    made = set(shapes(traced.jaxpr))
+    assert made & matrices == (set() if kind == "lora" else matrices)
+    one_layer = {shape[1:] for shape in matrices if len(shape) > 2}
+    products = {shape for shape in made if shape in one_layer or shape[::-1] in one_layer}
+    assert bool(products) == (kind == "full"), products
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_parameters_and_optimizer_state_are_donated(kind):
+    ours = model()
+    if kind == "lora":
+        sj.lora.inject(ours, rank=4)
+    rows = data()
+    graph, params, frozen = split(ours, sj.LORA if kind == "lora" else sj.ALL)
+    optimizer = sj.adamw(RATE)
+    state = optimizer.init(params)
+    step = jax.jit(make_train_step(graph, optimizer), donate_argnums=(0, 1))
+    compiled = step.lower(params, state, frozen, micro(rows.batch(0), 2), np.int32(0)).compile()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
+    memory = compiled.memory_analysis()
+    # All but the optimizer's counts of steps (a few bytes each).
+    assert held - 64 <= memory.alias_size_in_bytes <= held
+    assert memory.output_size_in_bytes < held + 4096
+    compiled(params, state, frozen, micro(rows.batch(0), 2), np.int32(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)) if leaf.size > 1)
+    assert not any(leaf.is_deleted() for leaf in frozen.values())
+
+
+def reference_sums(ours, batch):
+    """From the whole logits."""
+    logits = ours(batch["tokens"], batch["positions"], batch["segment_ids"])
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
+    hits = jnp.argmax(logits, axis=-1) == batch["targets"]
+    return {
+        "nll": -jnp.sum(picked * batch["loss_mask"]),
+        "correct": jnp.sum(hits * batch["loss_mask"]),
+        "count": jnp.sum(batch["loss_mask"]),
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_by_chunks_is_the_loss_of_the_whole_logits(monkeypatch, tied):
+    ours = model(vocab_size=131, tie_word_embeddings=tied)
+    batch = data(vocab_size=131, batch_size=4, answers=True).batch(0)
+    graph, params, _ = split(ours, sj.ALL)
+
+    def value_and_gradient(sums):
+        def nll(params):
+            found = sums(merge(graph, params), batch)
+            return found["nll"], found
+
+        return jax.jit(jax.value_and_grad(nll, has_aux=True)).lower(params).compile()
+
+    wanted = value_and_gradient(reference_sums)(params)
+    for elements, whole in ((2**25, True), (4 * 131 * 16, False)):
+        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", elements)
+        compiled = value_and_gradient(token_sums)
+        text = compiled.as_text()
+        assert any(f"[{shape}]" in text for shape in ("4,64,131", "256,131", "131,256")) == whole
+        (_, sums), gradient = compiled(params)
+        for name in ("nll", "correct", "count"):
+            np.testing.assert_allclose(sums[name], wanted[0][1][name], rtol=1e-6, err_msg=name)
+        for name, value in wanted[1].items():
+            scale = float(jnp.abs(value).max())
+            np.testing.assert_allclose(gradient[name], value, rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+def test_evaluation_is_weighted_by_tokens_and_sees_every_row_once():
+    ours, rows = model(), data(documents=23, answers=True)  # the last batch is not full
+    graph, params, frozen = split(ours, sj.ALL)
+    step = jax.jit(make_eval_step(graph))
+    sums = [reference_sums(ours, batch) for batch in rows.once()]
+    count = sum(float(part["count"]) for part in sums)
+    assert len(sums) > 1 and count == rows.report["loss_tokens"]
+    found = evaluate(step, params, frozen, rows, None)
+    assert found["tokens"] == count
+    np.testing.assert_allclose(found["loss"], sum(float(part["nll"]) for part in sums) / count, rtol=1e-6)
+    np.testing.assert_allclose(found["accuracy"], sum(float(part["correct"]) for part in sums) / count, rtol=1e-6)
+    assert found["perplexity"] == math.exp(found["loss"])
+    first = evaluate(step, params, frozen, rows, None, batches=1)
+    np.testing.assert_allclose(first["loss"], float(sums[0]["nll"]) / float(sums[0]["count"]), rtol=1e-6)
+
+
+SHAPES = {"layers.mlp.up_proj.kernel": (3, 4), "layers.norm.scale": (4,), "layers.mlp.up_proj.bias": (4,)}
+
+
+def course(optimizer, gradients):
+    """The parameters after each update, from ones."""
+    params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+    state, found = optimizer.init(params), []
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        found.append({name: np.asarray(value) for name, value in params.items()})
+    return found
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    rng = np.random.default_rng(0)
+    scales = (0.01, 3.0, 0.3, 1.0, 1e-6)  # some are clipped, some are not
+    return [{name: rng.standard_normal(shape).astype(np.float32) * s for name, shape in SHAPES.items()} for s in scales]
+
+
+@pytest.mark.parametrize("options", [{}, {"b1": 0.8, "b2": 0.95, "eps": 1e-3}, {"clip_norm": 0.0}], ids=str)
+def test_adamw_is_torchs_and_spares_norms_and_biases(gradients, options):
+    import torch
+
+    found = course(sj.adamw(0.1, weight_decay=0.5, **options), gradients)
+    params = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
+    kernel, *spared = params.values()
+    betas = (options.get("b1", 0.9), options.get("b2", 0.999))
+    groups = [{"params": [kernel], "weight_decay": 0.5}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.1, betas=betas, eps=options.get("eps", 1e-8))
+    for gradient, after in zip(gradients, found, strict=True):
+        for name, weight in params.items():
+            weight.grad = torch.tensor(gradient[name])
+        if options.get("clip_norm", 1.0):
+            torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        optimizer.step()
+        for name, weight in params.items():
+            np.testing.assert_allclose(after[name], weight.detach().numpy(), rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_lion_is_the_papers_and_spares_norms_and_biases(gradients):
+    found = course(optim.lion(0.1, weight_decay=0.5, b1=0.9, b2=0.99, clip_norm=0.0), gradients)
+    params = {name: np.ones(shape) for name, shape in SHAPES.items()}
+    moment = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    for gradient, after in zip(gradients, found, strict=True):
+        for name, g in gradient.items():
+            decay = 0.5 * params[name] if name.endswith("kernel") else 0.0
+            params[name] = params[name] - 0.1 * (np.sign(0.9 * moment[name] + 0.1 * g) + decay)
+            moment[name] = 0.99 * moment[name] + 0.01 * g
+            np.testing.assert_allclose(after[name], params[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_lion_trains_with_one_moment():
+    rows = data()
+    graph, params, frozen = split(model(), sj.ALL)
+    optimizer = optim.lion(1e-3, weight_decay=0.1)
+    step, state, found = jax.jit(make_train_step(graph, optimizer)), optimizer.init(params), []
+    size = sum(leaf.size for leaf in params.values())
+    assert size <= sum(leaf.size for leaf in jax.tree.leaves(state)) < 1.1 * size
+    for number in range(10):
+        params, state, metrics = step(params, state, frozen, micro(rows.batch(number), 1), np.int32(number))
+        found.append(float(metrics["loss"]))
+    assert found[-1] < found[0] - 0.05
+
+
+def test_schedules_warm_up_and_decay_to_their_fraction():
+    options = {"learning_rate": 2.0, "steps": 14, "warmup_steps": 4, "final_fraction": 0.1}
+    warm = [0.5, 1.0, 1.5, 2.0]
+    wanted = {
+        "constant": [2.0] * 12,
+        "linear": [2.0 - 1.8 * min(k, 10) / 10 for k in range(12)],
+        "cosine": [0.2 + 1.8 * (1 + math.cos(math.pi * min(k, 10) / 10)) / 2 for k in range(12)],
+    }
+    for name, values in wanted.items():
+        rate = schedule(name, **options)
+        np.testing.assert_allclose([float(rate(step)) for step in range(16)], warm + values, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(float(jax.jit(rate)(np.int32(7))), values[3], rtol=1e-6)
+    assert float(schedule("constant", learning_rate=2.0, steps=3)(0)) == 2.0
+    with pytest.raises(UserError, match="'cosin': choose one of cosine, linear, constant. Did you mean 'cosine'"):
+        schedule("cosin", **options)
+
+
+def test_the_rate_that_is_logged_is_the_rate_that_is_used():
+    ours, rows = model(), data()
+    graph, params, frozen = split(ours, sj.ALL)
+    rate = schedule("linear", learning_rate=1e-2, steps=4, warmup_steps=2, final_fraction=0.0)
+    optimizer = sj.adamw(rate)
+    step, state = jax.jit(make_train_step(graph, optimizer)), optimizer.init(params)
+    for number, wanted in enumerate([5e-3, 1e-2, 1e-2, 5e-3, 0.0]):
+        before = params
+        params, state, metrics = step(before, state, frozen, micro(rows.batch(number), 1), np.int32(number))
+        np.testing.assert_allclose(float(metrics["lr"]), wanted, rtol=1e-6)
+        moved = max(float(jnp.abs(params[name] - before[name]).max()) for name in params)
+        assert moved == 0.0 if wanted == 0.0 else moved <= 3 * wanted
+        if number == 0:
+            np.testing.assert_allclose(moved, wanted, rtol=1e-2)  # Adam's first step is the rate itself
