@@ -171,13 +171,13 @@ def test_extending_a_cache_equals_the_whole_prompt(folder, case):
     tokens, size, pad = prompts(length=150), 170, np.array([0, 9])
     whole = np.asarray(ours(tokens))
     # The second row begins 9 slots later, after padding on its left.
-    slots = np.arange(size)[None] - pad[:, None]
+    slots, padded = np.arange(size)[None] - pad[:, None], list(zip(tokens, pad, strict=True))
     places, held = np.maximum(slots, 0).astype(np.int32), np.zeros((2, size), np.int32)
     cache, parts, slot = ours.empty_cache(2, size), [], 0
     extend = nnx.jit(lambda m, *given: m.extend(*given))
     for count in (100, 30, 1, 1, 18):
         held[:, slot : slot + count] = slots[:, slot : slot + count] >= 0
-        fed = np.stack([np.append(np.zeros(p, np.int32), row)[slot : slot + count] for row, p in zip(tokens, pad)])
+        fed = np.stack([np.append(np.zeros(p, np.int32), row)[slot : slot + count] for row, p in padded])
         hidden, cache = extend(ours, fed, places[:, slot : slot + count], cache, places, held, jnp.int32(slot))
         parts.append(np.asarray(ours.unembed(hidden)))
         slot += count
