@@ -4,8 +4,8 @@
 
 transformers writes the folder (2.5 GB, bfloat16); specjax loads it, trains LoRA for 3 steps, saves the adapter, merges,
 exports and reads the export back; transformers opens the export. Each of the three is a process of its own. Printed
-are seconds and peak memory (resident, the mapped pages of the weights file included) of each part; it ends with status 1
-where specjax took more than 12 GB, or where the logits of the export are others than those of the merged model.
+are each part's seconds and peak memory (resident, the mapped pages of weight files included); it fails where specjax
+took more than 12 GB, or where the logits of the export are others than those of the merged model.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copy
@@ -24,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 MOST_MEMORY = 12e9  # bytes
 MOST_ERROR = 0.05  # of bfloat16 logits, root mean square, relative
-LLAMA_1B = {
+LLAMA_1B: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -44,7 +45,7 @@ LLAMA_1B = {
         "original_max_position_embeddings": 8192,
     },
 }
-TOKENS = np.random.default_rng(0).integers(0, LLAMA_1B["vocab_size"], (1, 64)).astype(np.int32)
+TOKENS = (np.arange(64, dtype=np.int32)[None] * 7919) % LLAMA_1B["vocab_size"]
 
 Part = tuple[str, float, float]  # what, seconds, peak bytes
 
@@ -72,6 +73,7 @@ def write(folder: Path, layers: int) -> Parts:
         import torch
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()
         ids = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}  # those of the demo's tokenizer
         config = transformers.LlamaConfig(**LLAMA_1B | ids | {"num_hidden_layers": layers})
         with torch.device("meta"):
@@ -99,7 +101,7 @@ def specialise(folder: Path) -> Parts:
         import jax
 
         import specjax as sj
-        from specjax.run import fit  # with all that a run imports
+        import specjax.run  # and all that a run needs
     with parts.part("load"):
         model, tokenizer = sj.load(folder / "base", mesh=sj.make_mesh(), dtype="bfloat16")
         jax.block_until_ready(jax.tree.leaves(model))
@@ -110,7 +112,7 @@ def specialise(folder: Path) -> Parts:
         rows = [{"instruction": f"What is {a} and {a}?", "response": f"It is {a + a}. " * 9} for a in range(400)]
         data = sj.data.instruct(rows, tokenizer, length=256, batch_size=2, seed=0)
         # A high rate, so that what is merged weighs something.
-        result = fit(model, data, sj.adamw(1e-2), steps=3, trainable=sj.LORA)
+        result = sj.fit(model, data, sj.adamw(3e-3), steps=3, trainable=sj.LORA)
     print(f"    compile {result.compile_seconds:.1f} s, {result.tokens / result.seconds:.0f} tokens/s")
     with parts.part("save the adapter"):
         sj.lora.save(model, folder / "adapter")
@@ -141,6 +143,7 @@ def reopen(folder: Path) -> Parts:
         import torch
         import transformers
 
+        transformers.utils.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.bfloat16)
         transformers.AutoTokenizer.from_pretrained(folder / "merged")
         with torch.no_grad():
@@ -158,8 +161,8 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 def alone(what: Callable[..., Parts], *arguments: Any) -> Parts:
     """Calls a function in a fresh interpreter."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(what, arguments)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(what, *arguments).result()
 
 
 def main() -> None:

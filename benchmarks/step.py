@@ -16,6 +16,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", action="store_true", help="a JSON object a line")
     arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")  # a fresh interpreter each: its peak memory is its own
     rows = []
-    for method in arguments.methods or METHODS:
-        with context.Pool(1) as pool:
-            rows.append(pool.apply(measure, (method, arguments.steps)))
+    for method in arguments.methods or METHODS:  # in a fresh interpreter each: its peak memory is its own
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            rows.append(pool.submit(measure, method, arguments.steps).result())
     if arguments.json:
         print("\n".join(map(json.dumps, rows)))
     else:

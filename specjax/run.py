@@ -273,7 +273,8 @@ def peak_memory() -> int:
 
 def _hush() -> None:
     """Keeps off stderr what Orbax and tensorstore say there beside the errors that they raise, which are told."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -73,8 +73,8 @@ def fill_sizes(sizes: dict[str, int], device_count: int) -> dict[str, int]:
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """The mesh axes of each of a tensor's logical axes.
 
-    >>> partition_spec(("layers", "embed", "heads", "head_dim"))
-    PartitionSpec(None, 'fsdp', 'tensor', None)
+    >>> tuple(partition_spec(("layers", "embed", "heads", "head_dim")))
+    (None, 'fsdp', 'tensor', None)
     """
     entries: list[Any] = []
     for axis in axes:

@@ -18,7 +18,7 @@ TRAIN = ("train", CONFIG, "--workdir=w")
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Stands in for specjax.run: what each of its functions was called with."""
+    """Stands in for specjax.run and specjax.compare: what each of its functions was called with."""
     made: list[tuple[str, dict]] = []
 
     def record(name):
@@ -28,6 +28,7 @@ def calls(monkeypatch):
     fake = SimpleNamespace(**{name: record(name) for name in verbs})
     monkeypatch.setattr(specjax, "run", fake, raising=False)
     monkeypatch.setitem(sys.modules, "specjax.run", fake)
+    monkeypatch.setitem(sys.modules, "specjax.compare", fake)
     return made
 
 

@@ -21,7 +21,7 @@ def run(kind, mesh, workdir, steps=STEPS, **changes):
     """Ten steps on packed rows with accumulation: (rows of the log, trained weights)."""
     made = model(mesh=mesh, **changes)
     if kind == "lora":
-        sj.lora.inject(made, rank=4, seed=1)
+        sj.lora.inject(made, rank=4, dropout=0.1, seed=1)
     rows, optimizer = data(batch_size=16, answers=True), sj.adamw(5e-3, weight_decay=0.1)
     options = {"accumulate": 2, "log_every": 1, "tensorboard": False, "eval_data": {"held": data(seed=1)}}
     before = weights(made, BASE)

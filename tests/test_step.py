@@ -87,7 +87,7 @@ def assert_same_course(found, wanted):
 
 
 def assert_same_movement(found, wanted, start):
-    """Trained weights by name: where they went differs by little of the way. (Single ones may: Adam divides by small.)"""
+    """Weights by name: they differ by little of the way they went, taken together (Adam divides by small ones)."""
     for name, value in wanted.items():
         apart, way = np.linalg.norm(found[name] - value), np.linalg.norm(value - start[name])
         assert apart < 2e-3 * way, (name, apart, way)

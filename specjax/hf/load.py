@@ -21,6 +21,7 @@ from specjax.errors import UserError
 from specjax.hf import names
 from specjax.models import Decoder, ModelConfig
 
+_BLOCK = 32  # rows of a transpose at a time, of 16 to 256 the best for bfloat16 to itself and to float32
 _LISTED = 8  # at most this many tensors of a kind are named in one error
 
 
@@ -234,9 +235,19 @@ def _read_slice(
     where = names.hf_slice(layer_index, layer_shape, entry.kind)
     for row, layer in enumerate(range(*index[0].indices(shape[0])) if entry.stacked else [0]):
         values = tensors[hf_names[layer]].get_slice(hf_names[layer])[where]
-        target = out[row] if entry.stacked else out
-        target[...] = names.from_hf(values, entry.kind, target.shape)
+        _fill(out[row] if entry.stacked else out, values, entry.kind)
     return out
+
+
+def _fill(target: np.ndarray, values: np.ndarray, kind: str) -> None:
+    """target[...] = names.from_hf(values, kind, target.shape), a transpose in blocks: else it misses the cache."""
+    if not kind.startswith("kernel"):
+        target[...] = names.from_hf(values, kind, target.shape)
+        return
+    matrix = target.reshape(values.shape[::-1])
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK]
+        matrix[:, start : start + _BLOCK] = names.from_hf(block, kind, block.shape[::-1])
 
 
 def _check(

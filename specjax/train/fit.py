@@ -178,7 +178,7 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
         )
     if step % every == 0 or step == 1 or step == steps:
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
-        log.train(step, numbers | run.speed())
+        log.train(step, numbers | run.speed(metrics["tokens"]))
 
 
 @contextmanager
@@ -283,7 +283,7 @@ class _Run:
                 )
         self.trainable, self.opt_state = self.checkpoints.restore(latest, self.trainable, self.opt_state)
         self.best_loss, self.bad_evals = math.inf if meta["best"] is None else meta["best"], meta["bad"]
-        self.tokens = meta.get("tokens", 0)
+        self.tokens = self._window_tokens = meta.get("tokens", 0)
         self._saved = self.result.step = latest
         return latest
 
@@ -327,7 +327,7 @@ class _Run:
         self.trainable, self.opt_state, metrics = self._compiled(*args)
         self._next = self._pool.submit(self._batch, step + 1)
         self.result.step, self.result.tokens = step + 1, self.result.tokens + tokens
-        self.tokens, self._window_tokens = self.tokens + tokens, self._window_tokens + tokens
+        self.tokens += tokens
         return metrics | {"tokens": self.tokens}
 
     def _compile(self, batch: Any) -> Any:
@@ -346,12 +346,12 @@ class _Run:
         yield
         self._window_start += time.perf_counter() - began
 
-    def speed(self) -> dict[str, float]:
-        """Tokens (not padding) a second since the last call."""
-        seconds, tokens = time.perf_counter() - self._window_start, self._window_tokens
-        self._window_start, self._window_tokens = self._window_start + seconds, 0
+    def speed(self, tokens: int) -> dict[str, float]:
+        """Tokens (not padding) a second since the last call; `tokens` are those of all steps so far."""
+        seconds, fresh = time.perf_counter() - self._window_start, tokens - self._window_tokens
+        self._window_start, self._window_tokens = self._window_start + seconds, tokens
         self.result.seconds += seconds
-        return {"tokens_per_s": tokens / max(seconds, 1e-9)}
+        return {"tokens_per_s": fresh / max(seconds, 1e-9)}
 
     def evaluate(self, data: Any, batches: int) -> dict[str, float]:
         """The sums of one data set, see `evaluate`."""
