@@ -25,7 +25,7 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another output folder.")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} exists and is not empty: choose another output folder, or say overwrite.")
+        raise UserError(f"{out} exists and is not empty: choose another output folder, or give overwrite.")
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
