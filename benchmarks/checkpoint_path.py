@@ -80,6 +80,7 @@ def write(folder: Path, layers: int) -> Parts:
             model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
         model = model.to_empty(device="cpu")
         model.tie_weights()
+        torch.manual_seed(0)
         noise = 0.02 * torch.randn(LLAMA_1B["vocab_size"] * LLAMA_1B["hidden_size"] // 64).to(torch.bfloat16)
         for number, (name, weight) in enumerate(model.named_parameters()):
             if name.endswith("norm.weight"):

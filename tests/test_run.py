@@ -268,6 +268,7 @@ def test_export_writes_the_adapter_or_the_merged_model(base, runs, tmp_path, cap
     assert specjax("export", f"--workdir={runs['lora']}", f"--out={adapter}") == 0
     assert tree(adapter) == tree(runs["lora"] / "export")
     assert specjax("export", f"--workdir={runs['lora']}", f"--out={merged}", "--merge") == 0
+    assert not (merged / "adapter_config.json").exists()
     whole, tokenizer = opened(base, merged)
     worn, _ = opened(base, adapter)
     tokens = torch.tensor([tokenizer(PROMPT * 4)["input_ids"]])
@@ -286,13 +287,14 @@ def answers(capsys, *argv: object) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_generate_answers_from_a_run_a_folder_and_a_base_with_adapters(base, runs, tmp_path, capsys):
-    shutil.copytree(runs["lora"] / "export", tmp_path / "same")
-    adapters = (f"--adapter=hr={runs['lora'] / 'export'}", f"--adapter={tmp_path / 'same'}")
+def test_generate_answers_from_a_run_a_folder_and_a_base_with_adapters(base, runs, worse, capsys):
+    adapters = (f"--adapter=hr={runs['lora'] / 'export'}", f"--adapter=worse={worse[0] / 'export'}")
     from_run = answers(capsys, f"--model={runs['lora']}")
-    [head, *first, other, second] = answers(capsys, f"--model={base}", *adapters)
-    assert (head, other) == (f"--- [hr] {PROMPT}", f"--- [same] {PROMPT}")
-    assert first == [second] == from_run
+    from_base = answers(capsys, f"--model={base}", *adapters)
+    heads = [f"--- [{name}] {PROMPT}" for name in ("hr", "worse")]
+    place = from_base.index(heads[1])
+    assert [from_base[0], from_base[place]] == heads
+    assert from_base[1:place] == from_run != from_base[place + 1 :]
     # What another run logged: the base's answer before the first step, its own after the last.
     said = [json.loads(line)["text"].splitlines() for line in (runs["sft"] / "samples.jsonl").read_text().splitlines()]
     assert from_run != said[0] != said[-1]
