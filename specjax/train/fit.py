@@ -335,7 +335,13 @@ class _Run:
         began = time.perf_counter()
         kept = [jax.tree.map(lambda x: x.sharding, tree) for tree in (self.trainable, self.opt_state)]
         jitted = jax.jit(self._train_step, donate_argnums=(0, 1), out_shardings=(*kept, None))
-        compiled = jitted.lower(self.trainable, self.opt_state, self.frozen, batch, np.int32(0)).compile()
+        lowered = jitted.lower(self.trainable, self.opt_state, self.frozen, batch, np.int32(0))
+        options: dict[str, Any] = {}
+        if jax.default_backend() == "cpu" and self.source.dtype != np.float32:
+            # XLA:CPU multiplies bfloat16 as float32 and would convert all layers' weights before the loop over them:
+            # twice the model again in memory.
+            options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+        compiled = lowered.compile(compiler_options=options)
         self.result.compile_seconds = time.perf_counter() - began
         return compiled
 
