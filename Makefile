@@ -4,7 +4,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test newest demo demo-base bench clean
+.PHONY: test newest demo demo-base bench parity clean
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -26,8 +26,14 @@ demo-base: $(VENV)/.run
 	$(BIN)/specjax train --config=configs/demo_base.py --workdir=runs/demo/base
 	@echo "To ship it: cp runs/demo/base/export/* demo/base/"
 
+# How near to transformers and PEFT every family is: some minutes.
+parity: $(VENV)/.test
+	$(BIN)/python tests/parity.py --out docs/parity.md --json specjax/parity.json
+
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/generate.py
 
 clean:
 	rm -rf $(VENV) .venv-newest *.egg-info

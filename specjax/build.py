@@ -1,5 +1,6 @@
 """From a config to the parts of a run: tokenizer, data, model, optimizer; and a run's weights from its checkpoints."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,9 @@ def eval_data_of(config: ConfigDict, tokenizer: Any) -> dict[str, Data]:
     # No more rows at once than a micro-batch: what trains must also fit when it is measured.
     rows = {"batch_size": config.batch_size // config.accumulate}
     if config.data.eval:
-        # A set that is measured may be of another kind than the one that trains: text beside pairs.
-        sets = sorted(config.data.eval.items())
-        return {name: _load(config, tokenizer, path, format="auto", **rows) for name, path in sets}
+        # A set that is measured may be of another kind than the one that trains, and call its columns otherwise.
+        rows |= {"format": "auto", "own_columns": True}
+        return {name: _load(config, tokenizer, path, **rows) for name, path in sorted(config.data.eval.items())}
     if not config.data.eval_fraction:
         return {}
     holdout = (config.data.eval_fraction, "eval")
@@ -82,6 +83,12 @@ def model_of(config: ConfigDict, folder: Path, mesh: Mesh) -> Decoder:
         model = hf_load.random(ModelConfig.from_folder(folder), seed=config.seed + SEED_MODEL, **settings)
     else:
         model, _ = hf_load.load(folder, param_dtype="float32" if full else None, **settings)
+    if config.model.router_aux_coef is not None:
+        if not model.config.num_experts:
+            raise UserError(
+                f"config.model.router_aux_coef is set, but {config.model.path} has no experts: leave it out."
+            )
+        model.config = dataclasses.replace(model.config, router_aux_coef=config.model.router_aux_coef)
     if not full:
         lora.inject(model, seed=config.seed + SEED_LORA, **lora_settings(config))
     return model
@@ -113,9 +120,9 @@ def sampler_of(config: ConfigDict, tokenizer: Any) -> Callable[[Decoder], Sequen
         return None
     chat = bool(tokenizer.chat_template)
     new = config.eval.max_new_tokens
-    return lambda model: list(
-        zip(prompts, generate_texts(model, tokenizer, prompts, max_new_tokens=new, chat=chat), strict=True)
-    )
+    # Always the likeliest tokens: what the model's generation_config.json draws could not be compared along a run.
+    how: dict[str, Any] = {"max_new_tokens": new, "chat": chat, "generation_config": {}}
+    return lambda model: list(zip(prompts, generate_texts(model, tokenizer, prompts, **how), strict=True))
 
 
 def load_run(workdir: str | Path, which: str, mesh: Mesh) -> tuple[Decoder, ConfigDict]:
@@ -145,9 +152,25 @@ def restore(model: Decoder, config: ConfigDict, workdir: Path, which: str) -> No
     nnx.update(model, nnx.from_flat_state([(tuple(path.split(".")), value) for path, value in trained.items()]))
 
 
-def write_export(model: Decoder, tokenizer: Any, config: ConfigDict, out: Path, *, overwrite: bool = False) -> None:
-    """Writes a PEFT adapter folder of a model that wears one, else a Hugging Face folder."""
-    if lora.names(model):
-        lora.save(model, out, base=config.model.path, tokenizer=tokenizer, overwrite=overwrite)
-    else:
-        export_folder(model, tokenizer, out, overwrite=overwrite)
+def write_export(
+    model: Decoder,
+    tokenizer: Any,
+    config: ConfigDict,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    dtype: str | None = None,
+) -> str:
+    """Writes a PEFT adapter folder of a model that wears one, else a Hugging Face folder, its weights in `dtype`.
+
+    Returns:
+      What the user should know of it, in one sentence, or "".
+    """
+    if not lora.names(model):
+        export_folder(model, tokenizer, out, dtype=dtype, overwrite=overwrite)
+        return ""
+    told = {"base": config.model.path, "revision": config.model.revision or None}
+    idle = lora.save(model, out, tokenizer=tokenizer, overwrite=overwrite, **told)
+    if not idle:
+        return ""
+    return f"the adapter changes nothing in {len(idle)} of its modules, whose B is zero, the first {idle[0]}"

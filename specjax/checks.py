@@ -20,7 +20,7 @@ CHOICES = {
     "model.init": ("checkpoint", "random"),
     "model.remat": ("none", "full"),
     "data.format": ("auto", "text", "instruct", "prompt", "messages", "conversations"),
-    "data.overlong": ("drop", "truncate"),
+    "data.overlong": ("drop", "truncate", "keep_end", "split"),
     "optimizer.name": ("adamw", "lion"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
 }
@@ -31,6 +31,7 @@ AT_LEAST = {
     "data.length": 2,
 }
 POSITIVE = ("optimizer.learning_rate", "optimizer.eps")
+BIASES = ("none", "all", "lora_only")  # config.lora.bias
 FRACTIONS = ("data.eval_fraction", "optimizer.b1", "optimizer.b2")
 KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "a list of strings"}
 
@@ -119,6 +120,8 @@ def _check_values(config: ConfigDict) -> None:
     for key in FRACTIONS:
         if not 0 <= config[key] < 1:
             raise UserError(f"config.{key} is {config[key]!r}: give it a value from 0 to below 1.")
+    if (router := config.model.router_aux_coef) is not None and router < 0:
+        raise UserError(f"config.model.router_aux_coef is {router!r}: give it a value of at least 0.")
     if not 0 <= (final := config.optimizer.final_fraction) <= 1:
         raise UserError(f"config.optimizer.final_fraction is {final!r}: give it a value from 0 to 1.")
 
@@ -140,9 +143,47 @@ def _check_lora(config: ConfigDict) -> None:
         raise UserError(f"config.lora.alpha is {lora.alpha}: give it a value above 0.")
     if lora.dropout is not None and not 0 <= lora.dropout < 1:
         raise UserError(f"config.lora.dropout is {lora.dropout}: give it a value from 0 to below 1.")
-    names = [lora.targets] if isinstance(lora.targets, str) else lora.targets
-    if names is not None and not (isinstance(names, list | tuple) and names and all(_is_text(name) for name in names)):
-        raise UserError(f"config.lora.targets is {lora.targets!r}: give 'all-linear', a list of names or a pattern.")
+    _check_lora_names(lora)
+    _check_lora_patterns(lora)
+    if lora.bias is not None and lora.bias not in BIASES:
+        offered = ", ".join(repr(choice) for choice in BIASES)
+        raise UserError(f"config.lora.bias is {lora.bias!r}: choose one of {offered}.{nearest(lora.bias, BIASES)}")
+    if lora.ensure_weight_tying and not lora.modules_to_save:
+        raise UserError(
+            "config.lora.ensure_weight_tying is True, but config.lora.modules_to_save is not set: "
+            "name embed_tokens there, or leave config.lora.ensure_weight_tying out."
+        )
+
+
+def _check_lora_names(lora: ConfigDict) -> None:
+    """The keys that name modules or layers."""
+    for key in ("targets", "exclude_modules", "modules_to_save"):
+        names = [lora[key]] if isinstance(lora[key], str) else lora[key]
+        if names is None or (
+            isinstance(names, list | tuple) and (names or key != "targets") and all(_is_text(name) for name in names)
+        ):
+            continue
+        offered = {"targets": "'all-linear', a list of names or a pattern", "modules_to_save": "a list of names"}
+        offer = offered.get(key, "a list of names or a pattern")
+        raise UserError(f"config.lora.{key} is {lora[key]!r}: give {offer}.")
+    layers = lora.layers_to_transform
+    listed = layers if isinstance(layers, list | tuple) else [layers]
+    if layers is not None and not (listed and all(_is_whole(one) and one >= 0 for one in listed)):
+        raise UserError(f"config.lora.layers_to_transform is {layers!r}: give layer numbers, from 0.")
+
+
+def _check_lora_patterns(lora: ConfigDict) -> None:
+    """The keys that hold a value a pattern."""
+    for key, least in (("rank_pattern", "a whole number of at least 1"), ("alpha_pattern", "a number above 0")):
+        patterns = lora[key]
+        if patterns is None:
+            continue
+        if not isinstance(patterns, Mapping):
+            raise UserError(f"config.lora.{key} is {patterns!r}: give patterns with their values, {{'q_proj': 8}}.")
+        for pattern, value in patterns.items():
+            whole = _is_whole(value) and value >= 1
+            if not (whole or (key == "alpha_pattern" and isinstance(value, float) and value > 0)):
+                raise UserError(f"config.lora.{key} gives {pattern!r} {value!r}: give it {least}.")
 
 
 def _check_steps(config: ConfigDict, default: ConfigDict) -> None:
@@ -193,17 +234,22 @@ def _check_eval(config: ConfigDict) -> None:
 
 
 def _check_devices(config: ConfigDict, device_count: int) -> None:
-    from specjax.sharding import fill_sizes  # here, because it imports jax, which a config file never needs
+    from specjax.sharding import MESH_AXES, fill_sizes  # here, because it imports jax, which a config file never needs
 
-    rows = device_count // fill_sizes(config.mesh.to_dict(), device_count)["tensor"]
+    sizes = {axis: config.mesh[axis] for axis in MESH_AXES}  # a ConfigDict sorts its keys
+    rows = device_count // fill_sizes(sizes, device_count)["tensor"]
     micro = config.batch_size // config.accumulate
     if micro % rows:
         raise UserError(
             f"config.batch_size is {config.batch_size}, so each of config.accumulate={config.accumulate} micro-batches "
-            f"has {micro} rows for {rows} groups of devices (config.mesh.data x config.mesh.fsdp): "
+            f"has {micro} rows for {rows} groups of devices (config.mesh.data x fsdp x expert): "
             f"make the batch size a multiple of {rows * config.accumulate}."
         )
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

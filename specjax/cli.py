@@ -24,14 +24,17 @@ HELP = """specjax specialises a pretrained language model to a domain: full fine
   specjax export   --workdir=DIR --out=DIR      a Hugging Face folder, or a PEFT adapter
   specjax data     --config=F                   what the model will see: counts, losses, the mask in colour
   specjax compare  --config=F --workdir=DIR     the methods of config.compare on the same data, in one table
+  specjax families                              which models are supported, and how near to transformers they are
 
 Config: --config=F is a .py file of configs/ or a run's config.json, and --config.KEY=VALUE changes any key of it.
   --config.data.eval.NAME=FILE adds an eval set, --config.data.columns.ROLE=COLUMN names a column,
   --config.eval.prompts=TEXT may be repeated. specjax/config.py says what each key means.
 generate: --model=DIR|HUB_NAME, --adapter=[NAME=]DIR (repeatable), --prompt=TEXT (repeatable; - is standard input),
-  --prompt_file=F (a prompt a line), --system=TEXT, --raw (no chat template), --max_new_tokens=128,
-  --temperature=0 (greedy), --top_k=0, --top_p=1, --seed=0
-export: --merge (LoRA into the base's weights), --step=N (default: the best, or the last), --overwrite
+  --prompt_file=F (a prompt a line), --system=TEXT, --raw (no chat template), --stop=TEXT (repeatable), --seed=0,
+  --max_new_tokens, --temperature (0: greedy), --top_k, --top_p, --min_p, --repetition_penalty: default what the model's
+  generation_config.json says (--generation_config=false leaves it out), else 128 tokens, greedy
+export: --merge (LoRA into the base's weights), --step=N (default: the best, or the last), --overwrite,
+  --dtype=bfloat16|float32|float16 (default: that of the base's files)
 
 Examples:
   specjax data --config=configs/sft.py --config.data.train=mine.jsonl
@@ -40,15 +43,16 @@ Examples:
   specjax export --workdir=runs/x --out=merged --merge
 """
 
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "raw", "system")
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "generation_config")
 # verb -> the flags that it needs, those that it may have
 VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (("config", "workdir"), ()),
     "eval": (("config", "workdir"), ()),
-    "generate": (("model",), ("adapter", "prompt", "prompt_file", *SAMPLING)),
-    "export": (("workdir", "out"), ("merge", "step", "overwrite")),
+    "generate": (("model",), ("adapter", "prompt", "prompt_file", "raw", "system", "stop", "seed", *SAMPLING)),
+    "export": (("workdir", "out"), ("merge", "step", "overwrite", "dtype")),
     "data": (("config",), ()),
     "compare": (("config", "workdir"), ()),
+    "families": ((), ()),
 }
 NEEDED = {
     "config": "the file to start from, such as --config=configs/lora.py",
@@ -110,7 +114,9 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"`specjax {verb}` takes flags alone, and {rest[0]!r} is none.{_as_flag(needs, rest[0])}")
         given = {name for name in values if values[name].present} | ({"config"} if path or overrides else set())
         for name in sorted(given.difference(needs, may)):
-            raise UserError(f"--{name} is no flag of `specjax {verb}`, which takes {_dashed((*needs, *may))}.")
+            raise UserError(
+                f"--{name} is no flag of `specjax {verb}`, which takes {_dashed((*needs, *may)) or 'none'}."
+            )
         found = {name: values[name].value for name in (*needs, *may) if name != "config"}
         if "config" in needs and path:
             found["config"] = read_config(path, overrides)
@@ -168,6 +174,11 @@ def _call(verb: str, found: dict[str, Any]) -> None:
     for name in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if verb == "families":
+        from specjax import parity
+
+        parity.show()
+        return
     if verb == "compare":  # its children train: this process must not take the accelerator
         from specjax.compare import compare
 
@@ -193,16 +204,20 @@ def _flag_values() -> flags.FlagValues:
     values.set_gnu_getopt(True)
     for name in ("workdir", "model", "out", "prompt_file", "system"):
         flags.DEFINE_string(name, "", "", flag_values=values)
-    for name in ("adapter", "prompt"):
+    for name in ("adapter", "prompt", "stop"):
         flags.DEFINE_multi_string(name, [], "", flag_values=values)
     for name in ("raw", "merge", "overwrite"):
         flags.DEFINE_bool(name, False, "", flag_values=values)
+    flags.DEFINE_enum("dtype", None, ("bfloat16", "float32", "float16"), "", flag_values=values)
     flags.DEFINE_integer("step", None, "", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 128, "", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("generation_config", True, "", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", None, "", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("top_k", None, "", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "", lower_bound=0, flag_values=values)
-    flags.DEFINE_float("temperature", 0.0, "", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "", lower_bound=0.0, upper_bound=1.0, flag_values=values)
+    flags.DEFINE_float("temperature", None, "", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("repetition_penalty", None, "", lower_bound=0.0, flag_values=values)
+    for name in ("top_p", "min_p"):
+        flags.DEFINE_float(name, None, "", lower_bound=0.0, upper_bound=1.0, flag_values=values)
     return values
 
 

@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of the computation: bfloat16 | float32
     config.model.init = "checkpoint"  # checkpoint | random: the folder's config.json only, trains from nothing
     config.model.remat = "none"  # none | full: recompute each layer in the backward pass, for memory
+    config.model.router_aux_coef = placeholder(float)  # of a mixture of experts' balancing loss; not set: config.json's
 
     config.lora = ConfigDict()  # only with trainable="lora"
     config.lora.rank = placeholder(int)
@@ -43,6 +44,14 @@ def get_config() -> ConfigDict:
     config.lora.dropout = placeholder(float)  # not set: 0
     config.lora.targets = placeholder(object)  # names, "a,b" or a pattern; not set: "all-linear"
     config.lora.rslora = placeholder(bool)  # scale by alpha/sqrt(rank); not set: alpha/rank
+    config.lora.dora = placeholder(bool)  # train each output's magnitude too
+    config.lora.rank_pattern = placeholder(object)  # pattern of a module's name -> its rank: {"layers.0.*": 4}
+    config.lora.alpha_pattern = placeholder(object)  # likewise, its alpha
+    config.lora.layers_to_transform = placeholder(object)  # layer numbers, with a list of targets; not set: all
+    config.lora.exclude_modules = placeholder(object)  # names, "a,b" or a pattern of maps to leave out
+    config.lora.modules_to_save = placeholder(object)  # names of modules that train whole: embed_tokens, lm_head, norm
+    config.lora.bias = placeholder(str)  # none | all | lora_only: biases that train; not set: none
+    config.lora.ensure_weight_tying = placeholder(bool)  # modules_to_save trains tied embeddings as one table
 
     config.data = ConfigDict()
     config.data.train = ""  # a file, a folder or a hub name
@@ -51,10 +60,12 @@ def get_config() -> ConfigDict:
     config.data.eval_fraction = 0.02  # 0: nothing is held out
     config.data.format = "auto"  # auto | text | instruct | prompt | messages | conversations
     config.data.columns = ConfigDict()  # role -> column, such as instruction -> question
-    config.data.template = ""  # chatml, alpaca, llama3, mistral, zephyr or a .jinja file; "": the tokenizer's own
+    config.data.template = ""  # a built-in such as chatml or alpaca, or a .jinja file; "": the tokenizer's own
     config.data.length = 1024  # tokens in a row
     config.data.packing = True  # several documents in a row, each seeing itself alone
-    config.data.overlong = "drop"  # drop | truncate: pairs and chats over `length`; raw text is cut into pieces
+    # Pairs and chats over `length`: drop | truncate: keep the start | keep_end: keep the answer's end | split: into
+    # several documents. Raw text is always cut into pieces and never lost.
+    config.data.overlong = "drop"
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | lion
@@ -78,7 +89,8 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"every": 0})  # steps; 0: at each eval and at the end
     config.log = ConfigDict({"every": 10, "tensorboard": True, "wandb": ""})  # wandb: a project's name
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})  # devices on each axis; -1: all that are left
+    # Devices on each axis; -1: all that are left. `expert` is for mixture-of-experts models.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1, "expert": 1})
     config.export = True  # write <workdir>/export at the end
     config.compare = ConfigDict(sort_keys=False)  # `specjax compare` alone: method -> overrides of this same config
     config.lock()
@@ -107,18 +119,37 @@ def check_length(length: int, max_positions: int) -> None:
 
 
 def lora_settings(config: ConfigDict) -> dict[str, Any]:
-    """`rank, alpha, dropout, targets, rslora`, with what is not set made explicit ("q_proj,v_proj" is a list)."""
+    """The keyword arguments of `specjax.lora.inject`, what is not set made explicit ("q_proj,v_proj" is a list)."""
     lora = config.lora
-    targets = "all-linear" if lora.targets is None else lora.targets
-    if isinstance(targets, str) and re.fullmatch(r"\w+(,\w+)+", targets):
-        targets = targets.split(",")
+    targets = "all-linear" if lora.targets is None else _names(lora.targets)
+    layers = lora.layers_to_transform
     return {
         "rank": lora.rank,
         "alpha": 2.0 * lora.rank if lora.alpha is None else lora.alpha,
         "dropout": lora.dropout or 0.0,
-        "targets": targets if isinstance(targets, str) else list(targets),
+        "targets": targets,
         "rslora": bool(lora.rslora),
+        "dora": bool(lora.dora),
+        "rank_pattern": dict(lora.rank_pattern or {}),
+        "alpha_pattern": dict(lora.alpha_pattern or {}),
+        "layers_to_transform": list(layers) if isinstance(layers, list | tuple) else layers,
+        "exclude_modules": _names(lora.exclude_modules),
+        "modules_to_save": _list(lora.modules_to_save),
+        "bias": lora.bias or "none",
+        "ensure_weight_tying": bool(lora.ensure_weight_tying),
     }
+
+
+def _list(names: Any) -> list[str]:
+    """A list of names of a list, a single name, "a,b" or None."""
+    return names.split(",") if isinstance(names, str) else list(names or [])
+
+
+def _names(names: Any) -> Any:
+    """Names as a list where a string holds several; a pattern, or None, as it is."""
+    if isinstance(names, str):
+        return names.split(",") if re.fullmatch(r"\w+(,\w+)+", names) else names
+    return None if names is None else list(names)
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:

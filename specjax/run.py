@@ -73,7 +73,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         raise SystemExit(143)
     if config.export and not (workdir / "export").exists():
         build.restore(model, config, workdir, "best")
-        build.write_export(model, tokenizer, config, workdir / "export")
+        if note := build.write_export(model, tokenizer, config, workdir / "export"):
+            _say(note)
     _summarise(workdir, config, result)
     exported = f"; {workdir / 'export'} is ready" if config.export else ""
     _say(f"{result.step} steps{exported}; try: specjax generate --model={workdir} --prompt=...")
@@ -115,15 +116,23 @@ def generate(
     prompts: Sequence[str],
     *,
     adapters: Mapping[str, str] | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
     seed: int = 0,
+    stop: Sequence[str] = (),
     raw: bool = False,
     system: str = "",
+    generation_config: bool = True,
 ) -> None:
-    """Prints what a model, or a run's best checkpoint, answers; with several adapters, what each of them answers."""
+    """Prints what a model, or a run's best checkpoint, answers; with several adapters, what each of them answers.
+
+    What is not given is what `specjax.generate` takes for it; `generation_config` False leaves the model's
+    `generation_config.json` out.
+    """
     mesh = sharding.make_mesh()
     if (Path(model) / "checkpoints").is_dir():
         decoder, config = build.load_run(model, "best", mesh)
@@ -144,7 +153,11 @@ def generate(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "stop": list(stop) or None,
+        "generation_config": None if generation_config else {},
     }
     console = Console(soft_wrap=True, highlight=False, markup=False)
     chosen: list[str | None] = [*(adapters or {})] or [None]
@@ -160,20 +173,31 @@ def generate(
 
 
 def export(
-    workdir: str | Path, out: str | Path, *, merge: bool = False, step: int | None = None, overwrite: bool = False
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    merge: bool = False,
+    step: int | None = None,
+    overwrite: bool = False,
+    dtype: str | None = None,
 ) -> None:
     """Writes a run's weights: a Hugging Face folder (everything trained, or `merge`), else a PEFT adapter folder.
 
-    `step` defaults to the best checkpoint where sets were evaluated, else to the last.
+    `step` defaults to the best checkpoint where sets were evaluated, else to the last; `dtype`, of a Hugging Face
+    folder alone, to that of the base's files.
     """
     model, config = build.load_run(workdir, "best" if step is None else str(step), sharding.make_mesh())
     if merge and config.trainable != "lora":
         raise UserError(f"{workdir} trained every weight: there is no adapter to merge, leave --merge out.")
+    if dtype and config.trainable == "lora" and not merge:
+        raise UserError(
+            f"{workdir} trained an adapter, which is written in float32: leave --dtype out, or give --merge."
+        )
     if merge:
         lora.merge(model)
     _, tokenizer = build.tokenizer_of(config)
-    build.write_export(model, tokenizer, config, Path(out), overwrite=overwrite)
-    Console().print(f"wrote {out}", markup=False)
+    note = build.write_export(model, tokenizer, config, Path(out), overwrite=overwrite, dtype=dtype)
+    Console().print(f"wrote {out}{note and '; ' + note}", markup=False)
 
 
 def data(config: ConfigDict) -> None:

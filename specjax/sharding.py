@@ -1,7 +1,8 @@
 """Devices: the mesh, the one table from logical axes to mesh axes, and where each parameter lies.
 
 Sharding is a layout, not an algorithm: a parameter split over `fsdp` is gathered by XLA where a layer needs it
-(ZeRO-3), one split over `tensor` stays split through its layer (Megatron).
+(ZeRO-3), one split over `tensor` stays split through its layer (Megatron), and one split over `expert` is used where it
+lies: the tokens come to it.
 """
 
 from typing import Any
@@ -13,10 +14,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from specjax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": (),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -26,23 +27,27 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "layers": (),
     "lora_rank": (),
+    "expert": ("expert",),
 }
 
 
-def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(
+    *, data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1, devices: list[Any] | None = None
+) -> Mesh:
     """A mesh of all devices.
 
     Args:
       data: copies of the model, each on its own rows (across slices of a pod).
       fsdp: ways in which parameters, optimizer and rows are split; -1 takes the devices that are left.
       tensor: ways in which heads, MLP and vocabulary are split; -1 as above.
+      expert: ways in which the experts of a mixture-of-experts model, and rows, are split; -1 as above.
       devices: default `jax.devices()`.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = fill_sizes({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices))
+    sizes = fill_sizes({"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}, len(devices))
     # Auto axes: XLA propagates layouts between our constraints. Explicit axes raise on contractions it could settle.
     return jax.make_mesh(
         tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices

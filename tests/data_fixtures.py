@@ -14,6 +14,19 @@ SPECIAL = [
     "<|start_header_id|>",
     "<|end_header_id|>",
     "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|start_of_role|>",
+    "<|end_of_role|>",
+    "<|end_of_text|>",
+    "<|end_of_turn|>",
+    "<|im_sep|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "[INST]",
+    "[/INST]",
 ]
 
 CHATML_MARKED = """\
@@ -55,6 +68,49 @@ CONVERSATIONS = {
     "emoji": _turns("👩‍👩‍👧?", "🎉🙂", "🙂", "👩‍👩‍👧🎉"),
     "ends with the user": _turns("Hello", "Yes!", "Thanks"),
     "one letter": _turns("a", "b", "c", "d"),
+    "special tokens in the words": _turns(
+        "What is <|im_end|>?", "It is <|eot_id|>, and </s>.", "<s>", "No <end_of_turn>"
+    ),
+    "reasoning": _turns(
+        "Two plus two?", "<think>\nTwo and two.\n</think>\n\nFour.", "Sure?", "<think>\nYes.\n</think>\n\nYes."
+    ),
+    "system and trailing spaces": _turns(" Hello ", " Yes ", "And? ", " No\n", system=" Be brief. \n"),
+    "numbers and line breaks": _turns("1\n\n2", "1\n2\n\n\n3", "\t4", "5\r\n6"),
+}
+
+
+def _call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "cats",
+            "description": "Counts the cats on a mat — même à Noël.",
+            "parameters": {"type": "object", "properties": {"mat": {"type": "string"}}, "required": ["mat"]},
+        },
+    }
+]
+
+# Rows with tools: a call and its answer, within a longer conversation, with words beside the call.
+TOOL_ROWS = {
+    "one call": [
+        {"role": "user", "content": "How many cats?"},
+        {"role": "assistant", "content": "", "tool_calls": [_call("cats", mat="other")]},
+        {"role": "tool", "name": "cats", "content": "4"},
+        {"role": "assistant", "content": "It is four."},
+    ],
+    "a call with a system prompt, words and a second question": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Combien de chats ?"},
+        {"role": "assistant", "content": "I count.", "tool_calls": [_call("cats", mat="à Noël")]},
+        {"role": "tool", "name": "cats", "content": '{"cats": 4}'},
+        {"role": "assistant", "content": "Quatre 🎉"},
+        {"role": "user", "content": "And the other?"},
+        {"role": "assistant", "content": "No cat."},
+    ],
 }
 
 
@@ -65,7 +121,7 @@ def tokenizer(kind="llama3", adds_bos=True, adds_eos=False, **special):
     "llama3" works on bytes; so does "gpt2", whose offsets leave spaces out; "llama2" on words with their space, with
     bytes for the rest, and it puts a space after each special token.
     """
-    vocabulary = {"vocab_size": 600, "special_tokens": SPECIAL, "show_progress": False}
+    vocabulary = {"vocab_size": 592 + len(SPECIAL), "special_tokens": SPECIAL, "show_progress": False}
     if kind == "llama2":
         backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -73,7 +129,7 @@ def tokenizer(kind="llama3", adds_bos=True, adds_eos=False, **special):
         backend.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
-        trainer = trainers.BpeTrainer(**vocabulary | {"vocab_size": 900, "limit_alphabet": 60})
+        trainer = trainers.BpeTrainer(**vocabulary | {"vocab_size": 892 + len(SPECIAL), "limit_alphabet": 60})
         backend.train_from_iterator([TEXTS[0]] * 2, trainer)
         backend = _with_bytes(backend, bytes_)
     else:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.numpy import load_file
 
 from specjax import sharding
 from specjax.data import Data
@@ -48,22 +49,46 @@ def model(*, mesh: Any = None, dtype: Any = "float32", param_dtype: Any = "float
     return nnx.merge(nnx.graphdef(shapes), nnx.from_flat_state(leaves))
 
 
+# What makes a tiny model of each family one of its kind, beside the sizes that all have.
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 24, "num_key_value_heads": 1},
+    "gemma2": {"head_dim": 24, "sliding_window": 70, "query_pre_attn_scalar": 40},
+    # Seven layers: a whole pattern of five windows and one without, and a rest.
+    "gemma3_text": {"head_dim": 24, "sliding_window": 70, "query_pre_attn_scalar": 40, "num_hidden_layers": 7},
+    "phi3": {"pad_token_id": 0},
+    "olmo2": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 0.6,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "moe_intermediate_size": 48,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+    },
+}
+
+
 def torch_model(
     family: str = "llama", *, seed: int = 0, dtype: Any = None, attention: float = 0.2, **changes: Any
 ) -> Any:
     """A random model of transformers, its logits of size 1 to 5 and none of its norms or biases the neutral one.
 
-    `attention` is the spread of the weights of q and k: wide, so that attention is far from uniform and its mask and
-    positions show in the logits.
+    `family` is transformers' `model_type`. `attention` is the spread of the weights of q and k: wide, so that attention
+    is far from uniform and its mask and positions show in the logits.
     """
     import torch
     import transformers
 
-    kinds = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    }
-    config_class, model_class = kinds[family]
     common = {
         "vocab_size": 517,
         "hidden_size": 64,
@@ -72,18 +97,19 @@ def torch_model(
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
-        "attn_implementation": "eager",
     }
-    made = model_class(config_class(**common | changes)).eval()
+    config = transformers.CONFIG_MAPPING[family](**common | KINDS[family] | changes)
+    made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     for name, weight in made.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if name.endswith("norm.weight"):
-            weight.data = 1 + 0.1 * noise
+            weight.data = (0 if family.startswith("gemma") else 1) + 0.1 * noise
         elif name.endswith("bias"):
             weight.data = 0.1 * noise
         else:
-            weight.data = noise * (attention if "q_proj" in name or "k_proj" in name else 0.15)
+            wide = "q_proj" in name or "k_proj" in name or "qkv_proj" in name
+            weight.data = noise * (attention if wide else 0.15)
     return made.to(dtype or torch.float32)
 
 
@@ -146,6 +172,11 @@ def assert_same_bits(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]
     for name, value in wanted.items():
         assert found[name].dtype == value.dtype, name
         assert found[name].tobytes() == value.tobytes(), name
+
+
+def contents(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder's safetensors by name, whichever files it lies in."""
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
 def metrics(workdir: str | Path) -> list[dict[str, Any]]:

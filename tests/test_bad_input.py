@@ -100,8 +100,7 @@ DATA = {
     "a template that does not exist": (
         {"x.jsonl": PAIRS},
         {"data.template": "chatlm"},
-        "no chat template 'chatlm': neither a file nor one of alpaca, chatml, llama3, mistral, zephyr. "
-        "Did you mean 'chatml'?",
+        "qwen2.5, qwen3, zephyr. Did you mean 'chatml'?",
     ),
     "a template that is no Jinja": ({"x.jsonl": PAIRS}, {"data.template": "{% if %}"}, "the chat template refuses"),
 }
@@ -183,7 +182,10 @@ BASE = {
         lambda base: set_key(base, architectures=["MambaForCausalLM"]),
         "architecture MambaForCausalLM is not supported; supported are LlamaForCausalLM, MistralForCausalLM",
     ),
-    "an unsupported activation": (lambda base: set_key(base, hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+    "an unsupported activation": (
+        lambda base: set_key(base, hidden_act="quick_gelu"),
+        "hidden_act 'quick_gelu' is not supported",
+    ),
     "no config": (lambda base: (base / "config.json").unlink(), "base has no config.json"),
     "a config that is not JSON": (lambda base: cut(base / "config.json", 50), "config.json is not JSON"),
     "no tokenizer": (without_tokenizer, "has no tokenizer files"),
@@ -227,9 +229,13 @@ CONFIG = {
     "a batch that the devices do not divide": (
         "sft",
         {"batch_size": 12},
-        "micro-batches has 12 rows for 8 groups of devices (config.mesh.data x config.mesh.fsdp): make the batch size",
+        "micro-batches has 12 rows for 8 groups of devices (config.mesh.data x fsdp x expert): make the batch size",
     ),
-    "a mesh of other devices": ("sft", {"mesh.fsdp": 3}, "mesh data 1 x fsdp 3 x tensor 1 does not fit 8 devices"),
+    "a mesh of other devices": (
+        "sft",
+        {"mesh.fsdp": 3},
+        "mesh data 1 x fsdp 3 x tensor 1 x expert 1 does not fit 8 devices",
+    ),
     "a mesh that does not split the model": (
         "sft",
         {"mesh.fsdp": 2, "mesh.tensor": 4},

@@ -73,7 +73,7 @@ def test_the_module_runs_as_the_command_does():
     done = subprocess.run([sys.executable, "-m", "specjax", "trian"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == (
-        "specjax: There is no verb 'trian': it is one of train, eval, generate, export, data, compare. "
+        "specjax: There is no verb 'trian': it is one of train, eval, generate, export, data, compare, families. "
         "Did you mean 'train'?\n"
     )
 
@@ -109,6 +109,7 @@ def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_pat
     prompts.write_text("one\n\ntwo\n")
     adapters = ("--adapter=hr=a/x", "--adapter=b/legal", "--adapter", "c/tax")
     argv = ("generate", "--model=m", *adapters, "--prompt=Hi", "--prompt=-", f"--prompt_file={prompts}", "--top_p=0.9")
+    argv += ("--stop=END", "--stop=\n")
     assert cli.main(argv) == 0
     assert calls == [
         (
@@ -117,10 +118,14 @@ def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_pat
                 "model": "m",
                 "adapters": {"hr": "a/x", "legal": "b/legal", "tax": "c/tax"},
                 "prompts": ["Hi", "from\nstdin", "one", "two"],
-                "max_new_tokens": 128,
-                "temperature": 0.0,
-                "top_k": 0,
+                "max_new_tokens": None,
+                "temperature": None,
+                "top_k": None,
                 "top_p": 0.9,
+                "min_p": None,
+                "repetition_penalty": None,
+                "generation_config": True,
+                "stop": ["END", "\n"],
                 "seed": 0,
                 "raw": False,
                 "system": "",
@@ -130,8 +135,9 @@ def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_pat
 
 
 def test_export_passes_what_was_asked(calls):
-    assert cli.main(["export", "--workdir=w", "--out=o", "--merge", "--step=0"]) == 0
-    assert calls == [("export", {"workdir": "w", "out": "o", "merge": True, "step": 0, "overwrite": False})]
+    assert cli.main(["export", "--workdir=w", "--out=o", "--merge", "--step=0", "--dtype=float16"]) == 0
+    given = {"workdir": "w", "out": "o", "merge": True, "step": 0, "overwrite": False, "dtype": "float16"}
+    assert calls == [("export", given)]
 
 
 def test_names_of_eval_sets_and_columns_are_the_users_own(calls):
@@ -193,6 +199,10 @@ def test_a_methods_own_key_is_overridden(calls):
         ((*TRAIN, "--config.lora.rank=many"), "--config.lora.rank takes an integer, not 'many'."),
         ((*TRAIN, "--config.model=x"), "--config.model is a group of keys: set one of them"),
         (("export", "--workdir=w", "--out=o", "--step=last"), "--step takes an integer, not 'last'."),
+        (
+            ("export", "--workdir=w", "--out=o", "--dtype=int8"),
+            "--dtype=int8: value should be one of <bfloat16|float32|float16>",
+        ),
         (("export", "--workdir=w", "--out=o", "--step=-1"), "Flag --step=-1: -1 is not a non-negative integer."),
     ],
 )

@@ -90,6 +90,31 @@ def test_the_demo_compares_three_methods_in_the_order_of_its_file():
         ({"trainable": "lora", "lora__rank": 4, "lora__dropout": 1.0}, "config.lora.dropout is 1.0"),
         ({"trainable": "lora", "lora__rank": 4, "lora__targets": ()}, "config.lora.targets is ()"),
         ({"trainable": "lora", "lora__rank": 4, "lora__targets": 3}, "config.lora.targets is 3"),
+        (
+            {"trainable": "lora", "lora__rank": 4, "lora__rank_pattern": 3},
+            "config.lora.rank_pattern is 3: give patterns",
+        ),
+        (
+            {"trainable": "lora", "lora__rank": 4, "lora__rank_pattern": {"q_proj": 1.5}},
+            "config.lora.rank_pattern gives 'q_proj' 1.5: give it a whole number of at least 1.",
+        ),
+        (
+            {"trainable": "lora", "lora__rank": 4, "lora__alpha_pattern": {"q_proj": 0}},
+            "config.lora.alpha_pattern gives 'q_proj' 0: give it a number above 0.",
+        ),
+        (
+            {"trainable": "lora", "lora__rank": 4, "lora__layers_to_transform": (0, -1)},
+            "config.lora.layers_to_transform is (0, -1): give layer numbers, from 0.",
+        ),
+        ({"trainable": "lora", "lora__rank": 4, "lora__modules_to_save": 3}, "config.lora.modules_to_save is 3"),
+        (
+            {"trainable": "lora", "lora__rank": 4, "lora__bias": "lora"},
+            "config.lora.bias is 'lora': choose one of 'none', 'all', 'lora_only'.",
+        ),
+        (
+            {"trainable": "lora", "lora__rank": 4, "lora__ensure_weight_tying": True},
+            "config.lora.ensure_weight_tying is True, but config.lora.modules_to_save is not set",
+        ),
         ({"data__eval": {"domain": ""}}, "config.data.eval.domain is ''"),
         ({"data__eval": {"a/b": "x"}}, "config.data.eval has a set named 'a/b'"),
         ({"data__eval": {"domain": "x"}, "eval__best": "domian"}, "choose one of domain. Did you mean 'domain'?"),
@@ -149,7 +174,17 @@ def test_resolved_is_json_with_the_dependent_defaults_filled_in():
     values = resolved(config(trainable="lora", lora__rank=4, lora__targets="q_proj,v_proj"))
     assert json.loads(json.dumps(values)) == values
     targets = ["q_proj", "v_proj"]
-    assert values["lora"] == {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": targets, "rslora": False}
+    plain = {
+        "rank": 4,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "targets": targets,
+        "rslora": False,
+        "dora": False,
+        "bias": "none",
+    }
+    plain |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "exclude_modules": None}
+    assert values["lora"] == plain | {"layers_to_transform": None, "ensure_weight_tying": False}
     assert values["eval"]["best"] == "heldout"
     assert resolved(config(data__eval={"b": "x", "a": "y"}))["eval"]["best"] == "a"
 

@@ -2,6 +2,8 @@
 
 import pytest
 from data_fixtures import CONVERSATIONS, tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -68,14 +70,40 @@ def test_raw_text_trains_every_token_and_the_end_token(words):
 # --- every kind of tokenizer, language and template
 
 
+# What each built-in template writes before the words of an answer and after them, where the prompt ends before it.
+AROUND = {
+    "alpaca": ("", "</s>"),
+    "chatml": ("", "<|im_end|>\n"),
+    "gemma": ("", "<end_of_turn>\n"),
+    "gemma3": ("", "<end_of_turn>\n"),
+    "granite": ("", "<|end_of_text|>\n"),
+    "llama2": (" ", " </s>"),
+    "llama3": ("", "<|eot_id|>"),
+    "llama3.1": ("", "<|eot_id|>"),
+    "mistral": (" ", "</s>"),
+    "mistral-nemo": ("", "</s>"),
+    "mistral-v3": (" ", "</s>"),
+    "olmo2": ("", "</s>"),
+    "openchat": (" ", "<|end_of_turn|>"),
+    "phi3": ("", "<|end|>\n"),
+    "phi4": ("", "<|im_end|>"),
+    "qwen2.5": ("", "<|im_end|>\n"),
+    "qwen3": ("", "<|im_end|>\n"),
+    "zephyr": ("", "</s>\n"),
+}
+
+
 @pytest.mark.parametrize("kind", ["llama3", "gpt2", "llama2"])
 @pytest.mark.parametrize("template", BUILT_IN)
 @pytest.mark.parametrize("name", ["single", "multi-turn", "french", "cjk", "emoji", "one letter"])
 def test_the_trained_text_is_the_answers_and_the_ids_are_the_templates(kind, template, name):
     tok, turns = tokenizer(kind), CONVERSATIONS[name]
-    end = {"chatml": "<|im_end|>\n", "llama3": "<|eot_id|>", "zephyr": "</s>\n"}.get(template, "</s>")
-    start = " " if template == "mistral" else ""
+    start, end = AROUND[template]
     answers = [start + turn["content"] + end for turn in turns if turn["role"] == "assistant"]
+    if template == "phi3":
+        answers[-1] += "</s>"  # closes the conversation
+    if template == "qwen3":
+        answers[-1] = "<think>\n\n</think>\n\n" + answers[-1]  # only the last answer keeps its reasoning
     trained = trained_text({"messages": turns}, tok, template=template)
     if kind == "llama2":  # which writes a space of its own after special tokens
         trained, answers = ([text.replace(" ", "") for text in texts] for texts in (trained, answers))
@@ -84,6 +112,27 @@ def test_the_trained_text_is_the_answers_and_the_ids_are_the_templates(kind, tem
     text = resolve(tok, template)
     (document,) = encode([Conversation("row 1", turns)], tok, text)
     assert document.ids.tolist() == tok.apply_chat_template(turns, chat_template=text)["input_ids"]
+
+
+words_of_all_kinds = st.lists(
+    st.sampled_from([*" \n\tab1é—付🎉<|>", "</s>", "<|im_end|>", "assistant\n", "[/INST]"]), min_size=1
+).map("".join)
+
+
+@given(st.lists(words_of_all_kinds, min_size=2, max_size=7), st.sampled_from(BUILT_IN))
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_said_the_answers_and_nothing_else_train(contents, template):
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    tok, (start, end) = tokenizer(), AROUND[template]
+    whole, found = spans(tok, resolve(tok, template), Conversation("row 1", turns))
+    trims = template in ("gemma", "gemma3", "llama2", "llama3", "llama3.1", "mistral-v3")
+    answers = [start + (text.strip() if trims else text) + end for text in contents[1::2]]
+    if len(contents) % 2 == 0:  # the last message is an answer
+        if template == "phi3":
+            answers[-1] += "</s>"
+        if template == "qwen3":
+            answers[-1] = "<think>\n\n</think>\n\n" + answers[-1].lstrip("\n")
+    assert [whole[first:last] for first, last in found] == answers
 
 
 @pytest.mark.parametrize("template", ["chatml", "alpaca", "llama3", "mistral"])
@@ -156,31 +205,34 @@ def test_a_template_may_be_a_file(tmp_path):
 
 
 def test_the_turns_end_token_is_told_for_generation_to_stop_at():
-    for template, end in (("chatml", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("zephyr", "</s>")):
+    ends = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "zephyr": "</s>", "phi3": "<|end|>", "qwen3": "<|im_end|>"}
+    for template, end in ends.items():
         tok = tokenizer()
         loaded = data.chat([{"messages": CONVERSATIONS["single"]}], tok, template=template, **SIZES)
         assert loaded.end_of_turn == tok.convert_tokens_to_ids(end)
         assert loaded.report["end_of_turn"] == end
 
 
-def test_a_template_that_writes_the_date_gives_the_same_data_every_day():
-    template = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-        "{{ date_string }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    )
+@pytest.mark.parametrize(
+    ("template", "date"),
+    [
+        (
+            "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+            "{{ date_string }}",
+            "26 Jul 2024",
+        ),
+        ("{{ strftime_now('%B %d, %Y') }}", "July 26, 2024"),
+        ("{{ strftime_now('%Y-%m-%d') }}", "2024-07-26"),
+    ],
+)  # fmt: skip
+def test_a_template_that_writes_the_date_gives_the_same_data_every_day(template, date):
+    template += "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     loaded = data.chat([{"messages": CONVERSATIONS["single"]}], tokenizer(), template=template, **SIZES)
-    assert loaded.preview(1)[0][0][0][0].startswith("26 Jul 2024")
-
-
-def test_the_llama3_template_renders_as_the_one_that_llama_3_ships():
-    from importlib.resources import files
-
-    original = files("trl").joinpath("chat_templates", "llama3.jinja").read_text()
-    tok = tokenizer()
-    for turns in CONVERSATIONS.values():
-        assert spans(tok, resolve(tok, "llama3"), Conversation("", turns)) == spans(
-            tok, original, Conversation("", turns)
-        )
+    assert loaded.preview(1)[0][0][0][0].startswith(date + "What")
+    indented = "  \n  {% if true %}a{% endif %}" + template  # nothing of the template's own spaces goes
+    whole, _ = spans(tokenizer(), indented, Conversation("row 1", CONVERSATIONS["single"]))
+    assert whole.startswith(f"  \na{date}What")
+    assert loaded.template == template  # what is exported is the template as it was
 
 
 def test_examples_of_mixed_kinds_are_all_encoded():
@@ -198,18 +250,43 @@ def refuse(source, tok, match, **options):
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row():
-    # As Qwen3's: only the last answer keeps its reasoning.
-    template = (
-        "{% for m in messages %}{{ m.role + ':' }}"
-        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
-        "{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    good, bad = {"messages": CONVERSATIONS["single"]}, {"messages": CONVERSATIONS["multi-turn"]}
-    refuse(
-        [good, bad], tokenizer(), r"^row 2: the chat template renders .* up to message 2 otherwise", template=template
-    )
-    assert trained_text(good, tokenizer(), template=template) == ["<think></think>It is four.;"]
+THINKING = (  # as Qwen3's: only the last answer keeps its reasoning
+    "{% for m in messages %}{{ m.role + ':' }}"
+    "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def test_earlier_turns_that_are_written_otherwise_than_the_last_are_found_where_it_can_be_exact():
+    rows = [{"messages": CONVERSATIONS[name]} for name in ("single", "multi-turn")]
+    assert trained_text(rows[0], tokenizer(), template=THINKING) == ["<think></think>It is four.;"]
+    assert trained_text(rows[1], tokenizer(), template=THINKING) == [
+        "Yes?;", "The cat sat.;", "<think></think>On the mat.;"
+    ]  # fmt: skip
+    # The prompt for an answer may open its reasoning, which earlier answers no longer have (DeepSeek-R1, Qwen3.5).
+    led = THINKING.replace("{{ m.content }}", "{{ ' ' + m.content }}")  # the space is not in the prompt
+    assert trained_text(rows[1], tokenizer(), template=led)[:2] == [" Yes?;", " The cat sat.;"]
+    opened = THINKING.replace("assistant:{% endif %}", "assistant:<think>{% endif %}")
+    assert trained_text(rows[1], tokenizer(), template=opened) == ["Yes?;", "The cat sat.;", "</think>On the mat.;"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # What stands before an answer is not what the model is shown for it.
+        "{{ messages | length }}" + THINKING,
+        THINKING.replace("{{ m.content }};", "{{ m.content }}{{ ',' if not loop.last else ';' }}"),
+        THINKING.replace("{{ m.role + ':' }}", "{{ m.role + ('>' if not loop.last else ':') }}"),
+        # What ends a turn is not what ends the last one.
+        THINKING.replace("{{ m.content }};", "{{ m.content }}{{ ',' if m.role != 'user' and not loop.last else ';' }}"),
+        # The words do not show, or show twice, so they tell no place.
+        THINKING.replace("{{ m.content }}", "{{ m.content | length }}"),
+        THINKING.replace("{{ m.content }}", "{{ m.content + m.content }}"),
+    ],
+)
+def test_a_template_that_rewrites_earlier_turns_beyond_that_is_refused_with_the_row(template):
+    refused = r"^row 1: the chat template renders .* up to message 2 otherwise"
+    refuse([{"messages": CONVERSATIONS["multi-turn"]}], tokenizer(), refused, template=template)
 
 
 def test_a_template_that_rejects_a_role_is_refused_with_the_row_and_its_own_words():
@@ -221,22 +298,95 @@ def test_a_template_that_rejects_a_role_is_refused_with_the_row_and_its_own_word
     refuse([{"messages": tools}], tokenizer(), "^row 1: .*not tool", template="alpaca")
 
 
-def test_a_conversation_that_begins_with_the_assistant_is_refused_with_the_row():
-    refuse([{"messages": CONVERSATIONS["single"][1:]}], tokenizer(), "^row 1: .*begins with", template="chatml")
+def test_a_conversation_may_begin_with_the_assistant_where_the_template_renders_an_empty_prompt():
+    greeted = {"messages": [{"role": "assistant", "content": "Hi!"}, *CONVERSATIONS["single"]]}
+    assert trained_text(greeted, tokenizer(), template="chatml") == ["Hi!<|im_end|>\n", "It is four.<|im_end|>\n"]
+    needs_one = "{% if messages[0].role == 'system' %}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    refuse([greeted], tokenizer(), "^row 1: .*begins with the assistant, .*let a user", template=needs_one)
+    refuse([greeted], tokenizer(), "^row 1: .*refuses the conversation: Conversation roles must", template="gemma")
+
+
+# --- templates that mark what the assistant says
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_marks_say_what_trains():
+    row = {"messages": CONVERSATIONS["multi-turn"]}
+    assert trained_text(row, tokenizer(), template=MARKED) == [
+        "Yes?<|im_end|>", "The cat sat.<|im_end|>", "On the mat.<|im_end|>"
+    ]  # fmt: skip
+    last = MARKED.replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.last %}")
+    assert trained_text(row, tokenizer(), template=last) == ["On the mat.<|im_end|>"]
+    thought = MARKED.replace("{% generation %}{{ m.content", "{{ m.content[:3] }}{% generation %}{{ m.content[3:]")
+    assert trained_text(row, tokenizer(), template=thought)[0] == "?<|im_end|>"
+
+
+def test_marks_that_stop_before_the_end_of_turn_token_train_it_too():
+    row = {"messages": CONVERSATIONS["multi-turn"]}
+    open_ended = MARKED.replace("{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",
+                                "{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}")  # fmt: skip
+    assert open_ended != MARKED
+    assert trained_text(row, tokenizer(), template=open_ended) == trained_text(row, tokenizer(), template=MARKED)
+    # What else is left out, stays out: words, and the end of a turn that comes after them.
+    words = MARKED.replace(
+        "{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}!<|im_end|>"
+    )
+    assert trained_text(row, tokenizer(), template=words) == ["Yes?", "The cat sat.", "On the mat."]
+
+
+def test_marks_need_no_beginning_of_the_conversation_that_the_template_would_render():
+    whole_only = "{% if messages | length < 6 %}{{ raise_exception('not yet') }}{% endif %}" + MARKED
+    row = {"messages": CONVERSATIONS["multi-turn"]}
+    assert trained_text(row, tokenizer(), template=whole_only) == trained_text(row, tokenizer(), template=MARKED)
+    refuse(
+        [row],
+        tokenizer(),
+        "^row 1: .*not yet",
+        template=whole_only.replace("generation", "if true", 1).replace("endgeneration", "endif"),
+    )
+
+
+def test_marks_that_touch_are_one():
+    apart = MARKED.replace(
+        "{{ m.content + '<|im_end|>' }}", "{{ m.content }}{% endgeneration %}{% generation %}<|im_end|>"
+    )
+    chat = Conversation("row 1", CONVERSATIONS["multi-turn"])
+    assert spans(tokenizer(), apart, chat) == spans(tokenizer(), MARKED, chat)
+    assert len(spans(tokenizer(), MARKED, chat)[1]) == 3
+
+
+def test_of_a_pair_of_messages_only_the_completions_marks_train():
+    turns = CONVERSATIONS["multi-turn"]
+    row = {"prompt": turns[:3], "completion": turns[3:4]}
+    for template in (MARKED, MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
+        assert trained_text(row, tokenizer(), template=template)[0].rstrip() == "The cat sat.<|im_end|>"
+
+
+def test_a_row_in_which_nothing_is_marked_is_counted_and_alone_is_an_error():
+    unmarked = MARKED.replace("m.role == 'assistant'", "m.role == 'nobody'")
+    refuse([{"messages": CONVERSATIONS["single"]}], tokenizer(), "no trained token: 1", template=unmarked)
+
+
+# --- more refusals
 
 
 def test_a_tokenizer_without_a_template_is_told_which_there_are():
     refuse(
-        [{"messages": CONVERSATIONS["single"]}], tokenizer(), "no chat template: set data.template to one of alpaca, ch"
+        [{"messages": CONVERSATIONS["single"]}],
+        tokenizer(),
+        "no chat template: set data.template to one of alpaca, chatml, gemma",
     )
 
 
 def test_an_unknown_template_names_its_neighbour():
     refuse([{"messages": CONVERSATIONS["single"]}], tokenizer(), "Did you mean 'chatml'", template="chatlm")
-
-
-def test_a_built_in_whose_end_token_the_tokenizer_lacks_is_refused(words):
-    refuse([{"messages": CONVERSATIONS["single"]}], words, "ends a turn with '<.im_end.>'", template="chatml")
 
 
 def test_a_tokenizer_without_an_end_token_cannot_end_a_document():

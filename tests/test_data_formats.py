@@ -59,6 +59,40 @@ def test_columns_may_be_mapped():
     refuse(lambda: recognise(["question"], columns={"text": "questoin"}), "'questoin', .*Did you mean 'question'")
 
 
+def test_data_may_be_recognised_by_its_own_columns_where_it_has_none_of_those_named():
+    named = {"instruction": "question", "response": "answer"}
+    own = lambda found: recognise(found, columns=named, own_columns=True)  # noqa: E731
+    assert own(["question", "answer"]) == recognise(["question", "answer"], columns=named)
+    assert own(["question", "answer", "text"])[0] == "instruct"  # those named win
+    assert own(["instruction", "output"]) == recognise(["instruction", "output"])
+    assert own(["messages"])[0] == "messages"
+    refuse(lambda: own(["question", "response"]), "data.columns.response is 'answer', a column that is not there")
+    refuse(lambda: own(["question", "instruction", "response"]), "data.columns.response is 'answer', a column that is")
+    refuse(lambda: own(["a", "b"]), "data.columns.instruction is 'question', a column that is not there")
+    refuse(lambda: recognise(["messages"], columns=named), "data.columns.instruction is 'question', a column that is")
+
+
+def test_a_named_eval_set_may_call_its_columns_otherwise_than_the_training_rows(tmp_path):
+    from specjax import build
+    from specjax.config import get_config
+
+    config = get_config()
+    config.data.columns = {"instruction": "question", "response": "answer"}
+    config.data.template, config.data.length = "chatml", 64
+    rows = {"same": [{"question": "q", "answer": "a"}], "own": [{"instruction": "q", "output": "a"}], "text": ["a"]}
+    for name, found in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row if isinstance(row, dict) else {"text": row}) + "\n" for row in found))
+        config.data.eval[name] = str(path)
+    sets = build.eval_data_of(config, tokenizer())
+    assert [sets[name].report["format"] for name in rows] == ["instruct", "instruct", "text"]
+    assert sets["same"].fingerprint == sets["own"].fingerprint
+    config.data.columns.response = "anwser"
+    refuse(lambda: build.eval_data_of(config, tokenizer()), "'anwser', .*Did you mean 'answer'")
+    config.data.train, config.data.eval_fraction = str(tmp_path / "own.jsonl"), 0.0
+    refuse(lambda: build.train_data_of(config, tokenizer()), "data.columns.instruction is 'question', a column that is")
+
+
 def test_an_optional_column_that_the_first_row_lacks_is_still_read():
     source = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d", "input": "e"}]
     kind, mapping = recognise(list(source[0]))
@@ -152,4 +186,7 @@ def test_what_is_ignored_is_reported():
 
 
 def test_an_unknown_way_with_overlong_rows_is_refused():
-    refuse(lambda: data.load(["a"], tokenizer(), overlong="truncat", **SIZES), "Did you mean 'truncate'")
+    refuse(
+        lambda: data.load(["a"], tokenizer(), overlong="truncat", **SIZES),
+        "use one of drop, truncate, keep_end, split. Did you mean 'truncate'",
+    )

@@ -6,13 +6,15 @@ import math
 import numpy as np
 import pytest
 from data_fixtures import tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import specjax.data as data
+from specjax.data.chat import Document
 from specjax.data.loader import Data, shuffled
 from specjax.data.pack import best_fit, plan
+from specjax.data.tally import Tally
 
 FIELDS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
 
@@ -201,6 +203,80 @@ def test_overlong_pairs_are_dropped_or_truncated_and_counted():
     assert loaded.report["dropped"] == {"answer beyond length": {"rows": 1, "tokens": 22}}
     assert loaded.report["documents"] == 3 and loaded.report["tokens"] == 8 + 10 + 10
     assert dropped["truncated"] == {"rows": 0, "tokens": 0}
+
+
+def documents(loaded):
+    """(ids, which of them count as targets) of each document."""
+    bounds = zip(loaded.offsets[:-1], loaded.offsets[1:], strict=True)
+    return [(loaded.tokens[a:b].tolist(), [False, *loaded.loss_mask[a : b - 1].tolist()]) for a, b in bounds]
+
+
+def test_keep_end_keeps_the_end_of_the_answer_and_counts_what_it_cuts():
+    tok = tokenizer(adds_bos=False)
+    rows = [{"prompt": "a" * 4, "completion": "b" * n} for n in (3, 9)] + [{"prompt": "a" * 20, "completion": "b"}]
+    a, b, end = (tok.convert_tokens_to_ids(token) for token in ("a", "b", "</s>"))
+    loaded = data.instruct(rows, tok, overlong="keep_end", length=10, batch_size=1)
+    assert [ids for ids, _ in documents(loaded)] == [
+        [*[a] * 4, *[b] * 3, end], [*[b] * 9, end], [*[a] * 8, b, end]
+    ]  # fmt: skip
+    assert loaded.report["truncated"] == {"rows": 2, "tokens": 4 + 12} and not loaded.report["dropped"]
+    # What a user says after the last answer goes first: it would push the answer out.
+    turns = ["a" * 9, "bb", "a" * 99]
+    chat = {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]}
+    loaded = data.chat([chat], tok, template="openchat", overlong="keep_end", length=12, batch_size=1)
+    ((ids, _),) = documents(loaded)
+    assert tok.decode(ids).endswith("bb<|end_of_turn|>") and len(ids) == 12
+
+
+def test_split_makes_several_documents_and_counts_the_pieces_in_which_nothing_trains():
+    tok = tokenizer(adds_bos=False)
+    a, b, end = (tok.convert_tokens_to_ids(token) for token in ("a", "b", "</s>"))
+    rows = [{"prompt": "a" * 20, "completion": "b" * 12}, {"prompt": "a", "completion": "b"}]
+    loaded = data.instruct(rows, tok, overlong="split", length=10, batch_size=1)
+    # 33 tokens; each piece begins with the last token of the one before. The first two hold no answer.
+    assert documents(loaded) == [
+        ([*[a] * 2, *[b] * 8], [*[False] * 2, *[True] * 8]),
+        ([*[b] * 5, end], [False, *[True] * 5]),
+        ([a, b, end], [False, True, True]),
+    ]
+    assert loaded.report["split"] == {"rows": 1, "documents": 2, "tokens_left_out": 20}
+    assert loaded.report["rows"] == 2 and not loaded.report["dropped"]
+
+
+random_documents = st.lists(st.lists(st.booleans(), min_size=1, max_size=60), min_size=1, max_size=8)
+
+
+@example([[False, True, False, False]], 3, "keep_end")  # what is left is shorter than the length
+@given(random_documents, st.integers(2, 12), st.sampled_from(["drop", "truncate", "keep_end", "split"]))
+@settings(max_examples=200, deadline=None)
+def test_whatever_becomes_of_overlong_rows_nothing_is_lost_uncounted(masks, length, overlong):
+    originals, start = [], 0
+    for mask in masks:  # every token another one
+        originals.append(Document(np.arange(start, start + len(mask), dtype=np.int32), np.array(mask)))
+        start += len(mask)
+    tally = Tally(length, overlong)
+    kept = [document for original in originals for document in tally.fit(original, whole=True)]
+    assert all(len(document.ids) <= length and document.trained[1:].any() for document in kept)
+    targets = lambda found: np.sort(np.concatenate([d.ids[1:][d.trained[1:]] for d in found] or [[]])).tolist()  # noqa: E731
+    report = tally.report()
+    dropped = {why: count["rows"] for why, count in report["dropped"].items()}
+    assert len(kept) == len(masks) - sum(dropped.values()) - report["split"]["rows"] + report["split"]["documents"]
+    learnable = [d for d in originals if d.trained[1:].any()]
+    assert dropped.get("no trained token", 0) == len(masks) - len(learnable)
+    if overlong == "split":  # every target once, with the tokens between them
+        assert targets(kept) == targets(originals)
+        assert not report["truncated"]["rows"] and set(dropped) <= {"no trained token"}
+    elif overlong == "keep_end":
+        ends = {int(d.ids[d.trained][-1]) for d in learnable}
+        assert ends == {int(d.ids[d.trained][-1]) for d in kept}
+        assert report["truncated"]["rows"] == sum(len(d.ids) > length for d in learnable)
+        assert sum(len(d.ids) for d in kept) + report["truncated"]["tokens"] == sum(len(d.ids) for d in learnable)
+    elif overlong == "truncate":
+        assert all(d.ids[0] in [o.ids[0] for o in learnable] for d in kept)
+        lost = report["truncated"]["tokens"] + sum(count["tokens"] for count in report["dropped"].values())
+        assert sum(len(d.ids) for d in kept) + lost == start
+    else:
+        assert dropped.get("over length", 0) == sum(len(d.ids) > length for d in learnable)
 
 
 def test_raw_text_over_the_length_is_cut_and_never_dropped():

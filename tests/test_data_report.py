@@ -1,6 +1,7 @@
 """The held-out split, and the report as it is printed."""
 
 import io
+import re
 
 import numpy as np
 import pytest
@@ -73,3 +74,21 @@ def test_the_report_shows_markup_and_control_characters_of_the_data_as_they_are(
     pair = {"prompt": "[red]not a colour[/red] [/] \x1b[31m end", "completion": " [b]bold[/b]"}
     text = printed(data.instruct([pair], tokenizer(), **SIZES))
     assert "[red]not a colour[/red] [/] \N{REPLACEMENT CHARACTER}[31m end⟦ [b]bold[/b]</s>⟧" in text
+
+
+@pytest.mark.parametrize(
+    ("overlong", "line"),
+    [
+        ("drop", r"dropped, over length +1 row, 43 tokens"),
+        ("truncate", r"cut, keeping the start +1 row, 23 tokens lost"),
+        ("keep_end", r"cut, keeping the answer's end +1 row, 23 tokens lost"),
+        ("split", r"split +1 row into 2 documents; 20 tokens of pieces without an answer left out"),
+    ],
+)
+def test_the_report_shows_what_became_of_the_rows_over_the_length(overlong, line):
+    pairs = [{"prompt": "a" * 21 + "\n", "completion": "b" * 20}, {"prompt": "a", "completion": "b"}]
+    if overlong == "truncate":
+        pairs[0] = {"prompt": "a" * 5, "completion": "b" * 37}
+    loaded = data.instruct(pairs, tokenizer(adds_bos=False), length=20, batch_size=1, overlong=overlong)
+    counts = printed(loaded)
+    assert re.search(line, counts), counts

@@ -168,7 +168,7 @@ def test_the_readmes_python_calls_functions_that_exist_with_arguments_that_they_
 def test_every_config_builds_its_model_abstractly_and_lays_it_over_a_mesh(path, monkeypatch):
     from specjax import sharding
     from specjax.hf.load import abstract
-    from specjax.lora.adapters import match
+    from specjax.lora.targets import match
     from specjax.models import ModelConfig
 
     monkeypatch.chdir(ROOT)

@@ -1,5 +1,7 @@
 """Generation: token for token transformers' own, drawn from the right distribution, compiled once."""
 
+import dataclasses
+import math
 import sys
 from types import SimpleNamespace
 
@@ -14,12 +16,13 @@ from flax import nnx
 
 import specjax as sj
 from demo.tokenizer import train_tokenizer
-from specjax.data.chat import BUILT_IN, resolve
+from specjax.data.chat import BUILT_IN, END_OF_TURN, resolve
 from specjax.errors import UserError
-from specjax.generate import end_tokens, generate_tokens, sample
+from specjax.generate import LOOK_EVERY, end_tokens, generate_tokens
 from specjax.models import Decoder
+from specjax.sampling import Sampling, sample
 
-VOCAB, WINDOW, POSITIONS, NEW = 276, 24, 256, 72
+VOCAB, WINDOW, POSITIONS, NEW, ORIGINAL = 276, 40, 512, 256, 64
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -28,17 +31,77 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": POSITIONS,
-    "initializer_range": 0.3,  # wide, so that the likeliest token is told from the next
     "bos_token_id": 1,
     "eos_token_id": 3,
+    "pad_token_id": 0,
     "dtype": torch.float32,
+    "attn_implementation": "eager",
 }
+SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL}
+LONG |= {"short_factor": [1.0 + 0.1 * i for i in range(6)], "long_factor": [2.0 + i for i in range(6)]}
 CONFIGS = {
     "llama": transformers.LlamaConfig(**SIZES),
+    "llama tied": transformers.LlamaConfig(**SIZES | {"tie_word_embeddings": True}),
     "mistral": transformers.MistralConfig(**SIZES, head_dim=12, sliding_window=WINDOW),
+    "qwen2": transformers.Qwen2Config(**SIZES | SLIDING | {"num_hidden_layers": 3}, use_sliding_window=True),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
+    "gemma": transformers.GemmaConfig(**SIZES | {"num_key_value_heads": 1}, head_dim=16),
+    "gemma2": transformers.Gemma2Config(
+        **SIZES | SLIDING | {"num_hidden_layers": 3}, head_dim=16, query_pre_attn_scalar=40
+    ),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SIZES | SLIDING | {"num_hidden_layers": 3}, head_dim=16, query_pre_attn_scalar=40
+    ),
+    "phi3": transformers.Phi3Config(**SIZES, sliding_window=WINDOW),
+    "phi3 longrope": transformers.Phi3Config(**SIZES, rope_parameters=LONG, original_max_position_embeddings=ORIGINAL),
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=4, sliding_window=WINDOW),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40
+    ),
+    "olmo2": transformers.Olmo2Config(**SIZES),
+    "granite": transformers.GraniteConfig(
+        **SIZES, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2, logits_scaling=2.0
+    ),
 }
 torch.set_num_threads(1)
 PROMPTS = [np.random.default_rng(i).integers(4, VOCAB, n).tolist() for i, n in enumerate((5, 61, 33, 1, 17))]
+
+
+SEEDS = {"gemma": 3, "gemma2": 3, "olmo2": 3, "granite": 3}  # whose likeliest tokens lead clearly; the others': 2
+
+
+def random_model(name):
+    """A model whose logits lie well apart and whose attention, norms and biases are none of them neutral."""
+    made = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(SEEDS.get(name, 2))
+    for path, weight in made.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        spread = 0.1 if path.endswith("bias") else 0.3
+        if "norm" in path:
+            # Sharp attention where q and k are normed: else the text soon repeats itself, and shows little.
+            weight.data = (4.0 if "q_norm" in path else 1.0) - ("gemma" in name) + 0.1 * noise
+        elif "embed" in path and "gemma" in name:
+            weight.data = noise * 0.03  # scaled up by the model and tied: a large one repeats itself as well
+        else:
+            weight.data = noise * spread
+    return made
+
+
+def padded(rows, *, left):
+    """(ids, attention mask) of rows of unequal length."""
+    longest = max(map(len, rows))
+    pad = [[0] * (longest - len(row)) for row in rows]
+    ids = [[*p, *row] if left else [*row, *p] for p, row in zip(pad, rows, strict=True)]
+    mask = [[*p, *[1] * len(row)] if left else [*[1] * len(row), *p] for p, row in zip(pad, rows, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def continued(reference, rows, **options):
+    """What transformers continues rows of ids with, padded on the left; ends of text ignored unless asked for."""
+    ids, mask = padded(rows, left=True)
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
+    return reference.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -57,50 +120,34 @@ def tokenizer(tokenizer_folder):
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def family(request, tmp_path_factory, tokenizer_folder):
-    """(transformers' model, its folder, ours, what transformers' continues PROMPTS with, ends of text ignored)."""
-    torch.manual_seed(2)
-    reference = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
-    folder = tmp_path_factory.mktemp(request.param)
+def family(request, tmp_path_factory):
+    """(transformers' model, ours, what transformers' continues PROMPTS with, ends of text ignored)."""
+    reference, folder = random_model(request.param), tmp_path_factory.mktemp("family")
     reference.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    # In a batch, transformers chooses longrope's factors by the longest row: alone, each has its own.
+    batches = [[prompt] for prompt in PROMPTS] if "longrope" in request.param else [PROMPTS]
+    expected = [row for batch in batches for row in continued(reference, batch)]
     model, _ = sj.load(folder, dtype="float32")
-    longest = max(map(len, PROMPTS))
-    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
-    found = reference.generate(
-        padded,
-        attention_mask=mask,
-        max_new_tokens=NEW,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    first, second = torch.stack(found.scores).topk(2).values.unbind(-1)
-    assert (first - second).min() > 1e-3, "two tokens are so near that rounding decides: take another seed"
-    return SimpleNamespace(
-        reference=reference, folder=folder, model=model, expected=found.sequences[:, longest:].tolist()
-    )
+    return SimpleNamespace(name=request.param, reference=reference, model=model, expected=expected)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A Llama alone, for what is the same in every family."""
-    torch.manual_seed(2)
-    folder = tmp_path_factory.mktemp("alone")
-    transformers.LlamaForCausalLM(CONFIGS["llama"]).save_pretrained(folder)
-    return SimpleNamespace(folder=folder, model=sj.load(folder, dtype="float32")[0])
+    reference, folder = random_model("llama"), tmp_path_factory.mktemp("alone")
+    reference.save_pretrained(folder)
+    expected = continued(reference, PROMPTS, max_new_tokens=72)
+    model, _ = sj.load(folder, dtype="float32")
+    return SimpleNamespace(reference=reference, folder=folder, model=model, expected=expected)
 
 
 @pytest.fixture
 def sent(monkeypatch):
-    """The prompts and end tokens that `generate` hands on, and what it then gets: `sent.answer`."""
-    record = SimpleNamespace(answer=[], prompts=None, eos_ids=None)
+    """The prompts, end tokens and options that `generate` hands on, and what it then gets: `sent.answer`."""
+    record = SimpleNamespace(answer=[], prompts=None, eos_ids=None, options=None)
 
     def fake(model, prompts, *, eos_ids, **options):
-        record.prompts, record.eos_ids = prompts, eos_ids
+        record.prompts, record.eos_ids, record.options = prompts, eos_ids, options
         return [list(record.answer) for _ in prompts]
 
     monkeypatch.setattr(sys.modules["specjax.generate"], "generate_tokens", fake)
@@ -112,23 +159,73 @@ def speaking(model=None, generation=(), hf=()):
 
 
 def test_greedy_equals_transformers_token_for_token_on_unequal_prompts(family):
-    assert min(len(set(row)) for row in family.expected) > NEW // 2, "the reference repeats itself: it shows too little"
+    assert min(len(set(row)) for row in family.expected) > 30, "the reference repeats itself: it shows too little"
     assert generate_tokens(family.model, PROMPTS, max_new_tokens=NEW) == family.expected
 
 
-def test_a_prompt_alone_continues_as_in_a_batch(family):
-    for prompt, expected in list(zip(PROMPTS, family.expected, strict=True))[1:3]:
-        assert generate_tokens(family.model, [prompt], max_new_tokens=NEW) == [expected]
+# One pass over a finished text rotates all of it by longrope's long factors.
+@pytest.mark.parametrize("family", [name for name in CONFIGS if "longrope" not in name], indirect=True)
+def test_each_token_is_the_likeliest_by_a_margin_after_right_padded_texts_in_transformers(family):
+    texts = [[*prompt, *row] for prompt, row in zip(PROMPTS, family.expected, strict=True)]
+    ids, mask = padded(texts, left=False)
+    with torch.no_grad():
+        logits = family.reference(ids, attention_mask=mask, position_ids=torch.arange(ids.shape[1])[None]).logits
+    margins = []
+    for row, prompt, expected in zip(logits, PROMPTS, family.expected, strict=True):
+        two = row[len(prompt) - 1 : len(prompt) - 1 + NEW].topk(2)
+        assert two.indices[:, 0].tolist() == expected
+        margins.append((two.values[:, 0] - two.values[:, 1]).min())
+    print(f"{family.name}: the likeliest leads by {min(margins):.1e} at least, logits' spread {logits.std():.2f}")
+    assert min(margins) > 1e-4 * logits.std(), "two tokens are so near that rounding decides: take another seed"
 
 
-def test_each_row_ends_at_its_own_end_token(family):
-    eos = [family.expected[0][20], family.expected[1][40]]
+def test_a_prompt_alone_continues_as_in_a_batch(llama):
+    for prompt, expected in list(zip(PROMPTS, llama.expected, strict=True))[1:3]:
+        assert generate_tokens(llama.model, [prompt], max_new_tokens=72) == [expected]
+
+
+def test_a_cache_in_bfloat16_gives_the_logits_of_the_whole_text(llama):
+    model, _ = sj.load(llama.folder, dtype="bfloat16")
+    for prompts in (PROMPTS[:1], PROMPTS):
+        for prompt, row in zip(prompts, generate_tokens(model, prompts, max_new_tokens=32), strict=True):
+            logits = np.asarray(model(jnp.asarray([[*prompt, *row]])))[0, len(prompt) - 1 : -1]
+            chosen = logits[np.arange(len(row)), row]
+            # Rounding to bfloat16 may turn a near tie; what is chosen is never far from the likeliest.
+            assert (logits.max(-1) - chosen).max() < 0.05 * logits.std()
+
+
+def test_longropes_factors_are_chosen_anew_where_a_text_outgrows_the_short_ones(tmp_path):
+    reference = random_model("phi3 longrope")
+    reference.save_pretrained(tmp_path)
+    model, _ = sj.load(tmp_path, dtype="float32")
+    prompts = [[7] * n for n in (ORIGINAL - 16, ORIGINAL - 1, ORIGINAL, ORIGINAL + 1)]
+    expected = [row for prompt in prompts for row in continued(reference, [prompt], max_new_tokens=16)]
+    assert generate_tokens(model, prompts, max_new_tokens=16) == expected
+    [more] = continued(reference, prompts[:1], max_new_tokens=24)
+    for end, batch_size in ((14, 1), (16, 4), (17, 4), (20, 1)):  # before, at and after the boundary
+        eos = [more[end]]
+        expected = [row[: row.index(eos[0])] if eos[0] in row else row for row in [more]]
+        assert generate_tokens(model, prompts[:1], max_new_tokens=24, eos_ids=eos, batch_size=batch_size) == expected
+
+
+def test_each_row_ends_at_its_own_end_token(llama):
+    eos = [llama.expected[0][20], llama.expected[1][40]]
     expected = []
-    for row in family.expected:
+    for row in llama.expected:
         ends = [row.index(token) for token in eos if token in row]
-        expected.append(row[: min(ends, default=NEW)])
+        expected.append(row[: min(ends, default=72)])
     assert len(expected[0]) <= 20 and len({len(row) for row in expected}) > 2
-    assert generate_tokens(family.model, PROMPTS, max_new_tokens=NEW, eos_ids=eos) == expected
+    found = continued(llama.reference, PROMPTS, max_new_tokens=72, eos_token_id=eos)
+    assert [row[: len(end)] for row, end in zip(found, expected, strict=True)] == expected
+    assert all(set(row[len(end) :]) <= {0, *eos} for row, end in zip(found, expected, strict=True))
+    assert generate_tokens(llama.model, PROMPTS, max_new_tokens=72, eos_ids=eos) == expected
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_a_repetition_penalty_is_transformers(llama, penalty):
+    expected = continued(llama.reference, PROMPTS, max_new_tokens=72, repetition_penalty=penalty)
+    assert expected != llama.expected
+    assert generate_tokens(llama.model, PROMPTS, max_new_tokens=72, repetition_penalty=penalty) == expected
 
 
 def test_the_limit_is_exact_within_a_bucket(llama):
@@ -146,9 +243,9 @@ def test_batches_of_two_give_what_one_batch_gives_in_the_prompts_order(llama):
 def test_prompts_are_read_in_one_pass_and_decoding_stops_with_the_last_row(llama, monkeypatch):
     passes, extend = [], Decoder.extend
 
-    def counted(self, tokens, *others):
+    def counted(self, tokens, *others, **named):
         jax.debug.callback(lambda: passes.append(tokens.shape[1]))
-        return extend(self, tokens, *others)
+        return extend(self, tokens, *others, **named)
 
     monkeypatch.setattr(Decoder, "extend", counted)
     prompts = [[5] * (POSITIONS - 16), [6] * 10]  # a bucket that no other test has, and every position is used
@@ -172,6 +269,7 @@ def test_nothing_compiles_again_within_a_bucket(llama):
     ]
     generate_tokens(llama.model, PROMPTS, max_new_tokens=16)
     generate_tokens(llama.model, PROMPTS, max_new_tokens=16, temperature=1.0)
+    generate_tokens(llama.model, PROMPTS, max_new_tokens=16, temperature=1.0, top_k=9)
     compiled = []
 
     def listen(event, seconds, **_):
@@ -211,11 +309,12 @@ def test_the_likeliest_alone_is_drawn_with_top_k_one_and_with_a_tiny_top_p(llama
         assert drawn == greedy
 
 
-def expected_probabilities(logits, temperature, top_k, top_p):
+def expected_probabilities(logits, temperature, top_k, top_p, min_p=0.0):
     """transformers' warpers in its own order."""
     warpers = [transformers.TemperatureLogitsWarper(float(temperature))]
     warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
     warpers += [transformers.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [transformers.MinPLogitsWarper(min_p)] if min_p else []
     scores = torch.tensor(np.array(logits, np.float32))[None]
     for warper in warpers:
         scores = warper(None, scores)
@@ -233,15 +332,27 @@ def assert_drawn_from(tokens, probabilities):
     assert scipy.stats.chisquare(counts[filled], expected[filled]).pvalue > 1e-3
 
 
+WARPERS = [  # temperature, top_k, top_p, min_p
+    (1.0, 0, 1.0, 0.0),
+    (0.6, 0, 1.0, 0.0),
+    (2.5, 0, 1.0, 0.0),
+    (1.5, 5, 1.0, 0.0),
+    (1.5, 16, 1.0, 0.0),
+    (1.0, 0, 0.7, 0.0),
+    (2.0, 8, 0.6, 0.0),
+    (1.5, 0, 1.0, 0.1),
+    (1.5, 12, 0.9, 0.2),
+]
+
+
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.6, 0, 1.0), (2.5, 0, 1.0), (1.5, 5, 1.0), (1.5, 100, 1.0), (1.0, 0, 0.7), (2.0, 8, 0.6)],
+    ("how", "few"), [(how, few) for how in WARPERS for few in ((0, 16, 64) if how[1] else (0,))], ids=str
 )
-def test_draws_have_the_distribution_of_transformers_warpers(temperature, top_k, top_p):
+def test_draws_have_the_distribution_of_transformers_warpers(how, few):
     logits = np.random.default_rng(0).normal(size=20).astype(np.float32) * 2
     keys = jax.random.split(jax.random.key(0), 20_000)
-    tokens = jax.jit(sample)(jnp.broadcast_to(logits, (len(keys), 20)), keys, temperature, top_k, top_p)
-    assert_drawn_from(np.asarray(tokens), expected_probabilities(logits, temperature, top_k, top_p))
+    tokens = jax.jit(sample, static_argnames="few")(jnp.broadcast_to(logits, (len(keys), 20)), keys, *how, few=few)
+    assert_drawn_from(np.asarray(tokens), expected_probabilities(logits, *how))
 
 
 def test_a_models_draws_have_the_distribution_of_its_logits(llama):
@@ -257,15 +368,15 @@ def test_a_mesh_gives_what_one_device_gives_with_rows_filled_up_to_divide(llama,
     model, _ = sj.load(llama.folder, mesh=sj.make_mesh(**axes), dtype="float32")
     assert len(model.layers.mlp.up_proj.kernel[...].sharding.device_set) == 8
     module, seen = sys.modules["specjax.generate"], []
-    program = module._program
+    prefill = module.decoding.prefill
 
-    def spy(state, rows, *settings, **static):
+    def spy(state, rows, **static):
         seen.append((len(rows.tokens), dict(jax.sharding.get_abstract_mesh().shape)))
-        return program(state, rows, *settings, **static)
+        return prefill(state, rows, **static)
 
-    monkeypatch.setattr(module, "_program", spy)
+    monkeypatch.setattr(module.decoding, "prefill", spy)
     assert generate_tokens(model, PROMPTS[:3], max_new_tokens=16) == expected[:3]
-    assert seen == [(size, {"data": 1, "fsdp": 1, "tensor": 1} | axes)]
+    assert seen == [(size, {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1} | axes)]
     assert jax.sharding.get_abstract_mesh().empty
 
 
@@ -341,9 +452,10 @@ def test_end_tokens_are_the_generation_configs_then_the_configs_and_the_tokenize
 
 @pytest.mark.parametrize("template", BUILT_IN)
 def test_a_chat_ends_at_the_token_with_which_the_template_ends_a_turn(tokenizer, template):
-    tokenizer.add_special_tokens({"eos_token": "</s>", "extra_special_tokens": ["<|eot_id|>"]})
+    extra = sorted({end for end in END_OF_TURN.values() if end} - {"<|im_end|>"})
+    tokenizer.add_special_tokens({"eos_token": "</s>", "extra_special_tokens": extra})
     tokenizer.chat_template = resolve(tokenizer, template)
-    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(template, "</s>")
+    end = END_OF_TURN[template] or "</s>"
     wanted = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)}
     assert set(end_tokens(speaking(), tokenizer, chat=True)) == wanted
     assert end_tokens(speaking(), tokenizer) == [tokenizer.eos_token_id]
@@ -366,6 +478,118 @@ def test_text_is_cut_at_the_first_stop_string_and_special_tokens_stop_the_comput
     assert sent.eos_ids == [3, tokenizer.convert_tokens_to_ids("<|im_start|>")]
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_stop_string_of_several_tokens_ends_a_text_where_transformers_ends_it(llama, tokenizer, batch_size):
+    prompts = ["1 and 2", "7 and 3 make", "4"]
+    ids, mask = padded(tokenizer(prompts)["input_ids"], left=True)
+    options = {"max_new_tokens": 72, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    whole = llama.reference.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+    decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in whole]
+    # Each from the middle of one text: it spans tokens and cuts them; and one that comes again and again.
+    stop = [decoded[0][60:66], decoded[2][25:30], "never to be seen"]
+    assert all(len(tokenizer(text, add_special_tokens=False)["input_ids"]) > 1 for text in stop)
+    options |= {"stop_strings": stop, "tokenizer": tokenizer}
+    found = llama.reference.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+    found = [tokenizer.decode(row, skip_special_tokens=True) for row in found]
+    steps, decode = [], sys.modules["specjax.generate"].decoding.decode
+    with pytest.MonkeyPatch.context() as patch:
+        spy = lambda *given, **static: steps.append(result := decode(*given, **static)) or result  # noqa: E731
+        patch.setattr(sys.modules["specjax.generate"].decoding, "decode", spy)
+        patch.setattr(sys.modules["specjax.generate"], "end_tokens", lambda *_, **__: [])
+        texts = sj.generate(llama.model, tokenizer, prompts, max_new_tokens=72, stop=stop, batch_size=batch_size)
+    for text, theirs, all_of_it in zip(texts, found, decoded, strict=True):
+        cut = min((at for at in map(all_of_it.find, stop) if at >= 0), default=len(all_of_it))
+        assert text == all_of_it[:cut] and theirs.startswith(text)
+        assert cut == len(all_of_it) or any(one in theirs for one in stop)
+    if batch_size == 1:
+        assert len(steps) < 3 * math.ceil(72 / LOOK_EVERY), "no text ended early"
+
+
+def test_a_repeated_stop_string_cuts_at_the_first(llama, tokenizer, sent):
+    sent.answer = tokenizer("3; 4; 5; 6", add_special_tokens=False)["input_ids"]
+    assert sj.generate(llama.model, tokenizer, ["1 and 2"], stop=[";"]) == ["3"]
+    assert sent.options["ended"](0, sent.answer) and not sent.options["ended"](0, sent.answer[:1])
+    assert sj.generate(llama.model, tokenizer, ["1 and 2"]) == ["3; 4; 5; 6"]
+    assert sent.options["ended"] is None
+
+
+def asked(sent, llama, tokenizer, generation, **options):
+    """What generate_tokens is asked for under that generation_config.json."""
+    model = SimpleNamespace(config=SimpleNamespace(generation=generation, hf={}))
+    sj.generate(model, tokenizer, ["1"], **options)
+    return Sampling(**{field.name: sent.options[field.name] for field in dataclasses.fields(Sampling)})
+
+
+def test_the_generation_config_gives_the_defaults_and_arguments_win(llama, tokenizer, sent):
+    qwen = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+    assert asked(sent, llama, tokenizer, {}) == Sampling()
+    assert asked(sent, llama, tokenizer, {"do_sample": True}) == Sampling(temperature=1, top_k=50)
+    assert asked(sent, llama, tokenizer, {}, temperature=0.5) == Sampling(temperature=0.5, top_k=50)
+    assert asked(sent, llama, tokenizer, {}, temperature=0.5, top_k=0) == Sampling(temperature=0.5)
+    full = Sampling(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1)
+    assert asked(sent, llama, tokenizer, qwen) == full
+    assert asked(sent, llama, tokenizer, qwen, top_k=5, max_new_tokens=9) == dataclasses.replace(
+        full, top_k=5, max_new_tokens=9
+    )
+    assert asked(sent, llama, tokenizer, qwen, temperature=0) == Sampling(repetition_penalty=1.1)
+    assert asked(sent, llama, tokenizer, qwen | {"do_sample": False}) == Sampling(repetition_penalty=1.1)
+    assert asked(sent, llama, tokenizer, qwen | {"min_p": 0.1, "max_new_tokens": 7}) == dataclasses.replace(
+        full, min_p=0.1, max_new_tokens=7
+    )
+    assert asked(sent, llama, tokenizer, qwen, generation_config={}) == Sampling()
+    assert asked(sent, llama, tokenizer, {"num_beams": 1, "typical_p": 0.5, "min_length": 0}) == Sampling()
+
+
+def test_stop_strings_of_the_generation_config_end_a_text(llama, tokenizer, sent):
+    sent.answer = tokenizer("3, which is odd.", add_special_tokens=False)["input_ids"]
+    model = SimpleNamespace(config=SimpleNamespace(generation={"stop_strings": ["odd"]}, hf={}))
+    assert sj.generate(model, tokenizer, ["1"]) == ["3, which is "]
+    assert sj.generate(model, tokenizer, ["1"], stop=[]) == ["3, which is odd."]
+    model.config.generation = {"stop_strings": "which"}
+    assert sj.generate(model, tokenizer, ["1"]) == ["3, "]
+
+
+@pytest.mark.parametrize(
+    ("generation", "sentence"),
+    [
+        (
+            {"num_beams": 4, "no_repeat_ngram_size": 3},
+            r"sets num_beams = 4, no_repeat_ngram_size = 3, which specjax does",
+        ),
+        (
+            {"do_sample": True, "typical_p": 0.9},
+            r"sets typical_p = 0.9, which specjax does not do: remove it there, or",
+        ),
+        ({"suppress_tokens": [1]}, r"suppress_tokens = \[1\]"),
+        ({"do_sample": True, "top_p": 3}, r"top_p is 3: it must be above 0"),
+        ({"max_new_tokens": "ten"}, r"max_new_tokens is ten: it must be a whole number"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_honoured_is_told(llama, tokenizer, sent, generation, sentence):
+    with pytest.raises(UserError, match=sentence):
+        asked(sent, llama, tokenizer, generation)
+    assert asked(sent, llama, tokenizer, generation, generation_config={}) == Sampling()
+
+
+def test_the_files_own_sampling_is_transformers_with_the_same_file(tmp_path, tokenizer_folder):
+    """Draws of the first token under a generation_config.json, against transformers' processed scores."""
+    reference = random_model("llama")
+    reference.generation_config.update(do_sample=True, temperature=1.3, top_k=12, top_p=0.9, repetition_penalty=1.4)
+    reference.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = sj.load(tmp_path, dtype="float32")
+    prompt = "1 and 2 make"
+    ids = torch.tensor(tokenizer([prompt])["input_ids"])
+    found = reference.generate(ids, max_new_tokens=1, output_scores=True, return_dict_in_generate=True)
+    probabilities = found.scores[0].double().softmax(-1)[0].numpy()
+    given = model.config.generation
+    how = vars(Sampling.of(given)) | {"max_new_tokens": 1}
+    rows = generate_tokens(model, ids.tolist() * 1024, batch_size=1024, **how)
+    assert 1 < (probabilities > 0).sum() <= 12
+    assert_drawn_from(np.asarray([row[0] for row in rows]), probabilities)
+
+
 def test_a_continuation_keeps_its_first_space_where_the_tokenizer_drops_a_texts_first(llama, sent):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -382,12 +606,16 @@ def test_a_continuation_keeps_its_first_space_where_the_tokenizer_drops_a_texts_
 @pytest.mark.parametrize(
     ("prompts", "options", "sentence"),
     [
-        (["1 " * 120], {}, r"prompt 1 has 241 tokens and max_new_tokens is 64, together more than the model's 256 pos"),
-        (["1", "2"], {"max_new_tokens": 255}, r"prompt 1 has 2 tokens and max_new_tokens is 255.*ask for fewer"),
-        (["1"], {"max_new_tokens": 0}, r"max_new_tokens is 0: it must be at least 1"),
+        (["1 " * 240], {}, r"prompt 1 has 481 tokens and max_new_tokens is 128, together more than the model's 512 p"),
+        (["1", "2"], {"max_new_tokens": 511}, r"prompt 1 has 2 tokens and max_new_tokens is 511.*ask for fewer"),
+        (["1"], {"max_new_tokens": 0}, r"max_new_tokens is 0: it must be a whole number of at least 1"),
         (["1"], {"temperature": -0.1}, r"temperature is -0.1: it must be 0 \(greedy\) or more"),
         (["1"], {"temperature": float("nan")}, r"temperature is nan"),
-        (["1"], {"top_k": -1}, r"top_k is -1: it must be 0 \(off\) or more"),
+        (["1"], {"top_k": -1}, r"top_k is -1: it must be a whole number, 0 \(off\) or more"),
+        (["1"], {"top_k": 5}, r"top_k is 5, and no token is drawn: give a temperature above 0 with it"),
+        (["1"], {"temperature": 0, "top_p": 0.5}, r"top_p is 0.5, and no token is drawn"),
+        (["1"], {"min_p": 2}, r"min_p is 2: it must be from 0 \(off\) to 1"),
+        (["1"], {"repetition_penalty": 0}, r"repetition_penalty is 0: it must be above 0; 1 is off"),
         (["1"], {"top_p": 0.0}, r"top_p is 0.0: it must be above 0"),
         (["1"], {"top_p": 1.1}, r"top_p is 1.1: it must be above 0"),
         (["1"], {"batch_size": 0}, r"batch_size is 0: it must be at least 1"),
@@ -418,5 +646,5 @@ def test_a_chat_without_a_template_or_against_it_is_told(llama, tokenizer):
     with pytest.raises(UserError, match=r"chat template refuses the prompt: only even questions"):
         sj.generate(llama.model, tokenizer, ["1"], chat=True)
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"no chat template: .*--raw.*built in are alpaca, chatml, llama3"):
+    with pytest.raises(UserError, match=r"no chat template: .*--raw.*built in are alpaca, chatml, gemma"):
         sj.generate(llama.model, tokenizer, ["1"], chat=True)

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 import specjax as sj
 from specjax.errors import UserError
 from specjax.hf.load import load
-from specjax.lora.adapters import match
-from specjax.models.layers import LoRA
+from specjax.lora.targets import match
+from specjax.models.adapter import LoRA
 from specjax.train.losses import token_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
@@ -258,10 +258,15 @@ def test_targets_name_linear_maps_as_pefts_do():
     made = model()
     everything = match(made, "all-linear")
     assert sorted(path.rsplit(".", 1)[-1] for path in everything) == PROJECTIONS  # and not lm_head
+    assert all(found == (True, True) for found in everything.values())
     assert match(made, ["q_proj"]) == match(made, ["self_attn.q_proj"]) == match(made, r".*\.q_proj")
-    assert match(made, ["lm_head"]) == match(made, "lm_head") == ["lm_head"]
+    assert match(made, ["lm_head"]) == match(made, "lm_head") == {"lm_head": (True,)}
     assert set(match(made, ["up_proj", "k_proj"])) == {"layers.mlp.up_proj", "layers.self_attn.k_proj"}
-    assert match(made, r"model\.layers\.[01]\.mlp\.up_proj") == ["layers.mlp.up_proj"]
+    assert match(made, r"model\.layers\.[01]\.mlp\.up_proj") == {"layers.mlp.up_proj": (True, True)}
+    first = {"layers.self_attn.q_proj": (True, False)}
+    assert match(made, r"model\.layers\.0\..*q_proj") == match(made, ["q_proj"], layers=0) == first
+    assert match(made, ["layers.0.self_attn.q_proj"]) == first
+    assert "layers.mlp.up_proj" not in match(made, "all-linear", exclude=["mlp.up_proj"])
 
 
 @pytest.mark.parametrize(
@@ -272,10 +277,9 @@ def test_targets_name_linear_maps_as_pefts_do():
         ("q_proj", "match no linear map; there are .*'all-linear', or a regular expression that matches a full name"),
         ([], "match no linear map"),
         ("(", "is not a regular expression"),
-        (r"model\.layers\.0\..*q_proj", "match layers.self_attn.q_proj in some layers only"),
     ],
 )
-def test_targets_that_match_nothing_or_some_layers_are_refused(targets, said):
+def test_targets_that_match_nothing_are_refused(targets, said):
     made = model()
     with pytest.raises(UserError, match=said):
         sj.lora.inject(made, rank=2, targets=targets)
@@ -307,12 +311,23 @@ def rename(held, old, new):
     ("damage", "said"),
     [
         (lambda p: edit(p, peft_type="LOHA"), "peft_type 'LOHA' is not supported"),
-        (lambda p: edit(p, use_dora=True), "use_dora = True is not supported"),
-        (lambda p: edit(p, bias="all"), "bias = 'all' is not supported"),
-        (lambda p: edit(p, modules_to_save=["lm_head"]), "modules_to_save = ['lm_head'] is not supported"),
-        (lambda p: edit(p, rank_pattern={"q_proj": 2}), "rank_pattern = {'q_proj': 2} is not supported"),
-        (lambda p: edit(p, alpha_pattern={"q_proj": 2}), "alpha_pattern"),
-        (lambda p: edit(p, layers_to_transform=[0]), "layers_to_transform"),
+        (lambda p: edit(p, use_dora=True), "lora_magnitude_vector is missing, though adapter_config.json targets"),
+        (lambda p: edit(p, bias=1), "bias must be 'none', 'all' or 'lora_only', not 1"),
+        (lambda p: edit(p, modules_to_save=["lm_head"]), "tensor base_model.model.lm_head.weight is missing"),
+        (lambda p: edit(p, rank_pattern={"q_proj": 2}), "is [5, 64] where [2, 64] is needed"),
+        (lambda p: edit(p, rank_pattern={"q_proj": 0}), "rank_pattern must be patterns with whole numbers of at least"),
+        (lambda p: edit(p, alpha_pattern={"q_proj": 0}), "alpha_pattern must be patterns with numbers other than 0"),
+        (lambda p: edit(p, layers_to_transform=[0]), "tensors fit no linear map of the model that adapter_config.json"),
+        (lambda p: edit(p, exclude_modules=["up_proj"]), "tensors fit no linear map of the model that adapter_config"),
+        (lambda p: edit(p, target_modules=["q_proj", "v_proj", "up_proj"]), "v_proj.lora_A.weight is missing"),
+        (lambda p: edit(p, target_modules=["c_attn"]), "LoRA targets ['c_attn'] match no linear map"),
+        (lambda p: edit(p, target_modules=None), "target_modules must be a list of names or a pattern, not None"),
+        (
+            lambda p: edit(p, target_parameters=["experts.gate_up_proj"]),
+            "target_parameters 'experts.gate_up_proj' names",
+        ),
+        (lambda p: edit(p, use_dorra=False), "'use_dorra' is no key of PEFT's LoRA. Did you mean 'use_dora'?"),
+        (lambda p: edit(p, fan_in_fan_out=0), "fan_in_fan_out = 0 is not supported"),
         (lambda p: edit(p, layer_replication=[[0, 2]]), "layer_replication"),
         (lambda p: edit(p, fan_in_fan_out=True), "fan_in_fan_out"),
         (lambda p: edit(p, lora_bias=True), "lora_bias"),
@@ -327,7 +342,7 @@ def rename(held, old, new):
         (lambda p: (p / _MODEL).unlink(), f"it has no {_MODEL}"),
         (lambda p: (p / _MODEL).write_bytes((p / _MODEL).read_bytes()[:500]), "corrupt or cut short"),
         (lambda p: change(p, dict.clear), "is empty"),
-        (lambda p: change(p, lambda held: held.popitem()), "is missing, though other layers have theirs"),
+        (lambda p: change(p, lambda held: held.popitem()), "is missing, though adapter_config.json targets its module"),
         (lambda p: change(p, lambda h: rename(h, "layers.1.", "layers.7.")), "tensors fit no linear map of the model"),
         (
             lambda p: change(p, lambda h: rename(h, "lora_A", "lora_magnitude")),
@@ -364,7 +379,8 @@ def test_saving_over_a_folder_with_files_is_refused(base, tmp_path):
 
 def test_dropout_drops_inputs_of_a_and_scales_the_rest():
     eye = jnp.eye(64)
-    lora = LoRA(nnx.LoRAParam(eye), nnx.LoRAParam(eye), alpha=64, scale=1.0, dropout=0.25, rslora=False)
+    settings = {"ranks": (64,), "alphas": (64.0,), "scale": 1.0, "dropout": 0.25, "rslora": False}
+    lora = LoRA(nnx.LoRAParam(eye), nnx.LoRAParam(eye), **settings)
     x = jnp.ones((4, 50, 64))
     out = np.asarray(lora(x, 1, jax.random.key(0)))
     dropped = out == 0

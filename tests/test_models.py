@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import PROMPT, data, model, prompts, sizes, torch_logits, torch_model
+from parity import LLAMA3
 
 from specjax.errors import UserError
 from specjax.hf.load import load
@@ -16,14 +17,6 @@ from specjax.models import ModelConfig, attention, rope
 from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
-}
 CASES = {
     "llama": ("llama", {}),
     "llama, every head its own keys": ("llama", {"num_key_value_heads": 8}),
@@ -80,7 +73,7 @@ def test_rotary_frequencies_are_those_of_transformers_to_the_last_bit(case, head
     config = LlamaConfig(**sizes(head_dim=head_dim) | CASES[case][1])
     wanted = LlamaRotaryEmbedding(config).inv_freq.numpy()
     ours = ModelConfig.from_hf(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    found = rope.frequencies(head_dim, ours.rope_theta, ours.rope_scaling)
+    found = rope.frequencies(ours.ropes[0])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, wanted)
 
@@ -107,7 +100,7 @@ def test_a_config_in_the_dialect_of_transformers_4_is_the_same_model(folder, tmp
     assert ModelConfig.from_hf(old) == ModelConfig.from_folder(path)
     assert ModelConfig.from_hf(old).stored_dtype == ModelConfig.from_folder(path).stored_dtype == "float32"
     older = old | {"rope_scaling": {"type": "linear", "factor": 2.0}}
-    assert ModelConfig.from_hf(older).rope_scaling.kind == "linear"
+    assert ModelConfig.from_hf(older).ropes[0].kind == "linear"
 
 
 def test_sizes_that_a_config_leaves_out_are_those_of_transformers():
@@ -115,10 +108,58 @@ def test_sizes_that_a_config_leaves_out_are_those_of_transformers():
     for key in ("num_key_value_heads", "rms_norm_eps", "dtype"):
         del given[key]
     config = ModelConfig.from_hf(given)
-    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (4, 8, 10000.0)
-    assert (config.norm_eps, config.tied, config.sliding_window, config.stored_dtype) == (1e-6, False, None, "float32")
+    assert (config.num_kv_heads, config.head_dim, config.ropes[0].theta) == (4, 8, 10000.0)
+    assert (config.norm_eps, config.tied, config.windows, config.stored_dtype) == (1e-6, False, (None,), "float32")
     mistral = ModelConfig.from_hf(sizes(architectures=["MistralForCausalLM"], num_attention_heads=8, hidden_size=64))
-    assert mistral.sliding_window == 4096
+    assert mistral.windows == (4096,)
+
+
+def read(architecture, **changes):
+    return ModelConfig.from_hf(sizes(architectures=[architecture], model_type="", **changes))
+
+
+def test_what_a_config_says_is_what_transformers_makes_of_it():
+    # Gemma's "gelu" means the tanh form, another family's the exact one.
+    assert read("GemmaForCausalLM", hidden_act="gelu").activation == "gelu_tanh"
+    assert read("LlamaForCausalLM", hidden_act="gelu").activation == "gelu"
+    # A window that is given counts only where it is used, and from the layer that is said.
+    qwen = {"sliding_window": 64, "max_window_layers": 1}
+    assert read("Qwen2ForCausalLM", **qwen).windows == (None,)
+    used = read("Qwen2ForCausalLM", **qwen, use_sliding_window=True)
+    assert [used.windows[kind] for kind in used.layer_kinds] == [None, 64]
+    assert read("Qwen3MoeForCausalLM", sliding_window=64).windows == (None,)
+    # Attention is scaled by query_pre_attn_scalar, not by head_dim; Gemma 3 has no soft cap on its scores.
+    gemma = {"head_dim": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0}
+    assert read("Gemma2ForCausalLM", **gemma).query_scale == read("Gemma3ForCausalLM", **gemma).query_scale == 0.25
+    assert read("Gemma2ForCausalLM", **gemma).attention_softcap == 50.0
+    assert read("Gemma3ForCausalLM", **gemma).attention_softcap is None
+    # Tied unless it says otherwise, and the other way round.
+    assert read("GemmaForCausalLM").tied and not read("GemmaForCausalLM", tie_word_embeddings=False).tied
+    assert not read("Qwen2ForCausalLM").tied
+    # The number of experts has one name in files of transformers 4, another in those of 5.
+    assert read("Qwen3MoeForCausalLM", num_experts=16).num_experts == 16
+    assert read("Qwen3MoeForCausalLM", num_local_experts=16).num_experts == 16
+    # Qwen3 rounds the experts' weights to the compute dtype and normalises them only if told; Mixtral the other way.
+    mixtral, qwen = read("MixtralForCausalLM"), read("Qwen3MoeForCausalLM")
+    assert (mixtral.normalise_experts, mixtral.round_expert_weights) == (True, False)
+    assert (qwen.normalise_experts, qwen.round_expert_weights) == (False, True)
+
+
+def test_gemma_3_in_both_dialects_is_one_model():
+    common = {"num_hidden_layers": 7, "sliding_window": 30}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling, "sliding_window_pattern": 3}
+    new = {
+        "rope_parameters": {
+            "full_attention": {**scaling, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        },
+        "layer_types": ["full_attention" if i in (2, 5) else "sliding_attention" for i in range(7)],
+    }
+    found = read("Gemma3ForCausalLM", **common, **old)
+    assert found == read("Gemma3ForCausalLM", **common, **new)
+    kinds = [(found.windows[kind], found.ropes[kind].theta, found.ropes[kind].factor) for kind in found.layer_kinds]
+    assert kinds == [(None, 5e5, 8.0) if i in (2, 5) else (30, 2e4, 1.0) for i in range(7)]
 
 
 @pytest.mark.parametrize(
@@ -126,11 +167,18 @@ def test_sizes_that_a_config_leaves_out_are_those_of_transformers():
     [
         ({"architectures": ["GPTNeoXForCausalLM"]}, ("GPTNeoXForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")),
         ({"architectures": None}, ("(none)", "LlamaForCausalLM")),
-        ({"hidden_act": "gelu"}, ("hidden_act 'gelu'", "silu")),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("'dynamic'", "default, linear, llama3")),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ("'yarn'", "default, linear, llama3")),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ("lacks low_freq_factor, high_freq_factor",)),
+        ({"hidden_act": "quick_gelu"}, ("hidden_act 'quick_gelu'", "silu, swish, gelu")),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            ("'dynamic'", "default, linear, llama3, yarn, longrope"),
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ("Missing required keys", "'low_freq_factor'")),
+        ({"rope_scaling": {"type": "linear"}}, ("Missing required keys", "'factor'")),
+        ({"rope_scaling": {"type": "yarn"}}, ("Missing required keys", "'factor'")),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
+        ({"architectures": ["MixtralForCausalLM"], "router_jitter_noise": 0.1}, ("router_jitter_noise",)),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]}, ("mlp_only_layers",)),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, ("vision tower", "save_pretrained")),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, ("num_attention_heads 4", "num_key_value_heads 3")),
         ({"vocab_size": None, "hidden_size": "32"}, ("vocab_size, hidden_size",)),
     ],

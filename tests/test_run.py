@@ -16,6 +16,7 @@ import torch
 import transformers
 from helpers import metrics
 from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, write_data
+from safetensors.numpy import load_file
 
 from specjax import build, run
 from specjax.config import load_config_file
@@ -279,6 +280,12 @@ def test_export_writes_the_adapter_or_the_merged_model(base, runs, tmp_path, cap
     assert np.abs(found - bare).max() > 0.1
     assert specjax("export", f"--workdir={runs['sft']}", f"--out={tmp_path / 'x'}", "--merge") == 2
     assert "there is no adapter to merge" in capsys.readouterr().err
+    half = tmp_path / "half"
+    assert specjax("export", f"--workdir={runs['lora']}", f"--out={half}", "--merge", "--dtype=bfloat16") == 0
+    for name, value in load_file(half / "model.safetensors").items():
+        np.testing.assert_array_equal(value, load_file(merged / "model.safetensors")[name].astype("bfloat16"))
+    assert specjax("export", f"--workdir={runs['lora']}", f"--out={tmp_path / 'x'}", "--dtype=bfloat16") == 2
+    assert "which is written in float32: leave --dtype out, or give --merge" in capsys.readouterr().err
 
 
 def answers(capsys, *argv: object) -> list[str]:
@@ -342,3 +349,25 @@ def test_compare_trains_each_method_as_train_does_and_prints_one_table(base, run
     assert found["lora"]["saved_bytes"] < found["sft"]["saved_bytes"]
     [*_, answer] = out.rpartition(f"\n{PROMPT}\n")
     assert [line.split()[0] for line in answer.splitlines() if line.startswith("  ")] == ["base", "sft", "lora"]
+
+
+def test_a_mixture_of_experts_is_trained_with_its_balancing_loss_and_opens_in_transformers(tmp_path, capsys):
+    write_data(tmp_path / "data")
+    base = write_base(tmp_path / "base", family="mixtral")
+    wanted = {"model.router_aux_coef": 0.1, "mesh.expert": 2, **sets(base), "eval.best": "pairs"}
+    workdir = tmp_path / "run"
+    assert specjax("train", *flags(base, workdir, "sft", **wanted)) == 0
+    balance = [row["router_loss"] for row in rows(workdir, "router_loss")]
+    assert balance and all(2 <= value < 4 for value in balance)  # 2 experts of 4: evenly chosen, it is 2
+    assert "router_loss" not in rows(workdir, "eval/pairs/loss")[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "export")
+    model = transformers.AutoModelForCausalLM.from_pretrained(workdir / "export")
+    found = torch_loss(model, tokenizer, PAIRS[-16:])
+    logged = min(row["eval/pairs/loss"] for row in rows(workdir, "eval/pairs/loss"))
+    np.testing.assert_allclose(found, logged, rtol=1e-4)
+
+
+def test_a_dense_model_has_no_experts_to_balance(base, tmp_path, capsys):
+    given = flags(base, tmp_path / "run", "sft", **{"model.router_aux_coef": 0.1})
+    assert specjax("train", *given) == 2
+    assert "config.model.router_aux_coef is set, but" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from helpers import BASE, assert_same_bits, data, metrics, model, weights
 
 import specjax as sj
 from specjax.errors import UserError
-from specjax.sharding import fill_sizes, named_sharding, of_module
+from specjax.sharding import MESH_AXES, fill_sizes, named_sharding, of_module
 
 MESHES = {
     "fsdp 8": {"fsdp": 8},
@@ -102,7 +102,7 @@ def test_each_device_holds_its_share_of_the_weights():
     ("changes", "sizes", "said"),
     [
         (
-            {"hidden_size": 36},
+            {"hidden_size": 36, "head_dim": 8},
             {"fsdp": 8},
             "embed_tokens.embedding: its axis 'embed' of size 36 cannot be split 8 ways over mesh axis fsdp",
         ),
@@ -133,25 +133,28 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
 @pytest.mark.parametrize(
     ("sizes", "filled"),
     [
-        ({"fsdp": -1, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}),
-        ({"fsdp": 2, "tensor": -1}, {"data": 1, "fsdp": 2, "tensor": 4}),
-        ({"data": -1, "fsdp": 1}, {"data": 8, "fsdp": 1, "tensor": 1}),
+        ({"fsdp": -1, "tensor": 2}, {"fsdp": 4, "tensor": 2}),
+        ({"fsdp": 2, "tensor": -1}, {"fsdp": 2, "tensor": 4}),
+        ({"data": -1, "fsdp": 1}, {"data": 8}),
         ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}),
-        ({}, {"data": 1, "fsdp": 8, "tensor": 1}),
+        ({"fsdp": 2, "expert": -1}, {"fsdp": 2, "expert": 4}),
+        ({"fsdp": -1, "expert": 2}, {"fsdp": 4, "expert": 2}),
+        ({}, {"fsdp": 8}),
     ],
 )
 def test_minus_one_takes_the_devices_that_are_left(sizes, filled):
-    assert dict(sj.make_mesh(**sizes).shape) == filled
+    assert dict(sj.make_mesh(**sizes).shape) == dict.fromkeys(MESH_AXES, 1) | filled
 
 
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"fsdp": 3}, "mesh data 1 x fsdp 3 x tensor 1 does not fit 8 devices"),
-        ({"fsdp": 4}, "mesh data 1 x fsdp 4 x tensor 1 does not fit 8 devices"),
+        ({"fsdp": 3}, "mesh data 1 x fsdp 3 x tensor 1 x expert 1 does not fit 8 devices"),
+        ({"fsdp": 4}, "mesh data 1 x fsdp 4 x tensor 1 x expert 1 does not fit 8 devices"),
         ({"fsdp": -1, "tensor": 3}, "does not fit 8 devices"),
         ({"fsdp": -1, "tensor": -1}, "at least 1, or -1 for one of them"),
         ({"fsdp": 0}, "at least 1, or -1 for one of them"),
+        ({"fsdp": 4, "expert": 4}, "mesh data 1 x fsdp 4 x tensor 1 x expert 4 does not fit 8 devices"),
         ({"fsdp": 8, "tensor": -2}, "at least 1, or -1 for one of them"),
     ],
 )
@@ -163,5 +166,5 @@ def test_mesh_sizes_that_make_no_mesh_are_refused(sizes, said):
 
 def test_a_mesh_of_some_devices():
     mesh = sj.make_mesh(fsdp=-1, devices=jax.devices()[:2])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert dict(mesh.shape) == dict.fromkeys(MESH_AXES, 1) | {"fsdp": 2}
     assert fill_sizes({"a": -1, "b": 2}, 2) == {"a": 1, "b": 2}

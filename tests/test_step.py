@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import data, model, torch_model, weights
+from helpers import data, model, prompts, torch_model, weights
 from safetensors.numpy import load_file
 
 import specjax as sj
@@ -53,7 +53,7 @@ def torch_losses(of, rows):
     import torch
 
     trained = {name: weight for name, weight in of.named_parameters() if weight.requires_grad}
-    spared = [weight for name, weight in trained.items() if name.endswith(("norm.weight", "bias"))]
+    spared = [weight for name, weight in trained.items() if "norm." in name or name.endswith("bias")]
     decayed = [weight for weight in trained.values() if all(weight is not other for other in spared)]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": spared, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=RATE)
@@ -351,3 +351,44 @@ def test_lion_trains_by_the_rate_that_is_logged_and_keeps_one_moment():
             np.testing.assert_allclose(moved, wanted, rtol=1e-3, atol=1e-7, err_msg=name)
         found.append(float(metrics["loss"]))
     assert found[-1] < found[0] - 0.1
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts_trains_on_transformers_loss_with_its_balancing_part(family, tmp_path):
+    import torch
+
+    reference = torch_model(family, output_router_logits=True, router_aux_loss_coef=0.5)
+    reference.save_pretrained(tmp_path)
+    ours, _ = load(tmp_path, dtype="float32")
+    rows = prompts(rows=2, length=101)
+    ids = torch.tensor(rows, dtype=torch.long)
+    theirs = reference(input_ids=ids, labels=ids)
+    theirs.loss.backward()
+    # The last token of a row has no target, and is routed all the same; padding after it is not.
+    width = rows.shape[1] + 19
+    held = np.broadcast_to(np.arange(width) < rows.shape[1], (2, width)).astype(np.int32)
+    padded = np.pad(rows, ((0, 0), (0, 19)), constant_values=7)
+    batch = {
+        "tokens": padded,
+        "targets": np.roll(padded, -1, axis=1),
+        "loss_mask": np.broadcast_to(np.arange(width) < rows.shape[1] - 1, held.shape).astype(np.int32),
+        "positions": np.arange(width, dtype=np.int32)[None] * held,
+        "segment_ids": held,
+    }
+    graph, params, frozen = split(ours, nnx.Param)
+    step = jax.jit(make_train_step(graph, descent()))
+    after, _, metrics = step(params, descent().init(params), frozen, micro(batch, 1), np.int32(0))
+    loss = float(metrics["loss"]) + 0.5 * float(metrics["router_loss"])
+    np.testing.assert_allclose(loss, float(theirs.loss.detach()), rtol=1e-5)
+    np.testing.assert_allclose(metrics["router_loss"], float(theirs.aux_loss.detach()), rtol=1e-5)
+    for layer in range(2):
+        wanted = reference.get_parameter(f"model.layers.{layer}.mlp.gate.weight").grad.numpy().T
+        found = np.asarray(params["layers.mlp.gate.kernel"] - after["layers.mlp.gate.kernel"])[layer]
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    # Each micro-batch balances by itself, and weighs as many tokens as it has losses.
+    batch["loss_mask"][1, 30:] = 0
+    _, _, both = step(params, descent().init(params), frozen, micro(batch, 2), np.int32(0))
+    sums = [token_sums(ours, {name: value[i : i + 1] for name, value in batch.items()}) for i in range(2)]
+    np.testing.assert_allclose(both["router_loss"], sum(x["router"] for x in sums) / 130, rtol=1e-5)
+    alone = [float(x["router"] / x["count"]) for x in sums]
+    assert abs(alone[0] - alone[1]) > 1e-3

@@ -1,11 +1,8 @@
 """From examples to token ids, and which of them the loss counts.
 
-A chat template is a program, so the assistant's tokens are found by running it, never by searching for strings or ids:
-the conversation is rendered up to each assistant turn (with the generation prompt) and up to its end, both must be
-prefixes of the whole rendering, and what lies between is the assistant's: its words and its end-of-turn token, with the
-line break after it where the template writes one (as TRL's own training templates mark it). The whole rendering is
-tokenised once, so the ids are those of `tokenizer.apply_chat_template(..., tokenize=True)`, and the spans of characters
-become tokens through the offsets that a fast tokenizer gives.
+The whole rendering of a conversation is tokenised once, so the ids are those of `tokenizer.apply_chat_template(...,
+tokenize=True)`: the template alone writes special tokens, so that one begin-of-text token results where both add it.
+The characters that train (see `specjax.data.turns`) become tokens through the offsets that a fast tokenizer gives.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,16 +13,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from specjax.data.formats import Conversation, Example, Pair, Text
+from specjax.data.turns import spans as spans
 from specjax.errors import UserError, nearest
 
-BUILT_IN = ("alpaca", "chatml", "llama3", "mistral", "zephyr")
+# The built-in templates, and the token with which each ends a turn; "": the tokenizer's own eos token.
+END_OF_TURN = {
+    "alpaca": "",
+    "chatml": "<|im_end|>",
+    "gemma": "<end_of_turn>",
+    "gemma3": "<end_of_turn>",
+    "granite": "<|end_of_text|>",
+    "llama2": "",
+    "llama3": "<|eot_id|>",
+    "llama3.1": "<|eot_id|>",
+    "mistral": "",
+    "mistral-nemo": "",
+    "mistral-v3": "",
+    "olmo2": "",
+    "openchat": "<|end_of_turn|>",
+    "phi3": "<|end|>",
+    "phi4": "<|im_end|>",
+    "qwen2.5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "zephyr": "",
+}
 
-# The end-of-turn tokens of built-in templates that do not use the tokenizer's own eos token.
-_END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
-
-# Llama 3.2's template writes today's date unless it is told one. Data must not depend on the day it was made, so it is
-# told the template's own fallback.
-_DATE = "26 Jul 2024"
+BUILT_IN = tuple(END_OF_TURN)
 
 
 class Document(NamedTuple):
@@ -54,11 +67,17 @@ def resolve(tokenizer: Any, template: str | None = None) -> str:
             )
         return tokenizer.get_chat_template()
     if template in BUILT_IN:
-        end = _END_OF_TURN.get(template)
+        end = END_OF_TURN[template]
         if end and end not in tokenizer.get_vocab():
+            own = ", ".join(other for other, token in END_OF_TURN.items() if not token)
             raise UserError(
                 f"the {template} template ends a turn with '{end}', a token that the tokenizer '{name}' lacks: "
-                "use alpaca, mistral or zephyr, which end it with the tokenizer's own."
+                f"use one that ends it with the tokenizer's own ({own})."
+            )
+        if not end and not tokenizer.eos_token:
+            raise UserError(
+                f"the {template} template ends a turn with the tokenizer's eos token, and the tokenizer '{name}' has "
+                "none: set tokenizer.eos_token."
             )
         return files("specjax.data").joinpath("templates", f"{template}.jinja").read_text(encoding="utf-8")
     if "{%" in template or "{{" in template:
@@ -68,47 +87,6 @@ def resolve(tokenizer: Any, template: str | None = None) -> str:
     raise UserError(
         f"no chat template '{template}': neither a file nor one of {', '.join(BUILT_IN)}.{nearest(template, BUILT_IN)}"
     )
-
-
-def spans(tokenizer: Any, template: str, chat: Conversation) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the [start, end) characters of its assistant turns.
-
-    Raises:
-        UserError: the template refuses the conversation, or renders its beginning otherwise than the whole has it.
-    """
-    import jinja2
-
-    extra = {"date_string": _DATE} if "date_string" in template else {}
-
-    def render(count: int, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
-            chat.messages[:count],
-            tools=chat.tools,
-            chat_template=template,
-            add_generation_prompt=prompt,
-            tokenize=False,
-            **extra,
-        )
-
-    turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and i >= chat.first]
-    if turns and turns[0] == 0:
-        raise UserError(f"{chat.where}: the conversation begins with the assistant, so there is no prompt to render.")
-    try:
-        whole = render(len(chat.messages), prompt=False)
-        found = []
-        for turn in turns:
-            before = render(turn, prompt=True)
-            after = whole if turn + 1 == len(chat.messages) else render(turn + 1, prompt=False)
-            if not (whole.startswith(after) and after.startswith(before)):
-                raise UserError(
-                    f"{chat.where}: the chat template renders the conversation up to message {turn + 1} otherwise "
-                    "than the whole has it, so the assistant's tokens cannot be told; keep one answer a row, or use "
-                    "a template that does not rewrite earlier turns."
-                )
-            found.append((len(before), len(after)))
-    except (jinja2.TemplateError, TypeError) as error:
-        raise UserError(f"{chat.where}: the chat template refuses the conversation: {error}.") from error
-    return whole, found
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, template: str | None = None) -> list[Document]:
@@ -131,29 +109,33 @@ def encode(examples: Sequence[Example], tokenizer: Any, template: str | None = N
 
 
 def _texts(texts: Sequence[Text], tokenizer: Any) -> Iterator[Document]:
-    for ids in _plain(tokenizer, [example.text for example in texts]):
+    for ids in plain_ids(tokenizer, [example.text for example in texts]):
         ids = _ended(ids, tokenizer)
         yield Document(ids, np.ones(len(ids), bool))
 
 
 def _pairs(pairs: Sequence[Pair], tokenizer: Any) -> Iterator[Document]:
-    prompts = _plain(tokenizer, [pair.prompt for pair in pairs])
-    for ids, prompt in zip(_plain(tokenizer, [p.prompt + p.completion for p in pairs]), prompts, strict=True):
+    prompts = plain_ids(tokenizer, [pair.prompt for pair in pairs])
+    for ids, prompt in zip(plain_ids(tokenizer, [p.prompt + p.completion for p in pairs]), prompts, strict=True):
         ids = _ended(ids, tokenizer)
         shared = min(len(ids), len(prompt))
         differ = np.flatnonzero(ids[:shared] != prompt[:shared])  # not empty where tokens merge across the seam
         yield Document(ids, np.arange(len(ids)) >= (differ[0] if len(differ) else shared))
 
 
-def _plain(tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
-    """Ids with one begin-of-text token where the tokenizer adds one, and no end-of-text token that it adds."""
+def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    """Ids of texts that no template renders, int32 [n] each.
+
+    They have one begin-of-text token where the tokenizer adds one, also where the text itself began with it, and no
+    end-of-text token that the tokenizer adds.
+    """
     if not texts:
         return []
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_eos = tokenizer("a")["input_ids"][-1] == eos
     batch = []
-    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
-        begins_twice = len(ids) > 1 and ids[0] == ids[1] == bos  # the text itself began with it
+    for ids in tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]:
+        begins_twice = len(ids) > 1 and ids[0] == ids[1] == bos
         batch.append(np.asarray(ids[begins_twice : len(ids) - adds_eos], np.int32))
     return batch
 
@@ -187,6 +169,15 @@ def _conversations(chats: Sequence[Conversation], tokenizer: Any, template: str 
 
 
 def end_of_turn(document: Document, tokenizer: Any) -> int | None:
-    """The id of the token that ends the last trained turn: its last token that is not ordinary text, if it has one."""
-    added = [int(token) for token in document.ids[document.trained] if int(token) in tokenizer.added_tokens_decoder]
-    return added[-1] if added else None
+    """The id of the token that ends the last trained turn, if a special one does.
+
+    It is the first of the special tokens at the end: Phi-3 writes `<|end|>`, a line break and `<|endoftext|>`.
+    """
+    end = None
+    for token in document.ids[document.trained][::-1].tolist():
+        added = tokenizer.added_tokens_decoder.get(token)
+        if added is not None and (added.special or end is None):
+            end = token
+        elif added is not None or tokenizer.decode([token]).strip():
+            break
+    return end

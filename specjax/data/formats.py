@@ -80,7 +80,11 @@ def blank(example: Example) -> bool:
 
 
 def recognise(
-    found: Sequence[str], format: str | Sequence[str] = "auto", columns: Mapping[str, str] | None = None
+    found: Sequence[str],
+    format: str | Sequence[str] = "auto",
+    columns: Mapping[str, str] | None = None,
+    *,
+    own_columns: bool = False,
 ) -> tuple[str, dict[str, str]]:
     """The format that the columns tell, and the column of each of its roles.
 
@@ -88,13 +92,25 @@ def recognise(
         found: the columns of the first row.
         format: "auto", one of `FORMATS`, or several of them to choose from.
         columns: role -> column, where the data calls a role by another name.
+        own_columns: whether data that has none of the columns that `columns` names, and whose own make up a format, is
+            taken as it is.
+
+    Raises:
+        UserError: an unknown role or format, a column that is not there, or columns that make up no format.
 
     >>> recognise(["instruction", "output", "id"])
     ('instruct', {'instruction': 'instruction', 'response': 'output', 'input': 'input'})
     >>> recognise(["question", "answer"], columns={"instruction": "question", "response": "answer"})
     ('instruct', {'instruction': 'question', 'response': 'answer', 'input': 'input'})
+    >>> recognise(["text"], columns={"instruction": "question", "response": "answer"}, own_columns=True)
+    ('text', {'text': 'text'})
     """
     columns = dict(columns or {})
+    if own_columns and columns and not set(columns.values()) & set(found):
+        try:
+            return recognise(found, format)
+        except UserError:
+            pass  # then what is wrong is that the columns named are not there
     roles = {part.rstrip("?").split("|")[0] for parts in FORMATS.values() for part in parts}
     columns = {"response" if role == "output" else role: column for role, column in columns.items()}
     for role, column in columns.items():

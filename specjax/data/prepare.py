@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, compress, groupby, islice
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from specjax.data.chat import Document, encode, end_of_turn, resolve
-from specjax.data.formats import Conversation, Example, Pair, Text, blank, examples, recognise
+from specjax.data.chat import Document, end_of_turn, resolve
+from specjax.data.formats import examples, recognise
 from specjax.data.loader import Data
 from specjax.data.read import Row, read
+from specjax.data.tally import OVERLONG, Tally
 from specjax.errors import UserError, nearest
 
 Source = str | Path | Sequence[Row | str]
@@ -33,6 +33,7 @@ def load(
     template: str | None = None,
     overlong: str = "drop",
     columns: Mapping[str, str] | None = None,
+    own_columns: bool = False,
     split: str = "train",
     holdout: tuple[float, str] | None = None,
 ) -> Data:
@@ -48,8 +49,11 @@ def load(
         seed: of the order of rows and of the held-out split.
         packing: whether several documents share a row.
         template: see `resolve`. Prompt/completion strings go through a template only where one is named.
-        overlong: "drop" or "truncate" conversations and pairs over `length`; raw text is cut into pieces, never lost.
+        overlong: what becomes of conversations and pairs over `length`, each counted in the report: "drop" them;
+            "truncate" keeps their start; "keep_end" keeps what lies before the end of the last answer (both as TRL's
+            `truncation_mode`); "split" makes several documents of one. Raw text is cut into pieces, never lost.
         columns: role -> column, where the data calls a role by another name.
+        own_columns: whether data that has none of `columns` may be recognised by its own instead.
         split: of a hub name, a `datasets` folder, or files named after their split.
         holdout: (fraction, "train" or "eval"): one part of a split by each row's content, which neither the rows' order
             nor their repetition changes. None: all rows.
@@ -57,9 +61,10 @@ def load(
     Raises:
         UserError: anything wrong with the data, the template or these arguments, with file and line where there is one.
     """
-    if overlong not in ("drop", "truncate"):
-        hint = nearest(overlong, ("drop", "truncate"))
-        raise UserError(f"data.overlong is '{overlong}': use drop or truncate.{hint}")
+    if overlong not in OVERLONG:
+        raise UserError(
+            f"data.overlong is '{overlong}': use one of {', '.join(OVERLONG)}.{nearest(overlong, OVERLONG)}"
+        )
     name = str(source) if isinstance(source, str | Path) else "the data"
     rows = read(source, split)
     if holdout:
@@ -68,10 +73,10 @@ def load(
     if not head:
         raise UserError(f"{name} is empty: there is no row to learn from.")
     found = list(dict.fromkeys(column for _, row in head for column in row))
-    kind, mapping = recognise(found, format, columns)
+    kind, mapping = recognise(found, format, columns, own_columns=own_columns)
     if kind in ("messages", "conversations", "instruct") or template:
         template = resolve(tokenizer, template) if kind != "text" else None
-    tally = _Tally(length, overlong)
+    tally = Tally(length, overlong)
     documents: list[Document] = []
     stream = examples(chain(head, rows), kind, mapping)
     while chunk := list(islice(stream, CHUNK)):
@@ -194,73 +199,6 @@ def chat(
         split=split,
         holdout=holdout,
     )
-
-
-class _Tally:
-    """Tokenises, and keeps count of what is left out and why."""
-
-    def __init__(self, length: int, overlong: str):
-        self.length, self.overlong = length, overlong
-        self.rows, self.shortest = 0, 0
-        self.dropped: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # reason -> rows, tokens
-        self.truncated, self.split = [0, 0], 0
-
-    def keep(self, chunk: list[Example], tokenizer: Any, template: str | None) -> Iterable[Document]:
-        """The documents of a chunk that have something to learn from and fit."""
-        self.rows += len(chunk)
-        if template:
-            chunk = [_as_chat(example) if isinstance(example, Pair) else example for example in chunk]
-        full = [example for example in chunk if not blank(example)]
-        self.dropped["nothing to learn"][0] += len(chunk) - len(full)
-        for kind, group in groupby(full, type):
-            for document in encode(list(group), tokenizer, template):
-                kept = self._fit(document, whole=kind is not Text)
-                if kept is not None:
-                    yield kept
-
-    def _fit(self, document: Document, whole: bool) -> Document | None:
-        """The document, cut to the length where it must be; None, counted, where it is left out."""
-        size, drop = len(document.ids), ""
-        if size > self.length and not whole:
-            self.split += 1
-        elif size > self.length:
-            self.shortest = min(self.shortest or size, size)
-            document = Document(document.ids[: self.length], document.trained[: self.length])
-            drop = "over length" if self.overlong == "drop" else ""
-        if not drop and not document.trained[1:].any():  # the first token is nobody's target
-            drop = "answer beyond length" if size > len(document.ids) else "no trained token"
-        if drop:
-            self.dropped[drop][0] += 1
-            self.dropped[drop][1] += size
-            return None
-        if size > len(document.ids):
-            self.truncated[0] += 1
-            self.truncated[1] += size - len(document.ids)
-        return document
-
-    def report(self) -> dict[str, Any]:
-        return {
-            "rows": self.rows,
-            "dropped": {why: {"rows": n, "tokens": t} for why, (n, t) in self.dropped.items() if n},
-            "truncated": {"rows": self.truncated[0], "tokens": self.truncated[1]},
-            "split_documents": self.split,
-        }
-
-    def nothing(self, name: str) -> str:
-        """The sentence for data of which nothing is left."""
-        reasons = {why: n for why, (n, _) in self.dropped.items() if n}
-        if set(reasons) == {"over length"}:
-            return (
-                f"all {self.rows} rows of {name} are over the length of {self.length} tokens (the shortest has "
-                f"{self.shortest}): raise data.length, or set data.overlong=truncate."
-            )
-        counts = ", ".join(f"{why}: {n}" for why, n in reasons.items())
-        return f"none of the {self.rows} rows of {name} has anything to learn from ({counts})."
-
-
-def _as_chat(pair: Pair) -> Conversation:
-    turns = (("user", pair.prompt), ("assistant", pair.completion))
-    return Conversation(pair.where, [{"role": role, "content": content} for role, content in turns])
 
 
 def _part(rows: Iterable[Row], fraction: float, part: str, *, seed: int, name: str) -> np.ndarray:

@@ -37,7 +37,12 @@ def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     for reason, count in report.get("dropped", {}).items():
         add(f"dropped, {reason}", _amount(count))
     if report.get("truncated", {}).get("rows"):
-        add("truncated", f"{_amount(report['truncated'])} lost")
+        kept = "keeping the answer's end" if report.get("overlong") == "keep_end" else "keeping the start"
+        add(f"cut, {kept}", f"{_amount(report['truncated'])} lost")
+    if report.get("split", {}).get("rows"):
+        rows, documents, left = (report["split"][key] for key in ("rows", "documents", "tokens_left_out"))
+        lost = f"; {left:,} tokens of pieces without an answer left out" if left else ""
+        add("split", f"{_amount({'rows': rows, 'tokens': 0})} into {documents:,} documents{lost}")
     add("documents", report.get("documents"))
     add("documents cut into pieces", report.get("split_documents"))
     add("tokens", report.get("tokens"))

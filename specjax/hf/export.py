@@ -1,7 +1,12 @@
 """From our parameters to a folder that `AutoModelForCausalLM.from_pretrained` opens."""
 
+import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
+import os
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
 
 from specjax import sharding
 from specjax.errors import UserError
 from specjax.files import new_folder
 from specjax.hf import names
+from specjax.hf.place import finish
+from specjax.hf.strided import copy, pieces, runs
+from specjax.hf.tensors import DTYPES
 from specjax.models import Decoder
 
 SHARD_BYTES = 5 * 10**9  # transformers' own default size of a weights file
+_LONGEST_PATH = 4096  # bytes
 
 
 def export(
@@ -31,7 +40,8 @@ def export(
 ) -> None:
     """Writes a Hugging Face folder: config, generation config, weights (sharded by size), tokenizer.
 
-    One shard at a time is on the host. The folder appears whole or not at all.
+    Two tensors at a time are on the host. Under several processes each writes what its devices hold, by range into the
+    same files, so `out` must be on a filesystem that they share. The folder appears whole or not at all.
 
     Args:
       model: without adapters in use: merge them first, or save them by `specjax.lora.save`.
@@ -42,28 +52,133 @@ def export(
       overwrite: replace files of an existing folder.
 
     Raises:
-      UserError: `out` is not empty, or the model wears adapters.
+      UserError: `out` is not empty, the model wears adapters, or another process failed.
     """
     if any(isinstance(leaf, nnx.LoRAParam) for _, leaf in nnx.to_flat_state(nnx.state(model))):
         raise UserError("the model wears LoRA adapters: merge them before export, or save them as an adapter folder.")
     dtype = jnp.dtype(dtype or model.config.stored_dtype)
-    with new_folder(out, overwrite=overwrite) as folder:
-        _write_weights(model, folder, dtype, shard_bytes)
+    if dtype not in map(np.dtype, DTYPES.values()):
+        raise UserError(f"dtype {dtype}: weights are written as bfloat16, float16, float32 or float64.")
+    files = _layout(model, dtype, shard_bytes)
+
+    def begin(folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(_config(model, dtype), indent=2) + "\n")
         if model.config.generation:
             (folder / "generation_config.json").write_text(json.dumps(model.config.generation, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        _write_headers(folder, files, dtype)
+
+    _together(out, overwrite, begin, lambda folder: _write_tensors(folder, model, files, dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """One HF tensor: the row and place in the stack that it is of, and where in its file's data it goes."""
+
+    name: str
+    entry: names.Entry
+    place: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int  # bytes
+    stop: int
 
 
 def tensors(model: Decoder, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Every HF tensor by name, made one parameter at a time."""
-    state = {sharding.path_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    for entry in names.entries(model.config, list(state)):
-        layers = model.config.num_layers
-        for layer, name in enumerate(entry.hf_names(layers)):
-            array = state[entry.path][layer] if entry.stacked else state[entry.path]
-            yield name, np.ascontiguousarray(names.to_hf(np.asarray(jax.device_get(array)).astype(dtype), entry.kind))
+    """Every HF tensor by name, one at a time; all shards must be this process's."""
+    arrays = _arrays(model)
+    for slot in (slot for file in _layout(model, np.dtype(dtype), SHARD_BYTES).values() for slot in file):
+        yield slot.name, _assemble(slot, arrays[slot.entry.path], np.dtype(dtype))[0]
+
+
+def _arrays(model: Decoder) -> dict[str, jax.Array]:
+    return {sharding.path_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def _layout(model: Decoder, dtype: Any, shard_bytes: int) -> dict[str, list[_Slot]]:
+    """The tensors of each file, filled in the table's order up to `shard_bytes`."""
+    arrays = _arrays(model)
+    files: list[list[_Slot]] = [[]]
+    end = 0
+    for entry in names.entries(model.config, list(arrays)):
+        whole = arrays[entry.path].shape
+        shape = entry.hf_shape(whole)
+        size = int(np.prod(shape)) * dtype.itemsize
+        for place, name in entry.tensors(whole):
+            if files[-1] and end + size > shard_bytes:
+                files.append([])
+                end = 0
+            files[-1].append(_Slot(name, entry, place, shape, end, end + size))
+            end += size
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{n:05d}-of-{len(files):05d}.safetensors": slots for n, slots in enumerate(files, 1)}
+
+
+def _header(slots: list[_Slot], dtype: Any) -> bytes:
+    """A safetensors file up to its data, which begins at a multiple of 8 bytes."""
+    code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
+    held: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for slot in slots:
+        held[slot.name] = {"dtype": code, "shape": slot.shape, "data_offsets": [slot.start, slot.stop]}
+    text = json.dumps(held, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_headers(folder: Path, files: dict[str, list[_Slot]], dtype: Any) -> None:
+    """Every file at its full size, its data still to come, and the index of several."""
+    for file, slots in files.items():
+        header = _header(slots, dtype)
+        with (folder / file).open("wb") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + slots[-1].stop)
+    if len(files) > 1:
+        where = {slot.name: file for file, slots in files.items() for slot in slots}
+        index = {"metadata": {"total_size": sum(slots[-1].stop for slots in files.values())}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_tensors(folder: Path, model: Decoder, files: dict[str, list[_Slot]], dtype: Any) -> None:
+    """This process's part of every file's data."""
+    arrays = _arrays(model)
+
+    def write(stream: int, data: int, slot: _Slot) -> None:
+        whole, ranges = _assemble(slot, arrays[slot.entry.path], dtype)
+        held = whole.reshape(-1).view(np.uint8).data
+        for start, stop in ranges:
+            while start < stop:
+                start += os.pwrite(stream, held[start:stop], data + slot.start + start)
+
+    # From an accelerator a tensor comes to the host before it is transposed there: two are in memory already.
+    workers = 2 if jax.default_backend() == "cpu" else 1
+    for file, slots in files.items():
+        data = len(_header(slots, dtype))
+        with (folder / file).open("r+b") as stream, ThreadPoolExecutor(workers) as pool:
+            finish([pool.submit(write, stream.fileno(), data, slot) for slot in slots])
+
+
+def _assemble(slot: _Slot, array: jax.Array, dtype: Any) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """One HF tensor with what this process holds of it, and the ranges of its bytes that this is.
+
+    A shard that several devices hold is the first one's.
+    """
+    whole = np.empty(slot.shape, dtype)
+    seen = names.view(whole, slot.entry.kind, array.shape[slot.entry.stacked :])
+    parts = []
+    for shard in array.addressable_shards:
+        bounds = [index.indices(size)[:2] for index, size in zip(shard.index, array.shape, strict=True)]
+        stack, inner = bounds[: slot.entry.stacked], tuple(slice(*b) for b in bounds[slot.entry.stacked :])
+        if shard.replica_id or not all(a <= i < b for i, (a, b) in zip(slot.place, stack, strict=True)):
+            continue
+        within = tuple(i - start for i, (start, _) in zip(slot.place, stack, strict=True))
+        # An array of the CPU's is memory of ours already.
+        on_cpu = jax.default_backend() == "cpu"
+        values = np.asarray(shard.data)[within] if on_cpu else np.asarray(shard.data[within])
+        parts.append(seen[inner])
+        for pair in pieces(parts[-1], values):
+            copy(*pair)
+    return whole, runs(parts, whole) if parts else []
 
 
 def _config(model: Decoder, dtype: Any) -> dict[str, Any]:
@@ -71,30 +186,43 @@ def _config(model: Decoder, dtype: Any) -> dict[str, Any]:
     return {**model.config.hf, key: str(dtype)}
 
 
-def _write_weights(model: Decoder, folder: Path, dtype: Any, shard_bytes: int) -> None:
-    shards: list[tuple[Path, list[str]]] = []
-    pending: dict[str, np.ndarray] = {}
-    total = 0
+def _together(out: str | Path, overwrite: bool, begin: Callable[[Path], None], write: Callable[[Path], None]) -> None:
+    """Makes the folder `out`: the first process begins it, then all write into it; it appears when all are done.
 
-    def flush() -> None:
-        path = folder / f"part-{len(shards)}"
-        save_file(pending, path, metadata={"format": "pt"})
-        shards.append((path, list(pending)))
-        pending.clear()
-
-    for name, array in tensors(model, dtype):
-        if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > shard_bytes:
-            flush()
-        pending[name] = array
-        total += array.nbytes
-    flush()
-    if len(shards) == 1:
-        shards[0][0].rename(folder / "model.safetensors")
+    A process that fails raises what it met, the others a UserError that names it: none waits for it.
+    """
+    if jax.process_count() == 1:
+        with new_folder(out, overwrite=overwrite) as folder:
+            begin(folder)
+            write(folder)
         return
-    where: dict[str, str] = {}
-    for number, (path, held) in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        path.rename(folder / file)
-        where |= dict.fromkeys(held, file)
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    first, staged = jax.process_index() == 0, b""
+    with contextlib.ExitStack() as stack:
+        with _agreement(out):
+            if first:
+                folder = stack.enter_context(new_folder(out, overwrite=overwrite))
+                staged = str(folder.absolute()).encode()
+                begin(folder)
+        told = multihost_utils.broadcast_one_to_all(np.frombuffer(staged.ljust(_LONGEST_PATH, b"\0"), np.uint8))
+        folder = Path(bytes(np.asarray(told)).rstrip(b"\0").decode())
+        with _agreement(out):
+            if not folder.is_dir():
+                raise UserError(f"{out} is not on a filesystem that all processes share: choose a folder that is.")
+            write(folder)
+        with _agreement(out):
+            stack.close()  # the first process renames the folder
+
+
+@contextlib.contextmanager
+def _agreement(out: str | Path) -> Iterator[None]:
+    """A step of all processes, at whose end each knows whether it went well everywhere."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(failure is not None)))
+    if failure is not None:
+        raise failure
+    if failed.size:
+        raise UserError(f"{out} was not written, because process {failed[0]} failed: see what it says.")

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import shlex
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,16 @@ import numpy as np
 import transformers
 from flax import nnx
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 
 from specjax import sharding
 from specjax.errors import UserError
 from specjax.hf import names
+from specjax.hf.place import place, threads
+from specjax.hf.tensors import Tensors
 from specjax.models import Decoder, ModelConfig
 
-_BLOCK = 32  # rows of a transpose at a time, of 16 to 256 the best for bfloat16 to itself and to float32
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_HEAD = "lm_head.weight"
 _LISTED = 8  # at most this many tensors of a kind are named in one error
 
 
@@ -53,10 +57,13 @@ def load(
     """
     folder = resolve(path, revision)
     config = ModelConfig.from_folder(folder)
-    tensors = open_tensors(weight_files(folder))
-    config = dataclasses.replace(config, source=str(path), fingerprint=fingerprint(folder))
     model = abstract(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
-    return _read(folder, model, tensors, mesh), load_tokenizer(folder)
+    places = _places(model, mesh)
+    tensors = Tensors(weight_files(folder))
+    _check(folder, model, tensors)
+    print_of = fingerprint(folder)
+    model.config = dataclasses.replace(config, source=str(path), revision=revision or "", fingerprint=print_of)
+    return _read(model, places, tensors), load_tokenizer(folder)
 
 
 def resolve(path: str | Path, revision: str | None = None) -> Path:
@@ -76,20 +83,36 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     # Mistral's repositories hold the same weights a second time, as "consolidated".
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(
                 name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["consolidated*"]
             )
         )
+        if any(folder.glob("*.safetensors")):
+            return folder
+        pickled = huggingface_hub.file_exists(name, "pytorch_model.bin", revision=revision or None)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model {name!r}: no such folder, and the hub did not give it ({reason}).") from error
+    if pickled or (folder / "pytorch_model.bin.index.json").is_file():
+        raise _pickled(name, name.rpartition("/")[2] + "-safetensors", tokenizer=True)
+    return folder
+
+
+def _pickled(model: str, out: str, *, tokenizer: bool) -> UserError:
+    code = "import transformers as t; "
+    code += f"t.AutoModelForCausalLM.from_pretrained({model!r}, dtype='auto').save_pretrained({out!r})"
+    if tokenizer:
+        code += f"; t.AutoTokenizer.from_pretrained({model!r}).save_pretrained({out!r})"
+    return UserError(
+        f"{model} has only pickled weights (.bin), which can run code when opened: where you trust them, convert them "
+        f"with `python -c {shlex.quote(code)}` (it needs torch) and give {out}."
+    )
 
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The folder's tokenizer, or None where it has none."""
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((Path(folder) / file).is_file() for file in files):
+    if not any((Path(folder) / file).is_file() for file in _TOKENIZER_FILES):
         return None
     try:
         return transformers.AutoTokenizer.from_pretrained(folder)
@@ -175,92 +198,44 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if any(folder.glob("pytorch_model*.bin")):
-        raise UserError(
-            f"{folder} has only pickled weights (.bin), which can run code when opened: convert them with "
-            "`transformers`' `save_pretrained(..., safe_serialization=True)` first."
-        )
+        here = str(folder.absolute())
+        raise _pickled(here, here + "-safetensors", tokenizer=any((folder / f).is_file() for f in _TOKENIZER_FILES))
     raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json.")
 
 
-def open_tensors(files: list[Path]) -> dict[str, Any]:
-    """Every tensor's name and the open file that holds it; nothing is read yet.
-
-    Raises:
-      UserError: a file is corrupt or cut short; it is named.
-    """
-    found: dict[str, Any] = {}
-    for file in files:
-        try:
-            handle = safe_open(file, framework="np")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is corrupt or cut short ({error}): copy or download it again.") from error
-        found |= dict.fromkeys(handle.keys(), handle)
-    return found
-
-
-def _read(folder: Path, model: Decoder, tensors: dict[str, Any], mesh: Mesh | None) -> Decoder:
-    config = model.config
+def _read(model: Decoder, places: dict[str, jax.sharding.Sharding], tensors: Tensors) -> Decoder:
+    """The model with its weights in their places, parameter by parameter; several threads copy."""
     graph, state = nnx.split(model)
-    shapes = {sharding.path_name(path): leaf for path, leaf in nnx.to_flat_state(state)}
-    places: dict[str, Any] = {} if mesh is None else sharding.of_module(model, mesh)
-    table = names.entries(config, list(shapes))
-    _check(folder, table, shapes, tensors, config)
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaves = {sharding.path_name(path): leaf for path, leaf in nnx.to_flat_state(state)}
     arrays = []
-    for entry in table:
-        leaf = shapes[entry.path]
-
-        def slices(index: Any, entry: names.Entry = entry, leaf: Any = leaf) -> np.ndarray:
-            return _read_slice(entry, leaf.shape, leaf.dtype, index, tensors, config.num_layers)
-
-        place = places.get(entry.path, default)
-        array = jax.make_array_from_callback(leaf.shape, place, slices)
-        arrays.append((tuple(entry.path.split(".")), array))
+    with threads() as pool:
+        for entry in names.entries(model.config, list(leaves)):
+            leaf = leaves[entry.path]
+            array = place(entry, leaf.shape, leaf.dtype, places[entry.path], tensors, pool)
+            arrays.append((tuple(entry.path.split(".")), array))
+            tensors.release()
     return nnx.merge(graph, nnx.from_flat_state(arrays))
 
 
-def _read_slice(
-    entry: names.Entry,
-    shape: tuple[int, ...],
-    dtype: Any,
-    index: tuple[slice, ...],
-    tensors: dict[str, Any],
-    num_layers: int,
-) -> np.ndarray:
-    """One device's slice of one parameter: layer by layer into one buffer, cast on the way."""
-    hf_names = entry.hf_names(num_layers)
-    layer_index, layer_shape = (index[1:], shape[1:]) if entry.stacked else (index, shape)
-    out_shape = [len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)]
-    out = np.empty(out_shape, dtype)
-    where = names.hf_slice(layer_index, layer_shape, entry.kind)
-    for row, layer in enumerate(range(*index[0].indices(shape[0])) if entry.stacked else [0]):
-        values = tensors[hf_names[layer]].get_slice(hf_names[layer])[where]
-        _fill(out[row] if entry.stacked else out, values, entry.kind)
-    return out
+def _places(model: Decoder, mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:
+    """Where each parameter goes, by path."""
+    if mesh is not None:
+        return dict(sharding.of_module(model, mesh))
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {sharding.path_name(path): default for path, _ in nnx.to_flat_state(nnx.state(model))}
 
 
-def _fill(target: np.ndarray, values: np.ndarray, kind: str) -> None:
-    """target[...] = names.from_hf(values, kind, target.shape), a transpose in blocks: else it misses the cache."""
-    if not kind.startswith("kernel"):
-        target[...] = names.from_hf(values, kind, target.shape)
-        return
-    matrix = target.reshape(values.shape[::-1])
-    for start in range(0, len(values), _BLOCK):
-        block = values[start : start + _BLOCK]
-        matrix[:, start : start + _BLOCK] = names.from_hf(block, kind, block.shape[::-1])
-
-
-def _check(
-    folder: Path, table: list[names.Entry], shapes: dict[str, Any], tensors: dict[str, Any], config: ModelConfig
-) -> None:
-    """Missing, unexpected and mis-shaped tensors, all in one sentence."""
-    wanted = {}
+def _check(folder: Path, model: Decoder, tensors: Tensors) -> None:
+    """Missing, unexpected and mis-shaped tensors, all in one sentence; a tied head that differs."""
+    config = model.config
+    shapes = {sharding.path_name(path): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    wanted: dict[str, tuple[int, ...]] = {}
+    table = names.entries(config, list(shapes))
     for entry in table:
-        shape = shapes[entry.path].shape
-        for name in entry.hf_names(config.num_layers):
-            wanted[name] = entry.hf_shape(shape[1:] if entry.stacked else shape)
+        shape = shapes[entry.path]
+        wanted |= {name: entry.hf_shape(shape) for _, name in entry.tensors(shape)}
     missing = [name for name in wanted if name not in tensors]
-    tied_head = {"lm_head.weight"} if config.tied else set()
+    tied_head = {_HEAD} if config.tied else set()
     unexpected = [
         name
         for name in tensors
@@ -268,10 +243,8 @@ def _check(
     ]
     misshaped = []
     for name, shape in wanted.items():
-        if name in tensors:
-            found = tuple(tensors[name].get_slice(name).get_shape())
-            if found != shape:
-                misshaped.append(f"{name} is {list(found)} where config.json says {list(shape)}")
+        if name in tensors and tensors[name].shape != shape:
+            misshaped.append(f"{name} is {list(tensors[name].shape)} where config.json says {list(shape)}")
     parts = [
         f"{len(bad)} {what}: {', '.join(bad[:_LISTED])}{', …' if len(bad) > _LISTED else ''}"
         for what, bad in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
@@ -279,3 +252,18 @@ def _check(
     ]
     if parts:
         raise UserError(f"{folder}: its tensors do not fit config.json ({'; '.join(parts)}).")
+    if config.tied and (head := tensors.get(_HEAD)) is not None:
+        embedding = tensors[next(entry.hf for entry in table if entry.path == "embed_tokens.embedding")]
+        # transformers ties them only if they are equal, and uses the head as it is otherwise.
+        if head.shape != embedding.shape or not all(map(np.array_equal, _bits(head), _bits(embedding))):
+            raise UserError(
+                f"{folder}: config.json says that {_HEAD} is tied to the embeddings, but the file holds another: set "
+                "tie_word_embeddings to false there to use it, or take the tensor out of the file."
+            )
+        tensors.release()
+
+
+def _bits(array: np.ndarray) -> Iterator[np.ndarray]:
+    """A matrix in blocks of rows, as integers."""
+    for start in range(0, len(array), 4096):
+        yield array[start : start + 4096].view(f"u{array.itemsize}")

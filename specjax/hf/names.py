@@ -2,48 +2,86 @@
 
 Conversion is rename, transpose, reshape, stack: nothing is permuted, nothing folded. A row says
 
-    our path (its leading "layers." is the stacked axis)  |  HF name ({} is the layer)  |  kind
+    our path  |  HF name, one {} for each stacked axis of ours, outermost first: the layer, then the expert  |  kind
 
-and the kind how one layer's array lies in the file:
+and the kind how one tensor of the stack lies in the file:
 
     kernel/1, kernel/2   ours [*in, *out] with 1 or 2 input axes  <->  HF [prod(out), prod(in)]
     flat                 ours [*shape]                            <->  HF [prod(shape)]
     table                the same shape on both sides
+
+So a tensor of the file, seen through other strides, is ours (`view`): any slice of ours is a slice of that view.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from specjax.models import ModelConfig
 
-_LAYER = "layers."
+Rows = tuple[tuple[str, str, str], ...]
 
-_LLAMA = (
+
+def _maps(block: str, names: str, kind: str = "kernel/1") -> Rows:
+    """The rows of linear maps of each layer, with a bias where the config has them."""
+    at = [(f"layers.{block}.{name}", f"model.layers.{{}}.{block}.{name}") for name in names.split()]
+    kernels = tuple((f"{ours}.kernel", f"{hf}.weight", kind) for ours, hf in at)
+    return kernels + tuple((f"{ours}.bias", f"{hf}.bias", "flat") for ours, hf in at)
+
+
+def _norms(names: str) -> Rows:
+    """The rows of norms of each layer."""
+    return tuple((f"layers.{name}.scale", f"model.layers.{{}}.{name}.weight", "flat") for name in names.split())
+
+
+_ENDS: Rows = (
     ("embed_tokens.embedding", "model.embed_tokens.weight", "table"),
-    ("layers.input_layernorm.scale", "model.layers.{}.input_layernorm.weight", "flat"),
-    ("layers.self_attn.q_proj.kernel", "model.layers.{}.self_attn.q_proj.weight", "kernel/1"),
-    ("layers.self_attn.k_proj.kernel", "model.layers.{}.self_attn.k_proj.weight", "kernel/1"),
-    ("layers.self_attn.v_proj.kernel", "model.layers.{}.self_attn.v_proj.weight", "kernel/1"),
-    ("layers.self_attn.o_proj.kernel", "model.layers.{}.self_attn.o_proj.weight", "kernel/2"),
-    ("layers.self_attn.q_proj.bias", "model.layers.{}.self_attn.q_proj.bias", "flat"),
-    ("layers.self_attn.k_proj.bias", "model.layers.{}.self_attn.k_proj.bias", "flat"),
-    ("layers.self_attn.v_proj.bias", "model.layers.{}.self_attn.v_proj.bias", "flat"),
-    ("layers.self_attn.o_proj.bias", "model.layers.{}.self_attn.o_proj.bias", "flat"),
-    ("layers.post_attention_layernorm.scale", "model.layers.{}.post_attention_layernorm.weight", "flat"),
-    ("layers.mlp.gate_proj.kernel", "model.layers.{}.mlp.gate_proj.weight", "kernel/1"),
-    ("layers.mlp.up_proj.kernel", "model.layers.{}.mlp.up_proj.weight", "kernel/1"),
-    ("layers.mlp.down_proj.kernel", "model.layers.{}.mlp.down_proj.weight", "kernel/1"),
-    ("layers.mlp.gate_proj.bias", "model.layers.{}.mlp.gate_proj.bias", "flat"),
-    ("layers.mlp.up_proj.bias", "model.layers.{}.mlp.up_proj.bias", "flat"),
-    ("layers.mlp.down_proj.bias", "model.layers.{}.mlp.down_proj.bias", "flat"),
     ("norm.scale", "model.norm.weight", "flat"),
     ("lm_head.kernel", "lm_head.weight", "kernel/1"),
 )
+_ATTENTION = _maps("self_attn", "q_proj k_proj v_proj") + _maps("self_attn", "o_proj", "kernel/2")
+_MLP = _maps("mlp", "gate_proj up_proj down_proj")
+_QK_NORMS = _norms("self_attn.q_norm self_attn.k_norm")
+_PRE = _norms("input_layernorm post_attention_layernorm")
+_POST = _norms("post_attention_layernorm post_feedforward_layernorm")
+_SANDWICH = _PRE + _norms("pre_feedforward_layernorm post_feedforward_layernorm")
 
-TABLES = {"llama": _LLAMA, "mistral": _LLAMA}
+
+def _experts(router: str, expert: str) -> Rows:
+    """The rows of a mixture of experts; `expert` is the name of an expert's gate, up and down map in the file."""
+    ours, hf = "layers.mlp.experts", "model.layers.{}"
+    maps = zip(("gate_proj", "up_proj", "down_proj"), expert.split(), strict=True)
+    kernels = tuple(
+        (f"{ours}.{name}.kernel", f"{hf}.{router}.experts.{{}}.{at}.weight", "kernel/1") for name, at in maps
+    )
+    return (("layers.mlp.gate.kernel", f"{hf}.{router}.gate.weight", "kernel/1"), *kernels)
+
+
+_LLAMA = _ENDS + _PRE + _ATTENTION + _MLP
+_GEMMA2 = _ENDS + _SANDWICH + _ATTENTION + _MLP
+
+TABLES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA + _QK_NORMS,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3": _GEMMA2 + _QK_NORMS,
+    "phi3": _ENDS
+    + _PRE
+    + _maps("self_attn", "qkv_proj")
+    + _maps("self_attn", "o_proj", "kernel/2")
+    + _maps("mlp", "gate_up_proj down_proj"),
+    "olmo2": _ENDS + _POST + _ATTENTION + _QK_NORMS + _MLP,
+    "granite": _LLAMA,
+    "mixtral": _ENDS + _PRE + _ATTENTION + _experts("block_sparse_moe", "w1 w3 w2"),
+    "qwen3_moe": _ENDS + _PRE + _ATTENTION + _QK_NORMS + _experts("mlp", "gate_proj up_proj down_proj"),
+}
 
 # Tensors that old checkpoints carry and no model needs: rotary frequencies are computed.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -51,24 +89,31 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One of our parameters and the HF tensors that it is: one, or one a layer."""
+    """One of our parameters and the HF tensors that it is: one, one a layer, or one a layer and expert."""
 
     path: str
     hf: str
     kind: str
 
     @property
-    def stacked(self) -> bool:
-        """Whether the parameter has a leading layer axis."""
-        return self.path.startswith(_LAYER)
+    def stacked(self) -> int:
+        """How many leading axes of the parameter count HF tensors."""
+        return self.hf.count("{}")
 
-    def hf_names(self, num_layers: int) -> list[str]:
-        """The tensors' names, by layer."""
-        return [self.hf.format(i) for i in range(num_layers)] if self.stacked else [self.hf]
+    def tensors(self, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str]]:
+        """The place in the stack and the name of every HF tensor, from the parameter's whole shape.
+
+        >>> list(Entry("norm.scale", "model.norm.weight", "flat").tensors((64,)))
+        [((), 'model.norm.weight')]
+        >>> [name for _, name in Entry("w", "layers.{}.experts.{}.w1", "kernel/1").tensors((2, 2, 8, 4))]
+        ['layers.0.experts.0.w1', 'layers.0.experts.1.w1', 'layers.1.experts.0.w1', 'layers.1.experts.1.w1']
+        """
+        for place in itertools.product(*map(range, shape[: self.stacked])):
+            yield place, self.hf.format(*place)
 
     def hf_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The HF tensor's shape, from one layer's shape of ours."""
-        return hf_shape(shape, self.kind)
+        """The shape of each HF tensor, from the parameter's whole shape."""
+        return hf_shape(shape[self.stacked :], self.kind)
 
 
 def entries(config: ModelConfig, paths: Sequence[str]) -> list[Entry]:
@@ -82,7 +127,7 @@ def entries(config: ModelConfig, paths: Sequence[str]) -> list[Entry]:
 
 
 def hf_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:
-    """The HF tensor's shape, from one layer's shape of ours.
+    """The HF tensor's shape, from that of ours without its stacked axes.
 
     >>> hf_shape((64, 8, 16), "kernel/1"), hf_shape((8, 16, 64), "kernel/2"), hf_shape((8, 16), "flat")
     ((128, 64), (64, 128), (128,))
@@ -95,36 +140,21 @@ def hf_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:
     return (math.prod(shape[split:]), math.prod(shape[:split]))
 
 
-def to_hf(array: np.ndarray, kind: str) -> np.ndarray:
-    """One layer's array of ours as the file holds it."""
+def to_hf(array: Any, kind: str) -> Any:
+    """One tensor of ours, of NumPy or JAX and without stacked axes, as the file holds it; the inverse of `view`."""
     if kind.startswith("kernel"):
         return array.reshape(hf_shape(array.shape, kind)[::-1]).T
     return array.reshape(hf_shape(array.shape, kind))
 
 
-def from_hf(array: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarray:
-    """The inverse of `to_hf`, for one layer's `shape` (or that of a slice of it)."""
-    return (array.T if kind.startswith("kernel") else array).reshape(shape)
+def view(array: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarray:
+    """A tensor of the file seen as ours, without its stacked axes: the same memory, other strides.
 
+    A slice of the view of a memory-mapped file touches the pages of that slice alone. Written to, it is the inverse.
 
-def hf_slice(index: tuple[slice, ...], shape: Sequence[int], kind: str) -> tuple[slice, ...]:
-    """The slice of the HF tensor that holds the slice `index` of one layer's array of ours.
-
-    Axes that HF merges can be split along the first of them alone, so that the slice stays one range.
-
-    >>> hf_slice((slice(0, 32), slice(2, 4), slice(None)), (64, 8, 16), "kernel/1")
-    (slice(32, 64, None), slice(0, 32, None))
+    Args:
+      array: C-contiguous, of the HF tensor's shape.
+      kind: the row's.
+      shape: that of ours, `hf_shape(shape, kind) == array.shape`.
     """
-    if kind == "table":
-        return tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))
-    split = int(kind.removeprefix("kernel/")) if kind.startswith("kernel") else 0
-    merged = [_merge(index[:split], shape[:split]), _merge(index[split:], shape[split:])]
-    return (merged[1],) if kind == "flat" else (merged[1], merged[0])
-
-
-def _merge(index: tuple[slice, ...], shape: Sequence[int]) -> slice:
-    bounds = [i.indices(n)[:2] for i, n in zip(index, shape, strict=True)]
-    if any(bound != (0, n) for bound, n in zip(bounds[1:], shape[1:], strict=True)):
-        raise ValueError(f"slice {index} of {tuple(shape)} is not one range of its merged axes")
-    inner = math.prod(shape[1:])
-    return slice(bounds[0][0] * inner, bounds[0][1] * inner) if bounds else slice(0, 1)
+    return (array.T if kind.startswith("kernel") else array).reshape(shape, copy=False)

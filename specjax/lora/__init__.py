@@ -2,10 +2,12 @@
 
 from flax import nnx
 
-from specjax.lora.adapters import inject, merge, names, unload, use
+from specjax.lora.adapters import names, unload, use
+from specjax.lora.inject import inject
+from specjax.lora.merge import merge
 from specjax.lora.peft import load, save
 
-#: Trainable filters for `specjax.fit`: every weight, or the LoRA factors alone.
+#: Trainable filters for `specjax.fit`: every weight, or what an adapter adds (factors, and its own copies).
 ALL = nnx.Param
 LORA = nnx.LoRAParam
 

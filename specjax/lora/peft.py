@@ -1,48 +1,42 @@
-"""PEFT's adapter files: `adapter_config.json` and `adapter_model.safetensors`, written and read.
+"""PEFT's adapter folder, written and read: `adapter_config.json` and `adapter_model.safetensors`.
 
+One table (`_table`) says which tensor of the file is which layer of which of our arrays, in both directions.
 Format: https://github.com/huggingface/peft/blob/main/docs/source/developer_guides/checkpoint.md
 """
 
+import dataclasses
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from specjax.errors import UserError
 from specjax.files import new_folder
 from specjax.hf import names as hf_names
-from specjax.hf.load import open_tensors
-from specjax.lora import adapters
+from specjax.hf.tensors import Tensors
+from specjax.lora import adapters, experts, targets
+from specjax.lora.adapters import Adapter, Copies, Factors
+from specjax.lora.peft_config import CONFIG, WEIGHTS, read_config, write_config
+from specjax.lora.targets import EXPERTS, ROUTER, TIED_HEAD
 from specjax.models import Decoder
+from specjax.models.layers import Linear
 
 _PREFIX = "base_model.model."
 
-# What an adapter may say without changing what this reader would make of it.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "use_bdlora": (None,),
-    # The others (pissa, olora, corda, loftq, ...) subtract their start from the base: the adapter fits no plain base.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-}
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One tensor of the file: the layer of one of our arrays that it holds, and how."""
+
+    key: str
+    path: str
+    field: str  # a, b, magnitude, or the parameter that a copy stands for
+    layer: int
+    kind: str
 
 
 def save(
@@ -51,137 +45,268 @@ def save(
     *,
     name: str | None = None,
     base: str | None = None,
+    revision: str | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
-) -> None:
-    """Writes an adapter as PEFT does.
+) -> list[str]:
+    """Writes an adapter as PEFT does, and reads it back before the folder appears.
 
     Args:
       model: wears the adapter.
       out: the folder to make.
       name: which adapter; default the one in use.
       base: `base_model_name_or_path`; default what the model was loaded from.
+      revision: of the base; default that which the model was loaded with.
       tokenizer: written beside the adapter, with its chat template; None: none.
       overwrite: replace files of an existing folder.
 
+    Returns:
+      The targeted modules whose B is all zero, in which the adapter changes nothing; after training, none.
+
     Raises:
-      UserError: no such adapter, or `out` is not empty.
+      UserError: no such adapter, `out` is not empty, or what was written does not come back the same.
     """
     name = name or adapters.active(model)
     if name is None:
         raise UserError("no adapter is in use: nothing to save.")
-    tensors: dict[str, np.ndarray] = {}
-    worn = list(adapters.worn(model, name))
-    for path, linear, lora in worn:
-        a, b = np.asarray(jax.device_get(lora.a[...])), np.asarray(jax.device_get(lora.b[...]))
-        modules = adapters.hf_modules(path, model.config.num_layers)
-        for layer, module in enumerate(modules):
-            stacked = path.startswith("layers.")
-            for letter, factor, in_dims in (("A", a, linear.in_dims), ("B", b, 1)):
-                one = hf_names.to_hf(factor[layer] if stacked else factor, f"kernel/{in_dims}")
-                tensors[f"{_PREFIX}{module}.lora_{letter}.weight"] = np.ascontiguousarray(one)
-    lora = worn[0][2]
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base or model.config.source or None,
-        "r": lora.a.shape[-1],
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.rslora,
-        "use_dora": False,
-        "target_modules": sorted({path.rsplit(".", 1)[-1] for path, _, _ in worn}),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "inference_mode": True,
-    }
+    adapter = _host(adapters.collect(model, name))
+    source = base or model.config.source or None
+    config = write_config(model, adapter, source, revision or (None if base else model.config.revision or None))
     with new_folder(out, overwrite=overwrite) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tensors = {row.key: _to_file(model, adapter, row) for row in _table(model, adapter)}
+        tensors |= dict(experts.tensors(adapter, _PREFIX))
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        different = _differs(model, adapter, read(model, folder))
+        if different:
+            raise UserError(f"{out}: {different} came back otherwise than it was written: nothing is saved.")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+    ends = ".lora_B.weight"
+    return [key[len(_PREFIX) : -len(ends)] for key, one in tensors.items() if key.endswith(ends) and not one.any()]
 
 
 def load(model: Decoder, folder: str | Path, *, name: str = adapters.DEFAULT) -> None:
     """Reads a PEFT adapter folder onto the model under `name` and puts it in use.
 
     Raises:
-      UserError: files absent or corrupt, an adapter of another kind, a setting that is not supported, or tensors that
-        do not fit the model (all of them named).
+      UserError: files absent or corrupt, an adapter of another kind, a setting that is unknown or not supported, or
+        tensors that do not fit the model and the settings.
     """
-    folder = Path(folder)
-    config = _read_config(folder)
-    if name in adapters.names(model):
-        raise UserError(f"the model already has an adapter {name!r}: unload it, or give another name.")
-    handles = open_tensors([folder / "adapter_model.safetensors"])
-    maps, layers, rank = adapters.linears(model), model.config.num_layers, config["r"]
-    modules = {module: path for path in maps for module in adapters.hf_modules(path, layers)}
-    shape = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
-    found = {key: shape.fullmatch(key) for key in handles}
-    unknown = [key for key, hit in found.items() if hit is None or hit[1] not in modules]
+    adapters.check_free(model, name)
+    adapters.attach(model, name, read(model, Path(folder)))
+
+
+def read(model: Decoder, folder: Path) -> Adapter:
+    """The adapter in a folder, in arrays of this model's shapes; see `load`."""
+    config = read_config(folder)
+    held = Tensors([folder / WEIGHTS])
+    if not held:
+        raise UserError(f"{folder}: {WEIGHTS} is empty.")
+    try:
+        adapter = _plan(model, config)
+        rank_of, alpha_of = _patterns(config)
+        parameters = experts.parameters(model, config.get("target_parameters", []))
+        more = parameters, held, _PREFIX, rank_of, alpha_of, adapter.rslora
+        by_expert, expert_keys = experts.read(model, *more)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+    rows = {row.key: row for row in _table(model, adapter)}
+    unknown = [
+        key
+        for key in held
+        if key not in rows and key not in expert_keys and not _is_the_bases(model, folder, key, held)
+    ]
     if unknown:
         raise UserError(
-            f"{folder}: {len(unknown)} tensors fit no linear map of the model, the first {unknown[0]}: is this adapter "
-            "of another base model?"
+            f"{folder}: {len(unknown)} tensors fit no linear map of the model that {CONFIG} targets, the first "
+            f"{unknown[0]}: is this adapter of another base model?"
         )
-    touched = list(dict.fromkeys(modules[hit[1]] for hit in found.values() if hit))
-    if not touched:
-        raise UserError(f"{folder}: adapter_model.safetensors is empty.")
-    factors = {path: _factors(folder, model, path, rank, handles) for path in touched}
-    for path, (a, b) in factors.items():
-        adapters.add(
-            maps[path],
-            name,
-            a,
-            b,
-            alpha=config.get("lora_alpha", 8),
-            dropout=config.get("lora_dropout", 0.0),
-            rslora=bool(config.get("use_rslora", False)),
+    missing = [key for key in rows if key not in held]
+    if missing:
+        raise UserError(
+            f"{folder}: tensor {missing[0]} is missing, though {CONFIG} targets its module "
+            f"({len(missing)} are missing in all)."
         )
-    adapters.use(model, name)
+    for row in rows.values():
+        target, layer = _place(model, adapter, row), held[row.key]
+        wanted = hf_names.hf_shape(target.shape, row.kind)
+        if layer.shape != wanted:
+            raise UserError(f"{folder}: tensor {row.key} is {list(layer.shape)} where {list(wanted)} is needed.")
+        target[...] = hf_names.view(layer, row.kind, target.shape)
+    adapter.factors |= by_expert
+    tied = adapter.copies.get("embed_tokens")
+    if tied is not None and tied.tied:
+        head = held[f"{_PREFIX}lm_head.weight"]
+        if not np.array_equal(head.astype(np.float32), tied.values["embedding"]):
+            raise UserError(f"{folder}: ensure_weight_tying is true, but embed_tokens and lm_head are not the same.")
+    return adapter
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    for file in (path, folder / "adapter_model.safetensors"):
-        if not file.is_file():
-            raise UserError(f"{folder} is not a PEFT adapter folder: it has no {file.name}.")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}): restore the file.") from error
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not supported; supported is LORA.")
-    for key, neutral in _NEUTRAL.items():
-        if config.get(key, neutral[0]) not in neutral:
-            raise UserError(f"{path}: {key} = {config[key]!r} is not supported.")
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise UserError(f"{path}: r must be a whole number of at least 1.")
-    return config
+def _plan(model: Decoder, config: dict[str, Any]) -> Adapter:
+    """The adapter that the settings describe, its arrays not filled in yet: zeros, and the base where layers are left.
+
+    What PEFT would match silently nothing of is no error here: the tensors of the file decide.
+    """
+    saved = targets.match_saved(model, config.get("modules_to_save", []), strict=False)
+    chosen = {}
+    if config["target_modules"] or not config.get("target_parameters"):
+        chosen = targets.match(
+            model,
+            config["target_modules"],
+            exclude=config.get("exclude_modules"),
+            layers=config.get("layers_to_transform"),
+            layers_pattern=config.get("layers_pattern"),
+            saved=config.get("modules_to_save", []),
+            strict=False,
+        )
+    rank_of, alpha_of = _patterns(config)
+    chosen = {path: flags for path, flags in chosen.items() if path != ROUTER and not path.startswith(EXPERTS)}
+    if "gate.weight" in experts.parameters(model, config.get("target_parameters", [])):
+        chosen[ROUTER] = (True,) * model.config.num_layers
+    factors = {}
+    for path, flags in chosen.items():
+        found = [f"{name}.weight" if path == ROUTER else name for name in targets.modules(model, path)]
+        ranks = tuple(int(rank_of(one)) if on else 0 for one, on in zip(found, flags, strict=True))
+        a, b, magnitude = (np.zeros(s, np.float32) for s in adapters.factor_shapes(model, path, max(ranks)))
+        alphas = tuple(float(alpha_of(one)) for one in found)
+        factors[path] = Factors(a, b, magnitude if config.get("use_dora") else None, ranks, alphas)
+    tie = bool(config.get("ensure_weight_tying")) and model.lm_head is None
+    copies: dict[str, Copies] = {}
+    for path, flags in saved.items():
+        if path != TIED_HEAD or model.lm_head is not None:
+            part = targets.parts(model)[path]
+            copies[path] = _blank(model, path, targets.parameters(part), flags)
+    if model.lm_head is None and TIED_HEAD in saved or tie and "embed_tokens" in saved:
+        both = ("embedding",) if tie else ("embedding", TIED_HEAD) if "embed_tokens" in saved else (TIED_HEAD,)
+        copies["embed_tokens"] = _blank(model, "embed_tokens", both, (True,))
+        copies["embed_tokens"].tied = tie
+    bias = config.get("bias", "none")
+    for path, linear in targets.linears(model).items():
+        if (
+            bias == "none"
+            or not isinstance(linear, Linear)
+            or linear.bias is None
+            or path in saved
+            or (bias == "lora_only" and path not in chosen)
+        ):
+            continue
+        everywhere = (True,) * len(targets.modules(model, path))
+        copies[path] = _blank(model, path, ("bias",), chosen[path] if bias == "lora_only" else everywhere)
+    return Adapter(factors, copies, config.get("lora_dropout", 0.0), config.get("use_rslora", False))
 
 
-def _factors(folder: Path, model: Decoder, path: str, rank: int, handles: dict[str, Any]) -> list[np.ndarray]:
-    """A and B of one linear map, stacked over the layers, float32."""
-    linear = adapters.linears(model)[path]
-    stacked = path.startswith("layers.")
-    result = []
-    for letter, in_dims, whole in zip(
-        "AB", (linear.in_dims, 1), adapters.factor_shapes(model, path, rank), strict=True
-    ):
-        kind, shape = f"kernel/{in_dims}", whole[1:] if stacked else whole
-        rows = []
-        for module in adapters.hf_modules(path, model.config.num_layers):
-            key = f"{_PREFIX}{module}.lora_{letter}.weight"
-            if key not in handles:
-                raise UserError(f"{folder}: tensor {key} is missing, though other layers have theirs.")
-            array = handles[key].get_tensor(key)
-            wanted = hf_names.hf_shape(shape, kind)
-            if array.shape != wanted:
-                raise UserError(f"{folder}: tensor {key} is {list(array.shape)} where {list(wanted)} is needed.")
-            rows.append(hf_names.from_hf(array.astype(np.float32), kind, shape))
-        result.append(np.stack(rows) if stacked else rows[0])
-    return result
+def _patterns(config: dict[str, Any]) -> tuple[Callable[[str], Any], Callable[[str], Any]]:
+    """Rank and alpha by a module's name."""
+    ranks = targets.by_pattern(config.get("rank_pattern", {}), config["r"], "rank_pattern")
+    return ranks, targets.by_pattern(config.get("alpha_pattern", {}), config.get("lora_alpha", 8), "alpha_pattern")
+
+
+def _blank(model: Decoder, path: str, fields: tuple[str, ...], layers: targets.Layers) -> Copies:
+    """Arrays to read into: the base's own where a layer is left alone."""
+    part = targets.parts(model)[path]
+    values: dict[str, Any] = {}
+    for field in fields:
+        base = getattr(part, "embedding" if field == TIED_HEAD else field)
+        values[field] = np.empty(base.shape, np.float32) if all(layers) else np.array(base[...], np.float32)
+    return Copies(values, layers)
+
+
+def _table(model: Decoder, adapter: Adapter) -> Iterator[_Row]:
+    """Every tensor of the adapter's file."""
+    for path, factors in adapter.factors.items():
+        if path.startswith(EXPERTS):  # see `experts.tensors`
+            continue
+        in_dims = targets.linears(model)[path].in_dims
+        for layer, module in enumerate(targets.modules(model, path)):
+            if factors.ranks[layer]:
+                start = f"{_PREFIX}{module}.lora_"
+                yield _Row(f"{start}A.weight", path, "a", layer, f"kernel/{in_dims}")
+                yield _Row(f"{start}B.weight", path, "b", layer, "kernel/1")
+                if factors.magnitude is not None:
+                    yield _Row(f"{start}magnitude_vector", path, "magnitude", layer, "flat")
+    for path, copies in adapter.copies.items():
+        ranks = adapter.factors[path].ranks if path in adapter.factors else (0,) * len(copies.layers)
+        for field in copies.values:
+            keys, kind = targets.tensors(model, path, field)
+            for layer, key in enumerate(keys):
+                if copies.layers[layer]:
+                    inside = "base_layer." if ranks[layer] else ""  # where PEFT wraps the map
+                    module, _, last = key.rpartition(".")
+                    yield _Row(f"{_PREFIX}{module}.{inside}{last}", path, field, layer, kind)
+        if copies.tied:  # the same table, under both names
+            yield _Row(f"{_PREFIX}lm_head.weight", path, "embedding", 0, "table")
+
+
+def _place(model: Decoder, adapter: Adapter, row: _Row) -> np.ndarray:
+    """The part of our array that a row's tensor is: a view."""
+    if row.field in ("a", "b", "magnitude") and row.path in adapter.factors:
+        factors = adapter.factors[row.path]
+        array = getattr(factors, row.field)
+        one = array[row.layer] if adapters.is_stacked(row.path) else array
+        rank = factors.ranks[row.layer]
+        return {"a": one[..., :rank], "b": one[:rank], "magnitude": one}[row.field]
+    array = np.asarray(adapter.copies[row.path].values[row.field])
+    return array[row.layer] if adapters.is_stacked(row.path) else array
+
+
+def _to_file(model: Decoder, adapter: Adapter, row: _Row) -> np.ndarray:
+    return np.ascontiguousarray(hf_names.to_hf(_place(model, adapter, row), row.kind))
+
+
+def _is_the_bases(model: Decoder, folder: Path, key: str, held: Tensors) -> bool:
+    """Whether a tensor only repeats the base's embedding or head, as PEFT's `save_embedding_layers` writes them.
+
+    Raises:
+      UserError: it holds others: the adapter was trained on another vocabulary or embedding.
+    """
+    hit = re.fullmatch(re.escape(_PREFIX) + r"((?:model\.)?(embed_tokens|lm_head))(?:\.base_layer)?\.weight", key)
+    if hit is None:
+        return False
+    head = model.lm_head if hit[2] == "lm_head" else None
+    ours = np.asarray(model.embed_tokens.embedding[...]) if head is None else np.asarray(head.kernel[...]).T
+    theirs = held[key]
+    if theirs.shape == ours.shape and np.array_equal(theirs.astype(ours.dtype), ours):
+        return True
+    raise UserError(
+        f"{folder}: {key} is another table than the base's, but {CONFIG} does not have {hit[2]} in modules_to_save: "
+        "is this adapter of another base model, or of one whose vocabulary was resized?"
+    )
+
+
+def _host(adapter: Adapter) -> Adapter:
+    """The same with NumPy arrays."""
+    factors = {
+        path: dataclasses.replace(
+            one,
+            a=np.asarray(one.a),
+            b=np.asarray(one.b),
+            magnitude=None if one.magnitude is None else np.asarray(one.magnitude),
+        )
+        for path, one in adapter.factors.items()
+    }
+    copies = {
+        path: dataclasses.replace(one, values={key: np.asarray(value) for key, value in one.values.items()})
+        for path, one in adapter.copies.items()
+    }
+    return dataclasses.replace(adapter, factors=factors, copies=copies)
+
+
+def _differs(model: Decoder, wrote: Adapter, found: Adapter) -> str:
+    """What is not the same in two adapters, or ""."""
+    if (wrote.dropout, wrote.rslora) != (found.dropout, found.rslora):
+        return "lora_dropout or use_rslora"
+    for what in ("factors", "copies"):
+        ours, theirs = getattr(wrote, what), getattr(found, what)
+        if ours.keys() != theirs.keys():
+            return f"the set of modules ({', '.join(sorted(ours.keys() ^ theirs.keys()))})"
+    for path, one in wrote.factors.items():
+        other = found.factors[path]
+        alphas = [[a for a, r in zip(f.alphas, f.ranks, strict=True) if r] for f in (one, other)]
+        if one.ranks != other.ranks or alphas[0] != alphas[1]:
+            return f"rank or alpha of {path}"
+    for row in _table(model, wrote):
+        if _place(model, wrote, row).tobytes() != _place(model, found, row).tobytes():
+            return row.key
+    pairs = zip(experts.tensors(wrote, _PREFIX), experts.tensors(found, _PREFIX), strict=True)
+    return next((key for (key, one), (_, other) in pairs if one.tobytes() != other.tobytes()), "")

@@ -1,36 +1,55 @@
-"""The sizes of a decoder, read from a Hugging Face `config.json`."""
+"""The sizes of a decoder and the switches of its mathematics, read from a Hugging Face `config.json`."""
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from specjax.errors import UserError
+from specjax.models.families import FAMILIES, ropes
+from specjax.models.rope import Rope
 
-FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Long-context scaling of the rotary frequencies, as `transformers.modeling_rope_utils` defines it.
-
-    `linear` divides every frequency by `factor`. `llama3` (Llama 3.1) divides the low ones, keeps the high ones and
-    blends between, measured in wavelengths against `original_max_positions`.
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+# gelu is the exact one here; Gemma's config, whose "gelu" means the tanh form, is put right by transformers.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """What a decoder needs to know.
 
-    `source` is the folder or hub name that it was loaded from and `fingerprint` a hash of the weights there; `hf` and
-    `generation` are the folder's JSON files, written back on export.
+    Attributes:
+      windows: the sliding window of each kind of attention layer, None for all keys; most models have one kind.
+      ropes: the rotary frequencies, one for every kind of layer or one for all.
+      layer_kinds: which kind each layer is; None where there is one kind.
+      norms: where a layer's norms stand: "pre" (before each block), "post" (after it, OLMo-2) or "sandwich" (both).
+      norm_style: "llama" (w * cast(x)), "olmo2" (cast(w * x)) or "gemma" (cast((1 + w) * x)).
+      qk_norm: "" (none), "head" (each head of q and k is normed, Qwen3) or "all" (all heads as one vector, OLMo-2).
+      fused: q, k, v are one linear map, and gate, up are another (Phi-3).
+      query_scale: of the attention scores.
+      attention_softcap: c of c * tanh(scores / c); None: none. So is `logits_softcap`.
+      embed_scale: multiplies embeddings, in the compute dtype; `residual_scale` what each block adds; the logits are
+        divided by `logits_divisor`.
+      num_experts: 0 for a dense MLP; `expert_dim` is an expert's inner size, and the next two are those of `MoE`.
+      router_aux_coef: of the balancing loss, 0 unless the config's `output_router_logits` asks for it, as transformers.
+      source: the folder or hub name that it was loaded from, and `fingerprint` a hash of the weights there.
+      hf: the folder's `config.json`, and `generation` its `generation_config.json`: written back on export.
     """
 
     family: str
@@ -43,13 +62,32 @@ class ModelConfig:
     head_dim: int
     max_positions: int
     norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None
+    ropes: tuple[Rope, ...]
+    query_scale: float
+    windows: tuple[int | None, ...] = (None,)
+    layer_kinds: tuple[int, ...] | None = None
+    activation: str = "silu"
+    norms: str = "pre"
+    norm_style: str = "llama"
+    qk_norm: str = ""
+    fused: bool = False
     tied: bool = False
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_dim: int = 0
+    normalise_experts: bool = True
+    round_expert_weights: bool = False
+    router_aux_coef: float = 0.0
     source: str = dataclasses.field(default="", hash=False, compare=False)
+    revision: str = dataclasses.field(default="", hash=False, compare=False)
     fingerprint: str = dataclasses.field(default="", hash=False, compare=False, repr=False)
     hf: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False, repr=False)
     generation: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False, repr=False)
@@ -75,61 +113,78 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Reads a `config.json` of Llama or Mistral, in the dialects of transformers 4 and 5.
+        """Reads a `config.json` of a family of `families.FAMILIES`, in the dialects of transformers 4 and 5.
 
         Raises:
           UserError: the architecture, activation or rope type is not supported, or a size is missing or odd.
         """
-        architectures = hf.get("architectures") or ["(none)"]
-        if architectures[0] not in FAMILIES:
+        architecture = (hf.get("architectures") or ["(none)"])[0]
+        if architecture == "Gemma3ForConditionalGeneration":
             raise UserError(
-                f"{where}: architecture {architectures[0]} is not supported; supported are {', '.join(FAMILIES)}."
+                f"{where}: {architecture} has a vision tower, which specjax does not train: save its language model "
+                "alone, transformers.AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), and load that."
             )
-        family = FAMILIES[architectures[0]]
-        missing = [
-            key
-            for key in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "max_position_embeddings",
+        if architecture not in FAMILIES:
+            raise UserError(
+                f"{where}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}."
             )
-            if not isinstance(hf.get(key), int)
-        ]
+        family = FAMILIES[architecture]
+        missing = [key for key in _SIZES if not isinstance(hf.get(key), int)]
         if missing:
             raise UserError(f"{where}: {', '.join(missing)} must be given as whole numbers.")
-        if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise UserError(
-                f"{where}: hidden_act {hf['hidden_act']!r} is not supported for {family}; supported is silu."
-            )
-        heads = hf["num_attention_heads"]
-        kv_heads = hf.get("num_key_value_heads") or (8 if family == "mistral" else heads)
-        if heads % kv_heads:
+        heads, kv_heads = hf["num_attention_heads"], hf.get("num_key_value_heads")
+        if kv_heads and heads % kv_heads:
             raise UserError(
                 f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}."
             )
-        theta, scaling = _rope(hf, where)
+        c = _transformers_config(hf, family.model_type, where)
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+        try:
+            fields = {"activation": getattr(c, "hidden_act", None), **family.fields(c)}
+            found = ropes(c, head_dim, fields.pop("rope_kinds", ()))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if fields["activation"] not in ACTIVATIONS:
+            raise UserError(
+                f"{where}: hidden_act {fields['activation']!r} is not supported for {family.name}; supported are "
+                f"{', '.join(ACTIVATIONS)}."
+            )
+        fields["activation"] = ACTIVATIONS[fields["activation"]]
+        if getattr(c, "use_bidirectional_attention", False):
+            raise UserError(f"{where}: use_bidirectional_attention is not supported: specjax trains causal models.")
         return cls(
-            family=family,
-            vocab_size=hf["vocab_size"],
-            embed_dim=hf["hidden_size"],
-            mlp_dim=hf["intermediate_size"],
-            num_layers=hf["num_hidden_layers"],
+            family=family.name,
+            vocab_size=c.vocab_size,
+            embed_dim=c.hidden_size,
+            mlp_dim=c.intermediate_size,
+            num_layers=c.num_hidden_layers,
             num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            max_positions=hf["max_position_embeddings"],
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            sliding_window=(hf.get("sliding_window", 4096) if family == "mistral" else None),
-            tied=bool(hf.get("tie_word_embeddings", False)),
-            attention_bias=bool(hf.get("attention_bias", False)) and family == "llama",
-            mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
+            num_kv_heads=c.num_key_value_heads,
+            head_dim=head_dim,
+            max_positions=c.max_position_embeddings,
+            norm_eps=c.rms_norm_eps,
+            ropes=found,
+            tied=bool(c.tie_word_embeddings),
             hf=hf,
+            **{"query_scale": head_dim**-0.5} | fields,
         )
+
+
+def _transformers_config(hf: dict[str, Any], model_type: str, where: str) -> Any:
+    """The family's configuration object of transformers: its defaults, and both dialects of `config.json`."""
+    import copy
+
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    told = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # advice on how to write a config, of no use here
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(hf))
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where}: transformers refuses it: {' '.join(str(error).split())}.") from error
+    finally:
+        logging.getLogger("transformers").setLevel(told)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -140,31 +195,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} does not hold a JSON object: restore the file.")
     return found
-
-
-def _rope(hf: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling: transformers 5 keeps both in `rope_parameters`, transformers 4 in two keys."""
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if (rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor is not supported for this architecture.")
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "llama3"):
-        raise UserError(f"{where}: rope type {kind!r} is not supported; supported are default, linear, llama3.")
-    keys = ["factor"]
-    if kind == "llama3":
-        keys += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    absent = [key for key in keys if not isinstance(rope.get(key), (int, float))]
-    if absent:
-        raise UserError(f"{where}: rope scaling {kind!r} lacks {', '.join(absent)}.")
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
-    return theta, RopeScaling(
-        "llama3",
-        float(rope["factor"]),
-        float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]),
-        int(rope["original_max_position_embeddings"]),
-    )

@@ -4,41 +4,84 @@ B batch, T length, S cache length, D embed, V vocab, L layers, K kv heads, H hea
 """
 
 import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from specjax import sharding
 from specjax.models import rope
+from specjax.models.attention import Cache
 from specjax.models.config import ModelConfig
-from specjax.models.layers import MLP, Attention, Cache, Embed, Keys, Linear, RMSNorm, Tables
+from specjax.models.layers import MLP, Attention, Embed, Keys, Kind, Linear, RMSNorm
+from specjax.models.moe import MoE, Stats
+
+NO_WINDOW = 2**30  # wider than any text: beside layers with a window, those without have this one
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """Attention and MLP with residuals; the norms stand where `config.norms` says."""
 
     def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.embed_dim, config.norm_eps, layers=layers, rngs=rngs)
+        before, after = config.norms in ("pre", "sandwich"), config.norms in ("post", "sandwich")
+
+        def norm(there: bool) -> RMSNorm | None:
+            given = {"style": config.norm_style, "layers": layers, "rngs": rngs}
+            return RMSNorm((config.embed_dim,), ("embed",), config.norm_eps, **given) if there else None
+
+        self.residual_scale, self.after = config.residual_scale, after
         self.self_attn = Attention(config, layers=layers, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.embed_dim, config.norm_eps, layers=layers, rngs=rngs)
-        self.mlp = MLP(config, layers=layers, rngs=rngs)
+        self.mlp = _experts(config, layers, rngs) if config.num_experts else MLP(config, layers=layers, rngs=rngs)
+        # Hugging Face's names: post_attention_layernorm is the norm before the MLP where blocks are normed before only.
+        self.input_layernorm, self.post_attention_layernorm = norm(before), norm(True)
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(before and after), norm(after)
 
     def __call__(
         self,
         x: jax.Array,
-        tables: Tables,
+        kind: Kind,
         where: dict[str, Any],
         cache: Cache | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """[B,T,D] -> ([B,T,D], cache); the arguments are those of `Attention`."""
+    ) -> tuple[jax.Array, Cache | None, Stats | None]:
+        """[B,T,D] -> ([B,T,D], cache, the router's sums or None); the arguments are those of `Attention`."""
         keys: Keys = (None,) * 7 if dropout_key is None else tuple(jax.random.split(dropout_key, 7))
-        attended, cache = self.self_attn(self.input_layernorm(x), tables, where, cache, keys[:4])
-        x = sharding.constrain(x + attended, "batch", "length", None)
-        x = x + self.mlp(self.post_attention_layernorm(x), keys[4:])
-        return sharding.constrain(x, "batch", "length", None), cache
+        before_mlp = self.pre_feedforward_layernorm if self.after else self.post_attention_layernorm
+        y, cache = self.self_attn(_normed(self.input_layernorm, x), kind, where, cache, keys[:4])
+        x = self._add(x, _normed(self.post_attention_layernorm, y) if self.after else y)
+        stats = None
+        if isinstance(self.mlp, MoE):
+            y, stats = self.mlp(_normed(before_mlp, x), where["q_segments"] > 0)
+        else:
+            y = self.mlp(_normed(before_mlp, x), keys[4:])
+        return self._add(x, _normed(self.post_feedforward_layernorm, y)), cache, stats
+
+    def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        y = y if self.residual_scale == 1 else y * self.residual_scale
+        return sharding.constrain(x + y, "batch", "length", None)
+
+
+def _experts(config: ModelConfig, layers: int | None, rngs: nnx.Rngs) -> MoE:
+    return MoE(
+        embed_dim=config.embed_dim,
+        mlp_dim=config.expert_dim,
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        normalise=config.normalise_experts,
+        round_weights=config.round_expert_weights,
+        activation=config.activation,
+        layers=layers,
+        rngs=rngs,
+        out_stddev=0.02 / math.sqrt(2 * config.num_layers),
+    )
+
+
+def _normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+    return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
@@ -54,7 +97,7 @@ class Decoder(nnx.Module):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         self.embed_tokens = Embed(config.vocab_size, config.embed_dim, rngs=rngs)
         self.layers = DecoderLayer(config, layers=config.num_layers, rngs=rngs)
-        self.norm = RMSNorm(config.embed_dim, config.norm_eps, rngs=rngs)
+        self.norm = RMSNorm((config.embed_dim,), ("embed",), config.norm_eps, style=config.norm_style, rngs=rngs)
         head = Linear((config.embed_dim,), (config.vocab_size,), ("embed",), ("vocab",), rngs=rngs)
         self.lm_head = None if config.tied else head
 
@@ -83,6 +126,16 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """The last layer's normed output, [B,T,D] in the compute dtype; LoRA's dropout only where a key is given."""
+        return self.hidden_and_stats(tokens, positions, segment_ids, dropout_key)[0]
+
+    def hidden_and_stats(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Stats | None]:
+        """`hidden`, and the sums of all layers' routers for `moe.load_balancing_loss` (None for a dense model)."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
@@ -92,15 +145,20 @@ class Decoder(nnx.Module):
             "k_positions": positions,
             "q_segments": segment_ids,
             "k_segments": segment_ids,
-            "slot": 0,
         }
-        return self._run(tokens, where, None, dropout_key)[0]
+        lengths = _document_lengths(positions, segment_ids) if self._needs_lengths else None
+        hidden, _, stats = self._run(tokens, where, lengths, None, dropout_key)
+        return hidden, stats
+
+    @property
+    def _needs_lengths(self) -> bool:
+        return any(r.kind == "longrope" for r in self.config.ropes)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """Keys and values of no token yet: two [L,B,S,K,H] in the compute dtype."""
+        """Keys [L,B,K,H,S] and values [L,B,K,S,H] of no token yet, in the compute dtype."""
         c = self.config
-        shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
-        return jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+        heads = (c.num_layers, batch, c.num_kv_heads)
+        return jnp.zeros((*heads, c.head_dim, length), self.dtype), jnp.zeros((*heads, length, c.head_dim), self.dtype)
 
     def extend(
         self,
@@ -110,6 +168,8 @@ class Decoder(nnx.Module):
         cache_positions: jax.Array,
         cache_segments: jax.Array,
         slot: jax.Array | int,
+        lengths: jax.Array | None = None,
+        layers: Sequence[Any] | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Runs further tokens against a cache.
 
@@ -119,7 +179,12 @@ class Decoder(nnx.Module):
           cache: (k, v) of `empty_cache`.
           cache_positions: int32 [B,S], the position of the token in each slot, the new ones included.
           cache_segments: int32 [B,S], 1 for slots that hold a token (the new ones included), 0 otherwise.
-          slot: int32 scalar, the same for all rows: prompts of unequal length are padded on the left.
+          slot: int32 scalar, the same for all rows: prompts of unequal length are padded on the left. A Python 0 says
+            that the cache is empty, which spares the new tokens from looking there.
+          lengths: int32 [B], the tokens of each text so far, which choose longrope's factors (Phi-3); default up to
+            and with these tokens. What the cache holds was rotated by the choice of its own call.
+          layers: the parameters of each layer, arrays of their own (`generate.unstacked`), which are then not scanned;
+            default the slices of the stacked ones.
 
         Returns:
           (hidden [B,T,D], the extended cache).
@@ -131,33 +196,88 @@ class Decoder(nnx.Module):
             "k_segments": cache_segments,
             "slot": slot,
         }
-        return self._run(tokens, where, cache, None)
+        if lengths is None:
+            lengths = jnp.max(positions, axis=1) + 1
+        hidden, cache, _ = self._run(tokens, where, lengths[:, None], cache, None, layers)
+        return hidden, cache
 
     def _run(
-        self, tokens: jax.Array, where: dict[str, Any], cache: Cache | None, dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
+        self,
+        tokens: jax.Array,
+        where: dict[str, Any],
+        lengths: jax.Array | None,
+        cache: Cache | None,
+        dropout_key: jax.Array | None,
+        layers: Sequence[Any] | None = None,
+    ) -> tuple[jax.Array, Any, Stats | None]:
         c = self.config
-        tables = rope.tables(where["q_positions"], rope.frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        x = sharding.constrain(self.embed_tokens(tokens, self.dtype), "batch", "length", None)
+        kind_of = self._kinds(where["q_positions"], lengths)
+        x = self.embed_tokens(tokens, self.dtype)
+        if c.embed_scale != 1:
+            x = x * jnp.asarray(c.embed_scale, self.dtype)
+        x = sharding.constrain(x, "batch", "length", None)
         # The module is split once; the scan's body sees one layer's slice of every stacked parameter.
         graph, stacked = nnx.split(self.layers)
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
+        kinds = None if c.layer_kinds is None else np.array(c.layer_kinds, np.int32)
 
-        def layer(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-            state, layer_cache, key = inputs
-            return nnx.merge(graph, state)(x, tables, where, layer_cache, key)
+        def layer(carry: Any, inputs: Any) -> tuple[Any, Any]:
+            x, cache = carry
+            state, key, kind, number = inputs
+            x, cache, stats = nnx.merge(graph, state)(x, kind_of(kind), where | {"layer": number}, cache, key)
+            return (x, cache), stats
 
         if self.remat == "full":
             layer = jax.checkpoint(layer, prevent_cse=False)
-        x, cache = jax.lax.scan(layer, x, (stacked, cache, layer_keys))
-        return self.norm(x), cache
+        if layers is not None:
+            for number, state in enumerate(layers):
+                kind = None if kinds is None else kinds[number]
+                (x, cache), _ = layer((x, cache), (state, None, kind, number))
+            return self.norm(x), cache, None
+        # The cache is carried, not sliced and stacked like the parameters: a layer then writes its new slots in place.
+        numbers = None if cache is None else jnp.arange(c.num_layers, dtype=jnp.int32)
+        (x, cache), stats = jax.lax.scan(layer, (x, cache), (stacked, layer_keys, kinds, numbers))
+        return self.norm(x), cache, stats
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] in the compute dtype -> float32 logits [..., V]; the product accumulates in float32."""
-        if self.lm_head is None:
-            table = self.embed_tokens.embedding[...].astype(hidden.dtype)
-            return jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
-        return self.lm_head(hidden, accumulate=jnp.float32)
+    def _kinds(self, positions: jax.Array, lengths: jax.Array | None) -> Callable[[Any], Kind]:
+        """A layer's window and rotary tables, by the number of its kind.
+
+        Layers of several kinds (windows or not, one rope or another) stay one scan: what differs is picked inside it.
+        """
+        c = self.config
+        tables = [rope.tables(positions, r, lengths) for r in c.ropes]
+        if c.layer_kinds is None:
+            return lambda kind: (c.windows[0], tables[0])
+        stacked = jax.tree.map(lambda *each: jnp.stack(each), *tables) if len(tables) > 1 else None
+        windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32)
+        return lambda kind: (windows[kind], tables[0] if stacked is None else jax.tree.map(lambda t: t[kind], stacked))
+
+    def unembed(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+        """[..., D] in the compute dtype -> float32 logits [..., V]; the product accumulates in float32.
+
+        `head`, [D,V], stands for the transposed embedding of a tied model where the caller has it at hand.
+        """
+        c = self.config
+        if self.lm_head is None and head is not None:
+            logits = jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
+        elif self.lm_head is None:
+            table = self.embed_tokens.output().astype(hidden.dtype)
+            logits = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        else:
+            logits = self.lm_head(hidden, accumulate=jnp.float32)
+        if c.logits_divisor != 1:
+            logits = logits / c.logits_divisor
+        return logits if c.logits_softcap is None else jnp.tanh(logits / c.logits_softcap) * c.logits_softcap
+
+
+def _document_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """int32 [B,T]: the tokens of the document that each token of a packed row is in."""
+
+    def row(positions: jax.Array, segments: jax.Array) -> jax.Array:
+        longest = jax.ops.segment_max(positions, segments, num_segments=segments.shape[0] + 1)
+        return longest[segments] + 1
+
+    return jax.vmap(row)(positions, segment_ids)
 
 
 @functools.partial(jax.jit, static_argnums=0)

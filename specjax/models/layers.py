@@ -1,4 +1,4 @@
-"""The parts of a decoder: linear map (with room for LoRA), norm, embedding, attention and MLP blocks.
+"""The parts of a decoder: linear map, norm, embedding, attention and MLP blocks.
 
 B batch, T length, D embed, N heads, K kv heads, H head_dim, F mlp, V vocab, L layers, R rank.
 
@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from specjax.models.attention import attend
+from specjax.models.adapter import Adaptable, contract
+from specjax.models.attention import Cache, attend, store
 from specjax.models.config import ModelConfig
 from specjax.models.rope import rotate
 
 Axes = tuple[str | None, ...]
-Tables = tuple[jax.Array, jax.Array]  # cosines, sines
-Cache = tuple[jax.Array, jax.Array]  # keys, values
+Kind = tuple[Any, tuple[jax.Array, jax.Array]]  # window (None, or an integer, static or not), (cosines, sines)
 Keys = tuple[jax.Array | None, ...]  # one dropout key a linear map
 
 
@@ -33,34 +33,8 @@ def parameter(
     return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
 
 
-class LoRA(nnx.Module):
-    """Low-rank update y += scale * (dropout(x) A) B (Hu et al. 2021, arXiv:2106.09685), in PEFT's semantics.
-
-    `a` is [(L,) *in_dims, R] and `b` [(L,) R, *out_dims], both float32 whatever the compute dtype.
-    """
-
-    def __init__(self, a: nnx.LoRAParam, b: nnx.LoRAParam, *, alpha: float, scale: float, dropout: float, rslora: bool):
-        self.a, self.b = a, b
-        self.alpha, self.scale, self.dropout, self.rslora = alpha, scale, dropout, rslora
-
-    def __call__(self, x: jax.Array, in_dims: int, dropout_key: jax.Array | None) -> jax.Array:
-        """[B,T,*in_dims] -> [B,T,*out_dims] in x's dtype; dropout only where a key is given."""
-        if dropout_key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
-        return _contract(_contract(x, self.a[...], in_dims), self.b[...], 1) * self.scale
-
-
-def _contract(x: jax.Array, kernel: jax.Array, in_dims: int, out_dtype: Any = None) -> jax.Array:
-    """Contracts the last `in_dims` axes of x with the first of the kernel, in x's dtype; the result in `out_dtype`."""
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=in_dims, preferred_element_type=out_dtype)
-
-
-class Linear(nnx.Module):
-    """y = x W (+ bias) (+ the active LoRA), W [*in_shape, *out_shape].
-
-    `lora` maps an adapter's name to its factors; `active` names the one in use, None is the base alone.
-    """
+class Linear(Adaptable):
+    """y = x W (+ bias) (+ the active LoRA), W [*in_shape, *out_shape]; `lora` maps an adapter's name to its factors."""
 
     def __init__(
         self,
@@ -74,48 +48,76 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         stddev: float = 0.02,
     ):
+        super().__init__()
         init = nnx.initializers.normal(stddev)
         self.kernel = parameter(init, in_shape + out_shape, in_axes + out_axes, layers, rngs)
         self.bias = parameter(nnx.initializers.zeros, out_shape, out_axes, layers, rngs) if bias else None
         self.in_dims = len(in_shape)
         self.lora = nnx.Dict()
-        self.active: str | None = None
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None, accumulate: Any = None) -> jax.Array:
         """[...,*in_shape] -> [...,*out_shape] in x's dtype, or in `accumulate` (the logits' float32)."""
-        y = _contract(x, self.kernel[...], self.in_dims, accumulate)
+        kernel = self.used("kernel")
+        y = plain = contract(x, kernel, self.in_dims, accumulate)
         if self.bias is not None:
-            y += jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
-        if self.active is not None:
-            y += self.lora[self.active](x, self.in_dims, dropout_key)
+            y += jnp.broadcast_to(self.used("bias").astype(y.dtype), y.shape)
+        if self.active is not None and self.active in self.lora:
+            y += self.lora[self.active](x, self.in_dims, dropout_key, plain, kernel)
         return y
 
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+class RMSNorm(Adaptable):
+    """x / rms(x) * scale, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    def __init__(self, size: int, eps: float, *, layers: int | None = None, rngs: nnx.Rngs):
-        self.scale = parameter(nnx.initializers.ones, (size,), ("embed",), layers, rngs)
-        self.eps = eps
+    Families differ in where they return to the compute dtype, and Gemma's scale is 1 + w: `style` is
+    `ModelConfig.norm_style`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: Axes,
+        eps: float,
+        *,
+        style: str = "llama",
+        layers: int | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__()
+        init = nnx.initializers.zeros if style == "gemma" else nnx.initializers.ones
+        self.scale = parameter(init, shape, axes, layers, rngs)
+        self.eps, self.style = eps, style
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B,T,D] -> [B,T,D] in x's dtype."""
+        """[..., *shape] -> the same in x's dtype, normed over all axes of `shape` together."""
+        scale = self.used("scale")
+        over = tuple(range(-scale.ndim, 0))
+        scale = scale[(None,) * (x.ndim - scale.ndim)]
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        # As transformers: back to the compute dtype first, then the scale.
-        return self.scale[...].astype(x.dtype)[None, None] * y.astype(x.dtype)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=over, keepdims=True) + self.eps)
+        if self.style == "llama":
+            return scale.astype(x.dtype) * y.astype(x.dtype)
+        # A frozen scale is stored in the compute dtype; one that trains is cast to it first, to be the same model.
+        scale = scale.astype(x.dtype).astype(jnp.float32)
+        return ((1.0 + scale if self.style == "gemma" else scale) * y).astype(x.dtype)
 
 
-class Embed(nnx.Module):
+class Embed(Adaptable):
     """Token embedding, [V,D]."""
 
     def __init__(self, vocab_size: int, embed_dim: int, *, rngs: nnx.Rngs, stddev: float = 0.02):
+        super().__init__()
         init = nnx.initializers.normal(stddev)
         self.embedding = parameter(init, (vocab_size, embed_dim), ("vocab", "embed"), None, rngs)
 
     def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """int32 [B,T] -> [B,T,D] in `dtype`."""
-        return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        return jnp.take(self.used("embedding"), tokens, axis=0).astype(dtype)
+
+    def output(self) -> jax.Array:
+        """The table [V,D] of a tied output layer; an adapter's copy of the embedding is not it, unless it ties them."""
+        tied = self.active is not None and self.active in self.own and self.own[self.active].tied
+        return self.used("embedding") if tied else self.used("lm_head", base="embedding")
 
 
 class Attention(nnx.Module):
@@ -123,54 +125,91 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs):
         d, n, k, h = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        bias, out_stddev = config.attention_bias, 0.02 / math.sqrt(2 * config.num_layers)
+        out_stddev = 0.02 / math.sqrt(2 * config.num_layers)
+        self.config = config
 
         def into(heads: int, axis: str) -> Linear:
+            bias = config.qkv_bias
             return Linear((d,), (heads, h), ("embed",), (axis, "head_dim"), bias=bias, layers=layers, rngs=rngs)
 
-        self.q_proj, self.k_proj, self.v_proj = into(n, "heads"), into(k, "kv_heads"), into(k, "kv_heads")
-        self.o_proj = Linear(
-            (n, h), (d,), ("heads", "head_dim"), ("embed",), bias=bias, layers=layers, rngs=rngs, stddev=out_stddev
-        )
-        self.window = config.sliding_window
+        def norm(heads: int, axis: str) -> RMSNorm | None:
+            shape, axes = ((h,), ("head_dim",)) if config.qk_norm == "head" else ((heads, h), (axis, "head_dim"))
+            made = RMSNorm(shape, axes, config.norm_eps, style=config.norm_style, layers=layers, rngs=rngs)
+            return made if config.qk_norm else None
+
+        if config.fused:
+            self.qkv_proj = into(n + 2 * k, "heads")
+        else:
+            self.q_proj, self.k_proj, self.v_proj = into(n, "heads"), into(k, "kv_heads"), into(k, "kv_heads")
+        self.q_norm, self.k_norm = norm(n, "heads"), norm(k, "kv_heads")
+        out_axes = (("heads", "head_dim"), ("embed",))
+        self.o_proj = Linear((n, h), (d,), *out_axes, bias=config.o_bias, layers=layers, rngs=rngs, stddev=out_stddev)
+
+    def _qkv(self, x: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if self.config.fused:
+            last_q, last_k = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
+            fused = self.qkv_proj(x, keys[0])
+            q, k, v = fused[:, :, :last_q], fused[:, :, last_q:last_k], fused[:, :, last_k:]
+        else:
+            q, k, v = self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
+        return self.q_norm(q) if self.q_norm else q, self.k_norm(k) if self.k_norm else k, v
 
     def __call__(
-        self, x: jax.Array, rope: Tables, where: dict[str, Any], cache: Cache | None = None, keys: Keys = (None,) * 4
+        self, x: jax.Array, kind: Kind, where: dict[str, Any], cache: Cache | None = None, keys: Keys = (None,) * 4
     ) -> tuple[jax.Array, Cache | None]:
         """[B,T,D] -> ([B,T,D], cache).
 
         Args:
           x: [B,T,D].
-          rope: the tables of `rope.tables` for the queries' positions.
-          where: q_positions, k_positions, q_segments, k_segments, and `slot`, the cache index of x's first token.
-          cache: None, or this layer's (k, v), each [B,S,K,H]; x's keys and values are written at `slot`.
-          keys: dropout keys for q, k, v, o.
+          kind: this layer's window (None: all keys) and the tables of `rope.tables` for the queries' positions.
+          where: q_positions, k_positions, q_segments, k_segments; with a cache also `slot`, the index there of x's
+            first token, and `layer`, this layer's.
+          cache: None, or that of all layers; x's keys and values are written into it.
+          keys: dropout keys for q, k, v, o; a fused map has q's.
         """
-        cos, sin = rope
-        q = rotate(self.q_proj(x, keys[0]), cos, sin)
-        k = rotate(self.k_proj(x, keys[1]), cos, sin)
-        v = self.v_proj(x, keys[2])
-        slot = where["slot"]
+        window, (cos, sin) = kind
+        q, k, v = self._qkv(x, keys)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        sees = {name: value for name, value in where.items() if name not in ("slot", "layer")}
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), slot, axis=1)
-            cache = (k, v)
-        sees = {name: value for name, value in where.items() if name != "slot"}
-        return self.o_proj(attend(q, k, v, window=self.window, **sees), keys[3]), cache
+            cache = store(cache, k, v, where["layer"], where["slot"])
+            if isinstance(where["slot"], int) and where["slot"] == 0:  # nothing stands before x: it sees itself alone
+                sees |= {"k_positions": sees["q_positions"], "k_segments": sees["q_segments"]}
+            else:
+                k, v = (jax.lax.dynamic_index_in_dim(part, where["layer"], keepdims=False) for part in cache)
+                sees["cached"] = True
+        scale, softcap = self.config.query_scale, self.config.attention_softcap
+        return self.o_proj(attend(q, k, v, window=window, scale=scale, softcap=softcap, **sees), keys[3]), cache
+
+
+def activate(x: jax.Array, name: str) -> jax.Array:
+    """The named activation: silu, gelu (exact), gelu_tanh or relu."""
+    if name.startswith("gelu"):
+        return jax.nn.gelu(x, approximate=name == "gelu_tanh")
+    return jax.nn.silu(x) if name == "silu" else jax.nn.relu(x)
 
 
 class MLP(nnx.Module):
-    """Gated MLP, down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+    """Gated MLP, down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs):
         d, f, bias = config.embed_dim, config.mlp_dim, config.mlp_bias
         out_stddev = 0.02 / math.sqrt(2 * config.num_layers)
-        self.gate_proj = Linear((d,), (f,), ("embed",), ("mlp",), bias=bias, layers=layers, rngs=rngs)
-        self.up_proj = Linear((d,), (f,), ("embed",), ("mlp",), bias=bias, layers=layers, rngs=rngs)
+        self.activation, self.fused = config.activation, config.fused
+        if self.fused:
+            self.gate_up_proj = Linear((d,), (2, f), ("embed",), (None, "mlp"), bias=bias, layers=layers, rngs=rngs)
+        else:
+            self.gate_proj = Linear((d,), (f,), ("embed",), ("mlp",), bias=bias, layers=layers, rngs=rngs)
+            self.up_proj = Linear((d,), (f,), ("embed",), ("mlp",), bias=bias, layers=layers, rngs=rngs)
         self.down_proj = Linear(
             (f,), (d,), ("mlp",), ("embed",), bias=bias, layers=layers, rngs=rngs, stddev=out_stddev
         )
 
     def __call__(self, x: jax.Array, keys: Keys = (None,) * 3) -> jax.Array:
-        """[B,T,D] -> [B,T,D]; `keys` are dropout keys for gate, up, down."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, keys[0])) * self.up_proj(x, keys[1]), keys[2])
+        """[B,T,D] -> [B,T,D]; `keys` are dropout keys for gate, up, down; a fused map has gate's."""
+        if self.fused:
+            both = self.gate_up_proj(x, keys[0])
+            gate, up = both[:, :, 0], both[:, :, 1]
+        else:
+            gate, up = self.gate_proj(x, keys[0]), self.up_proj(x, keys[1])
+        return self.down_proj(activate(gate, self.activation) * up, keys[2])

@@ -5,6 +5,8 @@ A checkpoint is three items under `<workdir>/checkpoints/<step>/`: `trainable` (
 """
 
 import errno
+import gc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if not _disk_error(error):
                 raise
+            _drop_unawaited()
             whole = [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit()]
             kept = max(whole, default=None)
             survivor = (
@@ -156,6 +159,12 @@ class Checkpoints:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _drop_unawaited() -> None:
+    """Keeps Python quiet about the writes that Orbax had not begun when another one failed: the one sentence says it."""
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    gc.collect()
 
 
 def _disk_error(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import signal
 import threading
 import time
@@ -214,7 +215,7 @@ class _Run:
         self.graph, self.trainable, self.frozen = steps_lib.split(model, trainable)
         if not self.trainable:
             raise UserError("the trainable filter selects no parameter: inject LoRA first, or train specjax.ALL.")
-        adapters = {path.split(".lora.")[1].split(".")[0] for path in self.trainable if ".lora." in path}
+        adapters = {hit[1] for path in self.trainable if (hit := re.search(r"\.(?:lora|own)\.([^.]+)\.", path))}
         if len(adapters) > 1:
             raise UserError(f"adapters {', '.join(sorted(adapters))} are loaded: unload all but the one to train.")
         self.mesh = sharding.mesh_of(next(iter(self.trainable.values())))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from specjax import sharding
 from specjax.models import Decoder
+from specjax.models.moe import load_balancing_loss
 
 CHUNK_ELEMENTS = 2**25  # float32 logits alive at once (128 MiB); a batch with fewer is one chunk
 
@@ -24,9 +25,10 @@ def token_sums(
 
     Returns:
       float32 scalars: `nll`, the summed -log p(target) in nats; `correct`, targets of highest probability; `count`,
-      loss tokens.
+      loss tokens; `router`, the routers' balancing loss times `count` (0 for a dense model), so that the sums of
+      micro-batches weigh it as they weigh their tokens.
     """
-    hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key)
+    hidden, stats = model.hidden_and_stats(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key)
     rows, length = batch["targets"].shape
 
     def chunk(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -55,7 +57,9 @@ def token_sums(
 
         zero = jnp.zeros((), jnp.float32)
         (nll, correct), _ = jax.lax.scan(add, (zero, zero), parts)
-    return {"nll": nll, "correct": correct, "count": jnp.sum(mask)}
+    count = jnp.sum(mask)
+    router = jnp.zeros((), jnp.float32) if stats is None else load_balancing_loss(stats) * count
+    return {"nll": nll, "correct": correct, "count": count, "router": router}
 
 
 def _chunk_length(rows: int, length: int, vocab_size: int) -> int:

@@ -44,17 +44,20 @@ def make_train_step(graph: Any, optimizer: Optimizer, *, seed: int = 0) -> Calla
     tokens of all, so that k micro-batches of b rows equal one batch of k*b.
 
     Metrics are float32 scalars: `loss` (nats a loss token), `loss_tokens`, `accuracy`, `grad_norm` (before the clip),
-    `lr`.
+    `lr`; of a mixture of experts also `router_loss`, which is not part of `loss` and trains times `router_aux_coef`.
     """
 
     def train_step(
         trainable: Params, opt_state: Any, frozen: Params, batch: Batch, step: jax.Array
     ) -> tuple[Params, Any, Batch]:
         base_key = jax.random.fold_in(jax.random.key(seed), step)
+        config = merge(graph, trainable, frozen).config
 
         def loss(trainable: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
             sums = token_sums(merge(graph, trainable, frozen), micro, key)
-            return sums["nll"], sums
+            return sums["nll"] + config.router_aux_coef * sums["router"] if config.router_aux_coef else sums[
+                "nll"
+            ], sums
 
         def accumulate(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             grads, sums = jax.grad(loss, has_aux=True)(trainable, *micro)
@@ -66,7 +69,7 @@ def make_train_step(graph: Any, optimizer: Optimizer, *, seed: int = 0) -> Calla
             grads, sums = jax.grad(loss, has_aux=True)(trainable, jax.tree.map(lambda x: x[0], batch), keys[0])
         else:
             zeros = jax.tree.map(jnp.zeros_like, trainable)
-            start = (zeros, dict.fromkeys(("nll", "correct", "count"), jnp.zeros((), jnp.float32)))
+            start = (zeros, dict.fromkeys(("nll", "correct", "count", "router"), jnp.zeros((), jnp.float32)))
             (grads, sums), _ = jax.lax.scan(accumulate, start, (batch, keys))
         count = jnp.maximum(sums["count"], 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
@@ -78,6 +81,8 @@ def make_train_step(graph: Any, optimizer: Optimizer, *, seed: int = 0) -> Calla
             "grad_norm": optax.tree.norm(grads),
             "lr": jnp.asarray(optimizer.learning_rate(step), jnp.float32),
         }
+        if config.num_experts:
+            metrics["router_loss"] = sums["router"] / count
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
     return train_step

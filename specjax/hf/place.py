@@ -1,0 +1,127 @@
+"""From memory-mapped tensors into the shards of a parameter: read, cast, stacked, with no second copy on the host."""
+
+import functools
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.hf import names
+from specjax.hf.strided import copy, pieces
+
+_ALIGNMENT = 64  # bytes; what XLA's CPU client asks of memory that it takes over without a copy
+
+Bounds = tuple[tuple[int, int], ...]  # of a shard: where it starts and stops on every axis
+
+
+def threads() -> ThreadPoolExecutor:
+    """A thread for each of the cores that this process may use: copies of NumPy's run beside each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(cores)
+
+
+def finish(jobs: list[Future[None]]) -> None:
+    """Waits for all; where one raises, so does this, and those not yet begun are left out."""
+    try:
+        for job in jobs:
+            job.result()
+    except BaseException:
+        for job in jobs:
+            job.cancel()
+        raise
+
+
+def place(
+    entry: names.Entry,
+    shape: tuple[int, ...],
+    dtype: Any,
+    where: jax.sharding.Sharding,
+    tensors: dict[str, np.ndarray],
+    pool: ThreadPoolExecutor,
+) -> jax.Array:
+    """One parameter in its place.
+
+    This process's shards alone are read, and one that several of its devices hold is read once.
+
+    Args:
+      entry: its row of the table.
+      shape: of the whole parameter.
+      dtype: what the file's values are cast to.
+      where: any sharding.
+      tensors: those of the file by name, of the shapes that the row says.
+      pool: whose threads copy.
+    """
+    holders: dict[Bounds, list[Any]] = {}
+    for device, index in where.addressable_devices_indices_map(shape).items():
+        bounds = tuple(i.indices(n)[:2] for i, n in zip(index or (), shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    shards: list[jax.Array] = []
+    if all(_in_host_memory(device) for devices in holders.values() for device in devices):
+        # The array may be the buffer itself, if it is aligned: what is read is placed.
+        buffers = [_aligned([stop - start for start, stop in bounds], dtype) for bounds in holders]
+        jobs = []
+        for bounds, buffer in zip(holders, buffers, strict=True):
+            for within, source in _sources(entry, shape, bounds, tensors):
+                jobs += [pool.submit(copy, *pair) for pair in pieces(buffer[within], source)]
+        finish(jobs)
+        for buffer, devices in zip(buffers, holders.values(), strict=True):
+            shards += [jax.device_put(buffer, device) for device in devices]
+    else:
+        for bounds, devices in holders.items():
+            shards += _stream(
+                [stop - start for start, stop in bounds], dtype, devices, _sources(entry, shape, bounds, tensors), pool
+            )
+    return jax.make_array_from_single_device_arrays(shape, where, shards)
+
+
+def _in_host_memory(device: Any) -> bool:
+    return device.platform == "cpu"
+
+
+def _stream(
+    shape: list[int],
+    dtype: Any,
+    devices: list[Any],
+    sources: Iterator[tuple[tuple[int, ...], np.ndarray]],
+    pool: ThreadPoolExecutor,
+) -> list[jax.Array]:
+    """One shard on each of some accelerators, stacked there: the host holds two tensors of the stack at most."""
+    stacks = [jnp.empty(shape, dtype, device=device) for device in devices]
+    sent: list[jax.Array] = []
+    for within, source in sources:
+        buffer = np.empty(source.shape, dtype)
+        finish([pool.submit(copy, *pair) for pair in pieces(buffer, source)])
+        jax.block_until_ready(sent)  # the buffer before this one
+        sent = [jax.device_put(buffer, device) for device in devices]
+        stacks = [_insert(stack, part, within) for stack, part in zip(stacks, sent, strict=True)]
+    return stacks
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert(stack: jax.Array, part: jax.Array, within: tuple[int, ...]) -> jax.Array:
+    starts = (*within, *(0 for _ in part.shape))
+    return jax.lax.dynamic_update_slice(stack, jnp.expand_dims(part, range(len(within))), starts)
+
+
+def _sources(
+    entry: names.Entry, shape: tuple[int, ...], bounds: Bounds, tensors: dict[str, np.ndarray]
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """For every tensor of the stack within a shard's bounds: its place in the shard, and its part as a view."""
+    stack, inner = bounds[: entry.stacked], tuple(slice(*b) for b in bounds[entry.stacked :])
+    for place, name in entry.tensors(shape):
+        if all(start <= i < stop for i, (start, stop) in zip(place, stack, strict=True)):
+            within = tuple(i - start for i, (start, _) in zip(place, stack, strict=True))
+            yield within, names.view(tensors[name], entry.kind, shape[entry.stacked :])[inner]
+
+
+def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
+    """An empty array whose memory begins at a multiple of what XLA asks for."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)

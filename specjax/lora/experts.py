@@ -1,0 +1,200 @@
+"""LoRA on a mixture of experts, as PEFT's files hold it: factors of two fused parameters and of the router.
+
+PEFT knows the experts of a layer as two parameters, `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F], whose factors
+lie in one matrix each: A [R*E, in], expert by expert, and B [out, R*E], rank by rank. Ours are three maps, a [L,E,in,R]
+and b [L,E,R,out] each. So gate and up of rank r are one update of rank 2r there, B block-diagonal (what PEFT makes of
+"all-linear": rank and alpha doubled); an update that PEFT trained is dense, and gate and up share its A.
+Source: `ParamWrapper` in peft/tuners/lora/layer.py, peft/utils/transformers_weight_conversion.py, version 0.21.
+
+E experts, F mlp, D embed, L layers, R rank.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from specjax.errors import UserError
+from specjax.lora.adapters import Adapter, Factors
+from specjax.lora.targets import EXPERTS, ROUTER
+from specjax.models import Decoder
+
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def check(factors: Mapping[str, Factors], dropout: float) -> None:
+    """Raises `UserError` for an adapter on experts or router that PEFT's files cannot hold."""
+    touched = [path for path in factors if path.startswith(EXPERTS) or path == ROUTER]
+    if not touched:
+        return
+    if dropout or any(factors[path].magnitude is not None for path in touched):
+        raise UserError(
+            f"{touched[0]} is part of a mixture of experts, where PEFT has neither dropout nor DoRA: leave those "
+            "out, or target the attention's maps alone."
+        )
+    for maps in FUSED.values():
+        found = [factors[f"{EXPERTS}{name}"] for name in maps if f"{EXPERTS}{name}" in factors]
+        ranks = {rank for one in found for rank in one.ranks}
+        alphas = {alpha for one in found for alpha in one.alphas}
+        if found and (len(found) < len(maps) or len(ranks) > 1 or len(alphas) > 1):
+            raise UserError(
+                f"{' and '.join(maps)} of the experts must be targeted together, in every layer, with one rank and "
+                "alpha: PEFT holds them in one tensor."
+            )
+
+
+def parameters(model: Decoder, wanted: list[str]) -> set[str]:
+    """Which of `gate_up_proj`, `down_proj` and `gate.weight` PEFT's `target_parameters` names.
+
+    Raises:
+      UserError: one names nothing, or some layers only.
+    """
+    found = set()
+    layers = model.config.num_layers if model.config.num_experts else 0
+    for one in wanted:
+        hits = [
+            [_name(layer, known).endswith(f".{one}") or _name(layer, known) == one for layer in range(layers)]
+            for known in (*FUSED, "gate.weight")
+        ]
+        if not any(map(any, hits)) or any(any(hit) and not all(hit) for hit in hits):
+            raise UserError(
+                f"target_parameters {one!r} names no parameter of a mixture of experts in this model, or not in every "
+                "layer of it."
+            )
+        found |= {known for known, hit in zip((*FUSED, "gate.weight"), hits, strict=True) if any(hit)}
+    return found
+
+
+def _name(layer: int, parameter: str) -> str:
+    return f"model.layers.{layer}.mlp.{'' if parameter == 'gate.weight' else 'experts.'}{parameter}"
+
+
+def settings(adapter: Adapter) -> tuple[dict[str, int], dict[str, float], list[str]]:
+    """Rank and alpha of each targeted parameter, by PEFT's name in every layer, and `target_parameters`."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    targets = []
+    if ROUTER in adapter.factors:
+        targets.append("gate.weight")
+        for layer, rank in enumerate(adapter.factors[ROUTER].ranks):
+            if rank:
+                ranks[_name(layer, "gate.weight")] = rank
+                alphas[_name(layer, "gate.weight")] = adapter.factors[ROUTER].alphas[layer]
+    for parameter in FUSED:
+        held = _held(adapter, parameter)
+        if held:
+            targets.append(parameter)
+            own, fused = held[0].ranks[0], _fused_rank(held)
+            alpha = held[0].alphas[0] * (math.sqrt(fused / own) if adapter.rslora else fused / own)
+            for layer in range(len(held[0].ranks)):
+                ranks[_name(layer, parameter)], alphas[_name(layer, parameter)] = fused, alpha
+    return ranks, alphas, targets
+
+
+def tensors(adapter: Adapter, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the file that holds the experts' factors."""
+    both = all(_held(adapter, parameter) for parameter in FUSED)
+    for parameter in FUSED:
+        held = _held(adapter, parameter)
+        for layer in range(len(held[0].ranks) if held else 0):
+            a, b = _fuse(held, layer)
+            rows = {
+                "A": a.transpose(0, 2, 1).reshape(-1, a.shape[1]),
+                "B": b.transpose(2, 1, 0).reshape(b.shape[2], -1),
+            }
+            for letter, value in rows.items():
+                yield _key(both, prefix, parameter, layer, letter), np.ascontiguousarray(value)
+
+
+def _fuse(held: list[Factors], layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """A [E, in, R] and B [E, R, out] of one layer's fused parameter."""
+    a, b = ([np.asarray(getattr(one, letter))[layer] for one in held] for letter in "ab")
+    if _fused_rank(held) == held[0].ranks[0]:
+        return a[0], np.concatenate(b, axis=-1)
+    empty = [np.zeros((*b[0].shape[:2], one.shape[-1]), np.float32) for one in b]
+    blocks = [np.concatenate([b[0], empty[1]], axis=-1), np.concatenate([empty[0], b[1]], axis=-1)]
+    return np.concatenate(a, axis=-1), np.concatenate(blocks, axis=1)
+
+
+def read(
+    model: Decoder,
+    wanted: set[str],
+    held: Mapping[str, np.ndarray],
+    prefix: str,
+    rank_of: Callable[[str], Any],
+    alpha_of: Callable[[str], Any],
+    rslora: bool,
+) -> tuple[dict[str, Factors], set[str]]:
+    """The experts' factors of a file, by our paths, and the tensors that they were read from.
+
+    Raises:
+      UserError: a tensor is missing or has another shape, or layers differ in rank or alpha.
+    """
+    found: dict[str, Factors] = {}
+    keys: set[str] = set()
+    layers = range(model.config.num_layers)
+    both = set(FUSED) <= wanted
+    for parameter in sorted(set(FUSED) & wanted):
+        ranks, alphas = ({of(_name(layer, parameter)) for layer in layers} for of in (rank_of, alpha_of))
+        if len(ranks) > 1 or len(alphas) > 1:
+            raise UserError(f"{parameter} of the experts has another rank or alpha in some layers: not supported.")
+        pairs = []
+        for layer in layers:
+            at = [_key(both, prefix, parameter, layer, letter) for letter in "AB"]
+            keys |= set(at)
+            pairs.append(_layer(model, parameter, ranks.copy().pop(), held, at))
+        a, b = (np.stack(each) for each in zip(*pairs, strict=True))
+        found |= _maps(model, parameter, a, b, float(alphas.pop()), rslora)
+    return found, keys
+
+
+def _layer(
+    model: Decoder, parameter: str, rank: int, held: Mapping[str, np.ndarray], keys: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A [E, in, R] and B [E, R, out] of one layer's fused parameter."""
+    count = model.config.num_experts
+    kernels = [getattr(model.layers.mlp.experts, name).kernel for name in FUSED[parameter]]
+    size, out = kernels[0].shape[2], sum(kernel.shape[3] for kernel in kernels)
+    for key, shape in zip(keys, ((rank * count, size), (out, rank * count)), strict=True):
+        if key not in held:
+            raise UserError(f"tensor {key} is missing, though target_parameters names its parameter.")
+        if held[key].shape != shape:
+            raise UserError(f"tensor {key} is {list(held[key].shape)} where {list(shape)} is needed.")
+    a, b = (held[key].astype(np.float32) for key in keys)
+    return a.reshape(count, rank, size).transpose(0, 2, 1), b.reshape(out, rank, count).transpose(2, 1, 0)
+
+
+def _maps(
+    model: Decoder, parameter: str, a: np.ndarray, b: np.ndarray, alpha: float, rslora: bool
+) -> dict[str, Factors]:
+    """The fused update, a [L,E,in,R] and b [L,E,R,out], as those of our maps."""
+    maps, layers, rank = FUSED[parameter], len(a), a.shape[-1]
+    half, first = rank // 2, getattr(model.layers.mlp.experts, maps[0]).kernel.shape[3]
+    blocks = not b[:, :, :half, first:].any() and not b[:, :, half:, :first].any()
+    apart = len(maps) > 1 and rank % 2 == 0 and blocks  # as we write it: gate and up have updates of their own
+    if apart:
+        alpha = round(alpha / (math.sqrt(2) if rslora else 2), 12)
+    found = {}
+    for number, name in enumerate(maps):
+        rows = slice(number * half, (number + 1) * half) if apart else slice(0, rank)
+        columns = slice(number * first, (number + 1) * first)
+        one_a, one_b = np.ascontiguousarray(a[..., rows]), np.ascontiguousarray(b[:, :, rows, columns])
+        found[f"{EXPERTS}{name}"] = Factors(one_a, one_b, None, (one_a.shape[-1],) * layers, (alpha,) * layers)
+    return found
+
+
+def _held(adapter: Adapter, parameter: str) -> list[Factors]:
+    return [adapter.factors[f"{EXPERTS}{n}"] for n in FUSED[parameter] if f"{EXPERTS}{n}" in adapter.factors]
+
+
+def _fused_rank(held: list[Factors]) -> int:
+    """The rank of the fused update: gate's alone where gate and up share A."""
+    shared = len(held) < 2 or np.array_equal(np.asarray(held[0].a), np.asarray(held[1].a))
+    return held[0].ranks[0] if shared else sum(one.ranks[0] for one in held)
+
+
+def _key(both: bool, prefix: str, parameter: str, layer: int, letter: str) -> str:
+    """PEFT wraps the experts once a parameter, gate_up_proj inside: it is the base layer where both are targeted."""
+    inside = "base_layer." if both and parameter == "gate_up_proj" else ""
+    return f"{prefix}model.layers.{layer}.mlp.experts.{inside}lora_{letter}.weight"

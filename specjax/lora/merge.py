@@ -1,0 +1,122 @@
+"""Folding an adapter into the base."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from specjax import sharding
+from specjax.errors import UserError
+from specjax.lora.adapters import Copies, Factors, active, collect, is_stacked, scales, unload
+from specjax.lora.targets import EXPERTS, TIED_HEAD, linears, parts
+from specjax.models import Decoder
+from specjax.models.layers import Linear
+
+
+def merge(model: Decoder, name: str | None = None) -> None:
+    """Folds an adapter into the base and takes it off: W + s A B in float32, then cast to W's dtype.
+
+    DoRA's update is scaled by magnitude / norm; copies of parameters take the base's place. Where an adapter trained
+    one end alone of tied embeddings, the model is untied: it gets an `lm_head`.
+
+    Args:
+      model: changed in place.
+      name: default the adapter in use.
+
+    Raises:
+      UserError: there is no such adapter, or none in use, or the base is quantised.
+    """
+    name = name or active(model)
+    if name is None:
+        raise UserError("no adapter is in use: nothing to merge.")
+    adapter = collect(model, name)
+    maps = linears(model)
+    for path in adapter.factors:
+        _check_dtype(f"{path}.kernel", maps[path].kernel.dtype)
+    for path, copies in adapter.copies.items():
+        for parameter in copies.values:
+            stored = "embedding" if parameter == TIED_HEAD else parameter
+            _check_dtype(f"{path}.{stored}", getattr(parts(model)[path], stored).dtype)
+    for path, copies in adapter.copies.items():
+        _replace(model, path, copies)
+    for path, factors in adapter.factors.items():
+        kernel = maps[path].kernel
+        merged = _merged(
+            kernel[...], factors, adapter.rslora, maps[path].in_dims, is_stacked(path), path.startswith(EXPERTS)
+        )
+        # Waited for: else the kernels of all maps, still being read, are in memory beside the merged ones.
+        kernel[...] = jax.block_until_ready(merged)
+    unload(model, name)
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
+        raise UserError(
+            f"{name} is stored as {jnp.dtype(dtype).name}, a quantised base, into which a merge would be rounded: "
+            "load the base in bfloat16 or float32, and the adapter onto it, and merge there."
+        )
+
+
+def _merged(kernel: jax.Array, factors: Factors, rslora: bool, in_dims: int, stacked: bool, experts: bool) -> jax.Array:
+    by_layer = jnp.asarray(scales(factors.ranks, factors.alphas, rslora), jnp.float32)
+    scale = by_layer if stacked else by_layer[0]
+    return _merger(in_dims, stacked, experts, kernel.sharding)(kernel, factors.a, factors.b, scale, factors.magnitude)
+
+
+@functools.cache
+def _merger(in_dims: int, stacked: bool, experts: bool, place: jax.sharding.Sharding) -> Any:
+    """The compiled merge of a map's kind, shared by maps of the same shapes."""
+
+    def one(parts: tuple[Any, ...]) -> jax.Array:
+        w, a, b, scale, magnitude = parts
+        product = (
+            jnp.einsum("Eir,Ero->Eio", a, b, precision="highest")
+            if experts
+            else jnp.tensordot(a, b, 1, precision="highest")
+        )
+        merged = w.astype(jnp.float32) + product * scale
+        if magnitude is not None:
+            norm = jnp.sqrt(jnp.sum(jnp.square(merged), axis=tuple(range(in_dims))))
+            factor = jnp.where(scale != 0, magnitude / norm, 1.0)
+            merged = merged * factor.reshape((1,) * in_dims + factor.shape)
+        return merged.astype(w.dtype)
+
+    def every(*parts: Any) -> jax.Array:
+        # Layer by layer: float32 copies of all layers at once would be twice the model.
+        return jax.lax.map(one, parts) if stacked else one(parts)
+
+    return jax.jit(every, out_shardings=place)
+
+
+def _replace(model: Decoder, path: str, copies: Copies) -> None:
+    """Puts an adapter's copies in the base's place, cast to its dtype."""
+    part = parts(model)[path]
+    if path == "embed_tokens" and model.lm_head is None and not copies.tied:
+        _untie(model, copies.values.get(TIED_HEAD, model.embed_tokens.embedding[...]))
+    for parameter, value in copies.values.items():
+        if parameter == TIED_HEAD:
+            continue
+        base = getattr(part, parameter)
+        old = base[...]
+        if all(copies.layers):
+            base[...] = jax.device_put(jnp.array(value, old.dtype, copy=True), old.sharding)
+        else:
+            on = jnp.asarray(copies.layers).reshape(-1, *(1,) * (old.ndim - 1))
+            base[...] = jax.device_put(jnp.where(on, jnp.asarray(value).astype(old.dtype), old), old.sharding)
+
+
+def _untie(model: Decoder, table: Any) -> None:
+    """Gives a model with tied embeddings an output layer of its own, from the table [V,D]."""
+    embedding = model.embed_tokens.embedding[...]
+    size, dim = embedding.shape
+    head = nnx.eval_shape(lambda: Linear((dim,), (size,), ("embed",), ("vocab",), rngs=nnx.Rngs(0)))
+    axes = head.kernel.get_metadata("axes")
+    mesh = sharding.mesh_of(embedding)
+    place = None if mesh is None else sharding.named_sharding(mesh, axes, (dim, size), "lm_head.kernel")
+    kernel = jax.jit(lambda table: table.T.astype(embedding.dtype), out_shardings=place)(table)
+    head.kernel = nnx.Param(kernel, axes=axes)
+    model.lm_head = nnx.data(head)
+    model.config = dataclasses.replace(model.config, tied=False, hf=model.config.hf | {"tie_word_embeddings": False})

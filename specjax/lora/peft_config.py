@@ -1,0 +1,218 @@
+"""`adapter_config.json`: what each key may say, and what an adapter's arrays make it say.
+
+Source: `LoraConfig` and `PeftConfig` of peft 0.21 (peft/tuners/lora/config.py, peft/config.py).
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from specjax.errors import UserError, nearest
+from specjax.lora import experts, targets
+from specjax.lora.adapters import Adapter
+from specjax.lora.targets import EXPERTS, ROUTER, TIED_HEAD
+from specjax.models import Decoder
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Keys that are read: what they may hold, in words and as a check.
+_READ: dict[str, tuple[str, Any]] = {
+    "r": ("a whole number of at least 1", lambda v: _is_rank(v)),
+    "lora_alpha": ("a number other than 0", lambda v: _is_number(v) and v != 0),
+    "lora_dropout": ("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
+    "use_dora": ("true or false", lambda v: isinstance(v, bool)),
+    "ensure_weight_tying": ("true or false", lambda v: isinstance(v, bool)),
+    "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
+    "target_modules": ("a list of names or a pattern", lambda v: isinstance(v, str) or _is_names(v)),
+    "target_parameters": ("a list of names", lambda v: _is_names(v)),
+    "exclude_modules": ("a list of names or a pattern", lambda v: isinstance(v, str) or _is_names(v)),
+    "modules_to_save": ("a list of names", lambda v: _is_names(v)),
+    "layers_to_transform": ("layer numbers", lambda v: isinstance(v, int) or _is_list(v, int)),
+    "layers_pattern": ("a name or a list of names", lambda v: isinstance(v, str) or _is_names(v)),
+    "rank_pattern": (
+        "patterns with whole numbers of at least 1",
+        lambda v: isinstance(v, dict) and all(_is_rank(one) for one in v.values()),
+    ),
+    "alpha_pattern": (
+        "patterns with numbers other than 0",
+        lambda v: isinstance(v, dict) and all(_is_number(one) and one != 0 for one in v.values()),
+    ),
+}
+_NEEDED = ("r", "target_modules")
+
+# Keys that would change what an adapter computes: the values that do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "fan_in_fan_out": (False, None),
+    "layer_replication": (None, []),
+    "lora_bias": (False, None),
+    "trainable_token_indices": (None,),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "use_bdlora": (None,),
+    "enable_lora": (None,),  # of the first releases
+    # The others (pissa, olora, corda, loftq, ...) subtract their start from the base: the adapter fits no plain base.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+}
+
+# Keys that say where the adapter comes from, or how its training started or was run: whatever they hold.
+_ANY = (
+    "peft_type",
+    "task_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+    "megatron_config",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "merge_weights",
+)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter folder; keys that are absent or null are left out.
+
+    Raises:
+      UserError: a file is absent or no JSON, the adapter is of another kind, or a key is unknown, has a value that
+        makes no sense, or one that would change what the adapter computes and is not supported.
+    """
+    path = folder / CONFIG
+    for file in (path, folder / WEIGHTS):
+        if not file.is_file():
+            raise UserError(f"{folder} is not a PEFT adapter folder: it has no {file.name}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}): restore the file.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object: restore the file.")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not supported; supported is LORA.")
+    known = (*_READ, *_NEUTRAL, *_ANY)
+    for key, value in config.items():
+        if key not in known:
+            raise UserError(f"{path}: {key!r} is no key of PEFT's LoRA.{nearest(key, known)}")
+        if key in _NEUTRAL and not any(
+            value is one or (value == one and type(value) is type(one)) for one in _NEUTRAL[key]
+        ):
+            raise UserError(f"{path}: {key} = {value!r} is not supported.")
+        if key in _READ and not (value is None and key not in _NEEDED) and not _READ[key][1](value):
+            raise UserError(f"{path}: {key} must be {_READ[key][0]}, not {value!r}.")
+    for key in _NEEDED:
+        if key not in config:
+            raise UserError(f"{path} has no {key}: restore the file.")
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: str | None) -> dict[str, Any]:
+    """The settings that make PEFT build this adapter, told from its arrays alone.
+
+    `r` and `lora_alpha` are the most frequent ones, `rank_pattern` and `alpha_pattern` hold the others.
+    """
+    maps = {path: targets.modules(model, path) for path in targets.linears(model)}
+    ranks, alphas = {}, {}
+    for path, factors in adapter.factors.items():
+        if path == ROUTER or path.startswith(EXPERTS):
+            continue
+        for name, rank, alpha in zip(maps[path], factors.ranks, factors.alphas, strict=True):
+            if rank:
+                ranks[name], alphas[name] = rank, alpha
+    of_modules = list(ranks)
+    expert_ranks, expert_alphas, parameters = experts.settings(adapter)
+    ranks, alphas = ranks | expert_ranks, alphas | expert_alphas
+    r, rank_pattern = _pattern(ranks)
+    alpha, alpha_pattern = _pattern({name: int(a) if a == int(a) else a for name, a in alphas.items()})
+    everything = [name for path in targets.parts(model) for name in targets.modules(model, path)]
+    saved = saved_modules(model, adapter)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "use_dora": any(factors.magnitude is not None for factors in adapter.factors.values()),
+        "target_modules": targets.shorten(of_modules, everything, lambda name, end: name.endswith(f".{end}")),
+        "target_parameters": parameters or None,
+        "modules_to_save": targets.shorten(saved, everything, str.endswith) if saved else None,
+        "ensure_weight_tying": any(copies.tied for copies in adapter.copies.values()),
+        "bias": _bias(adapter),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def saved_modules(model: Decoder, adapter: Adapter) -> list[str]:
+    """The names PEFT knows the adapter's whole modules by."""
+    found = []
+    for path, copies in adapter.copies.items():
+        if TIED_HEAD in copies.values:
+            found.append(TIED_HEAD)
+        if list(copies.values) not in ([TIED_HEAD], ["bias"]):
+            found += [name for name, on in zip(targets.modules(model, path), copies.layers, strict=True) if on]
+    return found
+
+
+def _pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and patterns for the modules that have another."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    by_last: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        by_last.setdefault(name.rsplit(".", 1)[-1], set()).add(value)
+    found = {}
+    for name, value in values.items():
+        last = name.rsplit(".", 1)[-1]
+        if len(by_last[last]) == 1:
+            found[last] = value
+        else:  # without "model.": PEFT before 0.14 wants something in front of a pattern
+            found[name.removeprefix("model.").replace(".", r"\.")] = value
+    return usual, {key: value for key, value in found.items() if value != usual}
+
+
+def _bias(adapter: Adapter) -> str:
+    biased = [path for path, copies in adapter.copies.items() if list(copies.values) == ["bias"]]
+    if not biased:
+        return "none"
+    targeted = all(
+        path in adapter.factors
+        and all(
+            rank or not on for rank, on in zip(adapter.factors[path].ranks, adapter.copies[path].layers, strict=True)
+        )
+        for path in biased
+    )
+    return "lora_only" if targeted else "all"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
+
+
+def _is_names(value: Any) -> bool:
+    return _is_list(value, str)

@@ -1,0 +1,229 @@
+"""Which modules, and which of their layers, an adapter touches: names and patterns as PEFT matches them.
+
+A map that is stacked here is one module a layer for PEFT. So a match is a tuple of flags, one a layer (one alone for a
+module that is not stacked). Source: `check_target_module_exists` in peft/tuners/tuners_utils.py, `_set_trainable` and
+`get_pattern_key` in peft/utils/other.py, version 0.21.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from specjax import sharding
+from specjax.errors import UserError, nearest
+from specjax.hf import names as hf_names
+from specjax.models import Decoder
+from specjax.models.adapter import Adaptable
+from specjax.models.layers import Linear
+from specjax.models.moe import ExpertLinear
+
+Layers = tuple[bool, ...]
+ROUTER, EXPERTS = "layers.mlp.gate", "layers.mlp.experts."  # of a mixture of experts
+TIED_HEAD = "lm_head"  # the name of a tied output layer among the copies of the embedding
+_PARAMETERS = ("kernel", "bias", "scale", "embedding")
+
+
+def parts(model: Decoder) -> dict[str, Adaptable]:
+    """The modules that can wear an adapter, by dotted path ("layers.self_attn.q_proj" is that map in every layer)."""
+    found = nnx.iter_modules(model)
+    return {sharding.path_name(path): module for path, module in found if isinstance(module, Adaptable)}
+
+
+def linears(model: Decoder) -> dict[str, Linear | ExpertLinear]:
+    """The linear maps among them."""
+    return {path: part for path, part in parts(model).items() if isinstance(part, Linear | ExpertLinear)}
+
+
+def parameters(part: Adaptable) -> tuple[str, ...]:
+    """The names of a module's own parameters."""
+    return tuple(name for name in _PARAMETERS if getattr(part, name, None) is not None)
+
+
+def tensors(model: Decoder, path: str, parameter: str) -> tuple[list[str], str]:
+    """The Hugging Face tensors of a module's parameter, by layer, and how they lie in a file (see `hf.names`)."""
+    if parameter == TIED_HEAD:
+        return ["lm_head.weight"], "table"
+    (entry,) = hf_names.entries(model.config, [f"{path}.{parameter}"])
+    shape = getattr(parts(model)[path], parameter).shape
+    return [name for _, name in entry.tensors(shape)], entry.kind
+
+
+def modules(model: Decoder, path: str) -> list[str]:
+    """The names PEFT knows a module by, one a layer: "model.layers.0.mlp.up_proj", ..."""
+    if path == ROUTER or path.startswith(EXPERTS):  # transformers 5 knows them so, whatever the files say
+        return [f"model.{path.replace('layers', f'layers.{layer}', 1)}" for layer in range(model.config.num_layers)]
+    found, _ = tensors(model, path, parameters(parts(model)[path])[0])
+    return [name.removesuffix(".weight") for name in found]
+
+
+def match(
+    model: Decoder,
+    targets: str | Sequence[str],
+    *,
+    exclude: str | Sequence[str] | None = None,
+    layers: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    saved: Sequence[str] = (),
+    strict: bool = True,
+) -> dict[str, Layers]:
+    """The linear maps that `targets` names, and in which layers.
+
+    Args:
+      model: the model.
+      targets: "all-linear" (every linear map of the layers, not the head); another string is a regular expression that
+        must match a module's full name ("model.layers.0.self_attn.q_proj"); a list holds names or ends of names.
+      exclude: likewise, of maps to leave out.
+      layers: numbers of the layers to touch, where `targets` is a list of ends of names; None: all.
+      layers_pattern: the name before a layer's number ("layers"); None: any.
+      saved: modules trained as a whole, which no factors go beside.
+      strict: each name must match something; else it is enough that one does.
+
+    Raises:
+      UserError: a target matches nothing; the names that are there are listed.
+    """
+    maps = linears(model)
+    known = sorted({path.rsplit(".", 1)[-1] for path in maps})
+    pattern = targets if isinstance(targets, str) and targets.lower() != "all-linear" else None
+    hit = _compiled(pattern, "LoRA targets") if pattern is not None else None
+    names = {path: modules(model, path) for path in maps}
+    everything = [name for found in names.values() for name in found]
+    if strict:
+        _check_layers(model, targets, layers)
+        if not isinstance(targets, str):
+            _check_each(targets, everything, "LoRA target", known)
+        if exclude and not isinstance(exclude, str):
+            _check_each(exclude, everything, "exclude_modules", known)
+    left_out = _compiled(exclude, "exclude_modules") if isinstance(exclude, str) else _ends(exclude or ())
+    whole = [_compiled(rf"(^|.*\.){name}($|\..*)", "modules_to_save") for name in saved]
+
+    def chosen(path: str, name: str) -> bool:
+        if left_out(name) or any(inside(name) for inside in whole):
+            return False
+        if isinstance(targets, str):
+            return hit(name) if hit else path != "lm_head"
+        if name in targets:  # PEFT asks a full name for no layer
+            return True
+        return _ends(targets)(name) and (
+            layers is None or layers == [] or _layer(name, layers_pattern) in _some(layers)
+        )
+
+    found = {path: tuple(chosen(path, name) for name in names[path]) for path in maps}
+    found = {path: flags for path, flags in found.items() if any(flags)}
+    if not found:
+        raise UserError(
+            f"LoRA targets {targets!r} match no linear map; there are {', '.join(known)}: give names, 'all-linear', or "
+            "a regular expression that matches a full name such as model.layers.0.self_attn.q_proj."
+        )
+    return found
+
+
+def match_saved(model: Decoder, wanted: Sequence[str], *, strict: bool = True) -> dict[str, Layers]:
+    """The modules, of any kind, whose name, or that of a module around them, ends in one of `wanted`.
+
+    PEFT matches `modules_to_save` so: "norm" names every norm, "model.norm" the last one. A tied output layer, which
+    is no module here, comes out as "lm_head".
+
+    Raises:
+      UserError: one matches nothing; the names that are there are listed.
+    """
+    names = {p: modules(model, p) for p in parts(model) if p != ROUTER and not p.startswith(EXPERTS)}
+    if model.lm_head is None:
+        names[TIED_HEAD] = ["lm_head"]
+    if strict:
+        known = sorted({path.rsplit(".", 1)[-1] for path in names})
+        for one in wanted:
+            if not any(_inside(name, [one]) for found in names.values() for name in found):
+                raise UserError(
+                    f"modules_to_save {one!r} matches no module; there are {', '.join(known)}.{nearest(one, known)}"
+                )
+    found = {path: tuple(_inside(name, wanted) for name in names[path]) for path in names}
+    return {path: flags for path, flags in found.items() if any(flags)}
+
+
+def by_pattern(patterns: Mapping[str, Any], default: Any, what: str) -> Callable[[str], Any]:
+    """The value of the first pattern that matches the end of a module's name, as in `rank_pattern`.
+
+    Raises:
+      UserError: a pattern is no regular expression.
+    """
+    compiled = [(_compiled(rf"(.*\.)?({key})", what), value) for key, value in patterns.items()]
+    return lambda name: next((value for hit, value in compiled if hit(name)), default)
+
+
+def check_patterns(patterns: Mapping[str, Any], touched: Iterable[str], what: str) -> None:
+    """Raises `UserError` at a pattern that matches none of the targeted modules."""
+    touched = list(touched)
+    for key in patterns:
+        hit = _compiled(rf"(.*\.)?({key})", what)
+        if not any(hit(name) for name in touched):
+            known = sorted({name.rsplit(".", 1)[-1] for name in touched})
+            raise UserError(
+                f"{what} {key!r} matches no targeted linear map; there are {', '.join(known)}.{nearest(key, known)}"
+            )
+
+
+def shorten(chosen: Iterable[str], others: Iterable[str], ends: Callable[[str, str], bool]) -> list[str]:
+    """The last parts of the chosen modules' names where they name no other module, else whole names; sorted."""
+    chosen, others = set(chosen), set(others)
+    result = set()
+    for name in chosen:
+        last = name.rsplit(".", 1)[-1]
+        result.add(name if any(ends(other, last) for other in others - chosen) else last)
+    return sorted(result)
+
+
+def _inside(name: str, wanted: Sequence[str]) -> bool:
+    """Whether a module, or one around it up to its layer, ends in one of the names."""
+    pieces = name.split(".")
+    # model.layers.3 is the outermost that can be named: "model" and "layers" hold more than modules of one kind.
+    outer = min(len(pieces), 3)
+    around = [".".join(pieces[:n]) for n in range(outer, len(pieces) + 1)]
+    return any(one.endswith(end) for one in around for end in wanted)
+
+
+def _compiled(pattern: str, what: str) -> Callable[[str], bool]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{what} {pattern!r} is not a regular expression ({error}).") from error
+    return lambda name: compiled.fullmatch(name) is not None
+
+
+def _ends(wanted: Sequence[str]) -> Callable[[str], bool]:
+    return lambda name: any(name == end or name.endswith(f".{end}") for end in wanted)
+
+
+def _some(layers: int | Sequence[int]) -> Sequence[int]:
+    return [layers] if isinstance(layers, int) else layers
+
+
+def _layer(name: str, pattern: str | Sequence[str] | None) -> int | None:
+    """The layer's number in a module's name."""
+    patterns = [pattern] if isinstance(pattern, str) and pattern else list(pattern or [])
+    tried = [rf"(?:^|.*?\.){one}\.(\d+)\." for one in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((hit for one in tried if (hit := re.match(one, name))), None)
+    return int(found[1]) if found else None
+
+
+def _check_layers(model: Decoder, targets: str | Sequence[str], layers: int | Sequence[int] | None) -> None:
+    if layers is None:
+        return
+    if isinstance(targets, str):
+        raise UserError(
+            f"layers_to_transform = {layers!r} goes with a list of LoRA targets, not with {targets!r}: "
+            "give names of linear maps."
+        )
+    wrong = [one for one in _some(layers) if not 0 <= one < model.config.num_layers]
+    if wrong or not _some(layers):
+        raise UserError(
+            f"layers_to_transform = {layers!r}: the model has layers 0 to {model.config.num_layers - 1}: give some."
+        )
+
+
+def _check_each(wanted: Sequence[str], names: Sequence[str], what: str, known: Sequence[str]) -> None:
+    for one in wanted:
+        if not any(_ends([one])(name) for name in names):
+            hint = nearest(one, known)
+            raise UserError(f"{what} {one!r} matches no linear map; there are {', '.join(known)}.{hint}")

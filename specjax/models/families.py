@@ -1,0 +1,228 @@
+"""How each supported family reads its `config.json` and where its mathematics differ from Llama's.
+
+One function a family, from transformers' configuration object (which fills in a family's defaults and reads the
+dialects of transformers 4 and 5) to the fields of `ModelConfig` that are not plain sizes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from specjax.errors import UserError
+from specjax.models import rope
+from specjax.models.rope import Rope
+
+Fields = dict[str, Any]
+
+
+class Family(NamedTuple):
+    """A family: its name here and in transformers (`model_type`), and its reader."""
+
+    name: str
+    model_type: str
+    fields: Callable[[Any], Fields]
+
+
+def _llama(c: Any) -> Fields:
+    return {"qkv_bias": c.attention_bias, "o_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
+
+
+def _mistral(c: Any) -> Fields:
+    return {"windows": (c.sliding_window,)}
+
+
+def _qwen2(c: Any) -> Fields:
+    return {"qkv_bias": True} | _kinds(c)
+
+
+def _qwen3(c: Any) -> Fields:
+    return {"qkv_bias": c.attention_bias, "o_bias": c.attention_bias, "qk_norm": "head"} | _kinds(c)
+
+
+def _gemma(c: Any) -> Fields:
+    return {
+        "activation": c.hidden_act,
+        "norm_style": "gemma",
+        "embed_scale": c.hidden_size**0.5,
+        "qkv_bias": c.attention_bias,
+        "o_bias": c.attention_bias,
+    }
+
+
+def _gemma2(c: Any) -> Fields:
+    return {
+        "activation": c.hidden_activation,
+        "norm_style": "gemma",
+        "norms": "sandwich",
+        "embed_scale": c.hidden_size**0.5,
+        "query_scale": c.query_pre_attn_scalar**-0.5,
+        "attention_softcap": c.attn_logit_softcapping,
+        "logits_softcap": c.final_logit_softcapping,
+        "qkv_bias": c.attention_bias,
+        "o_bias": c.attention_bias,
+    } | _kinds(c)
+
+
+def _gemma3(c: Any) -> Fields:
+    # The model of transformers reads no attention soft cap here, whatever the config says.
+    return _gemma2(c) | {"qk_norm": "head", "attention_softcap": None}
+
+
+def _phi3(c: Any) -> Fields:
+    return {"fused": True, "windows": (c.sliding_window,)}
+
+
+def _olmo2(c: Any) -> Fields:
+    return {
+        "norm_style": "olmo2",
+        "norms": "post",
+        "qk_norm": "all",
+        "qkv_bias": c.attention_bias,
+        "o_bias": c.attention_bias,
+    }
+
+
+def _granite(c: Any) -> Fields:
+    return {
+        "embed_scale": c.embedding_multiplier,
+        "residual_scale": c.residual_multiplier,
+        "query_scale": c.attention_multiplier,
+        "logits_divisor": c.logits_scaling,
+        "qkv_bias": c.attention_bias,
+        "o_bias": c.attention_bias,
+        "mlp_bias": c.mlp_bias,
+    }
+
+
+def _mixtral(c: Any) -> Fields:
+    if c.router_jitter_noise:
+        raise UserError("router_jitter_noise is not supported: set it to 0.")
+    return {
+        "windows": (c.sliding_window,),
+        "num_experts": c.num_local_experts,
+        "experts_per_token": c.num_experts_per_tok,
+        "expert_dim": c.intermediate_size,
+        "normalise_experts": True,
+        "router_aux_coef": c.router_aux_loss_coef if c.output_router_logits else 0.0,
+    }
+
+
+def _qwen3_moe(c: Any) -> Fields:
+    if c.mlp_only_layers or c.decoder_sparse_step != 1:
+        raise UserError(
+            "mlp_only_layers and decoder_sparse_step (layers without experts among those with) are not supported for "
+            "Qwen3-MoE: every layer must have experts."
+        )
+    return {
+        "qkv_bias": c.attention_bias,
+        "o_bias": c.attention_bias,
+        "qk_norm": "head",
+        "windows": (c.sliding_window,),
+        "num_experts": c.num_experts,
+        "experts_per_token": c.num_experts_per_tok,
+        "expert_dim": c.moe_intermediate_size,
+        "normalise_experts": c.norm_topk_prob,
+        "round_expert_weights": True,
+        "router_aux_coef": c.router_aux_loss_coef if c.output_router_logits else 0.0,
+    }
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family("llama", "llama", _llama),
+    "MistralForCausalLM": Family("mistral", "mistral", _mistral),
+    "Qwen2ForCausalLM": Family("qwen2", "qwen2", _qwen2),
+    "Qwen3ForCausalLM": Family("qwen3", "qwen3", _qwen3),
+    "GemmaForCausalLM": Family("gemma", "gemma", _gemma),
+    "Gemma2ForCausalLM": Family("gemma2", "gemma2", _gemma2),
+    "Gemma3ForCausalLM": Family("gemma3", "gemma3_text", _gemma3),
+    "Phi3ForCausalLM": Family("phi3", "phi3", _phi3),
+    "Olmo2ForCausalLM": Family("olmo2", "olmo2", _olmo2),
+    "GraniteForCausalLM": Family("granite", "granite", _granite),
+    "MixtralForCausalLM": Family("mixtral", "mixtral", _mixtral),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", "qwen3_moe", _qwen3_moe),
+}
+
+
+def _kinds(c: Any) -> Fields:
+    """The kinds of attention among the layers (window, rope) and which kind each layer is."""
+    kinds = sorted(set(c.layer_types))
+    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    if unknown:
+        raise UserError(f"layer type {unknown[0]!r} is not supported: full_attention and sliding_attention are.")
+    return {
+        "windows": tuple(c.sliding_window if kind == "sliding_attention" else None for kind in kinds),
+        "layer_kinds": tuple(kinds.index(kind) for kind in c.layer_types) if len(kinds) > 1 else None,
+        "rope_kinds": tuple(kinds),
+    }
+
+
+def ropes(c: Any, head_dim: int, kinds: tuple[str, ...]) -> tuple[Rope, ...]:
+    """The rotary frequencies of each kind of layer; one for all where the config does not tell them apart.
+
+    Raises:
+      UserError: a kind of scaling that is not supported.
+    """
+    parameters = c.rope_parameters
+    nested = [parameters[kind] for kind in kinds if isinstance(parameters.get(kind), dict)]
+    return tuple(_rope(c, one, head_dim) for one in nested or [parameters])
+
+
+def _rope(c: Any, p: dict[str, Any], head_dim: int) -> Rope:
+    kind = {"su": "longrope"}.get(p["rope_type"], p["rope_type"])
+    if kind not in rope.KINDS:
+        raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(rope.KINDS)}.")
+    if c.model_type != "phi3" and (p.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError("partial_rotary_factor is not supported for this architecture.")
+    dim = int(head_dim * (p.get("partial_rotary_factor") or 1.0))
+    common: dict[str, Any] = {"dim": dim, "theta": float(p["rope_theta"]), "kind": kind}
+    original = int(p.get("original_max_position_embeddings") or c.max_position_embeddings)
+    if kind == "linear":
+        return Rope(**common, factor=float(p["factor"]))
+    if kind == "llama3":
+        low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
+        return Rope(
+            **common,
+            factor=float(p["factor"]),
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_positions=original,
+        )
+    if kind == "yarn":
+        return Rope(
+            **common,
+            factor=float(p["factor"]),
+            beta_fast=float(p.get("beta_fast") or 32),
+            beta_slow=float(p.get("beta_slow") or 1),
+            truncate=bool(p.get("truncate", True)),
+            original_max_positions=original,
+            attention_factor=_yarn_attention(p),
+        )
+    if kind == "longrope":
+        short, long = tuple(map(float, p["short_factor"])), tuple(map(float, p["long_factor"]))
+        if len(short) != dim // 2 or len(long) != dim // 2:
+            raise UserError(
+                f"rope scaling 'longrope' has {len(short)} short and {len(long)} long factors where {dim // 2} of each "
+                "are needed."
+            )
+        factor = p.get("factor") or c.max_position_embeddings / original
+        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        given = p.get("attention_factor")
+        return Rope(
+            **common,
+            short_factors=short,
+            long_factors=long,
+            original_max_positions=original,
+            attention_factor=float(scale if given is None else given),
+        )
+    return Rope(**common)
+
+
+def _yarn_attention(p: dict[str, Any]) -> float:
+    def scale(weight: float) -> float:
+        return 1.0 if p["factor"] <= 1 else 0.1 * weight * math.log(p["factor"]) + 1.0
+
+    if p.get("attention_factor") is not None:
+        return float(p["attention_factor"])
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return float(scale(p["mscale"]) / scale(p["mscale_all_dim"]))
+    return scale(1.0)
