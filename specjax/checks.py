@@ -237,7 +237,13 @@ def _check_devices(config: ConfigDict, device_count: int) -> None:
     from specjax.sharding import MESH_AXES, fill_sizes  # here, because it imports jax, which a config file never needs
 
     sizes = {axis: config.mesh[axis] for axis in MESH_AXES}  # a ConfigDict sorts its keys
-    rows = device_count // fill_sizes(sizes, device_count)["tensor"]
+    sizes = fill_sizes(sizes, device_count)
+    if config.data.length % sizes["context"]:
+        raise UserError(
+            f"config.data.length is {config.data.length}, which config.mesh.context={sizes['context']} devices cannot "
+            "share evenly: make it a multiple of that."
+        )
+    rows = device_count // (sizes["tensor"] * sizes["context"])
     micro = config.batch_size // config.accumulate
     if micro % rows:
         raise UserError(

@@ -89,8 +89,8 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict({"every": 0})  # steps; 0: at each eval and at the end
     config.log = ConfigDict({"every": 10, "tensorboard": True, "wandb": ""})  # wandb: a project's name
-    # Devices on each axis; -1: all that are left. `expert` is for mixture-of-experts models.
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1, "expert": 1})
+    # Devices on each axis; -1: all that are left. `expert` is for mixture-of-experts models, `context` for long rows.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1})
     config.export = True  # write <workdir>/export at the end
     config.compare = ConfigDict(sort_keys=False)  # `specjax compare` alone: method -> overrides of this same config
     config.lock()

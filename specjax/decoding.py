@@ -155,8 +155,8 @@ def _placed_cache(cache: Cache) -> Cache:
     heads = ("layers", "batch", "kv_heads")
     keys, values = cache
     return (
-        sharding.constrain(keys, *heads, "head_dim", "length"),
-        sharding.constrain(values, *heads, "length", "head_dim"),
+        sharding.constrain(keys, *heads, "head_dim", "cache_length"),
+        sharding.constrain(values, *heads, "cache_length", "head_dim"),
     )
 
 

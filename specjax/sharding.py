@@ -14,11 +14,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from specjax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
+# Outermost first: neighbours on the last axes are neighbours in the machine.
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
-    "length": (),
+    "length": ("context",),
+    "cache_length": (),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -32,22 +34,31 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = -1, tensor: int = 1, expert: int = 1, devices: list[Any] | None = None
+    *,
+    data: int = 1,
+    fsdp: int = -1,
+    expert: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: list[Any] | None = None,
 ) -> Mesh:
     """A mesh of all devices.
 
     Args:
       data: copies of the model, each on its own rows (across slices of a pod).
       fsdp: ways in which parameters, optimizer and rows are split; -1 takes the devices that are left.
-      tensor: ways in which heads, MLP and vocabulary are split; -1 as above.
       expert: ways in which the experts of a mixture-of-experts model, and rows, are split; -1 as above.
+      context: ways in which the length of each row is split, for rows too long for one device; -1 as above.
+      tensor: ways in which heads, MLP and vocabulary are split; -1 as above.
       devices: default `jax.devices()`.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = fill_sizes({"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}, len(devices))
+    sizes = fill_sizes(
+        {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}, len(devices)
+    )
     # Auto axes: XLA propagates layouts between our constraints. Explicit axes raise on contractions it could settle.
     return jax.make_mesh(
         tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
@@ -97,20 +108,31 @@ def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, .
     spec = partition_spec(axes)
     for axis, size, entry in zip(axes, shape, spec, strict=True):
         names: tuple[str, ...] = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        ways = int(np.prod([mesh.shape[n] for n in names]))
-        if size % ways:
+        if size % ways(mesh, entry):
             raise UserError(
-                f"{name}: its axis '{axis}' of size {size} cannot be split {ways} ways over mesh axis "
+                f"{name}: its axis '{axis}' of size {size} cannot be split {ways(mesh, entry)} ways over mesh axis "
                 f"{' x '.join(names)}: choose a size of config.mesh.{names[-1]} that divides {size}."
             )
     return NamedSharding(mesh, spec)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Fixes the layout of an activation inside a compiled step; without a mesh in context it is x."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Fixes the layout of an activation inside a compiled step; without a mesh in context it is x.
+
+    An axis that does not divide is left whole: it is a layout, not a promise (one token that is being generated).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+    spec = partition_spec(axes)
+    kept = [None if size % ways(mesh, entry) else entry for size, entry in zip(x.shape, spec, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+def ways(mesh: Any, entry: Any) -> int:
+    """Into how many parts one entry of a PartitionSpec cuts."""
+    names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+    return int(np.prod([mesh.shape[name] for name in names]))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -234,7 +234,7 @@ CONFIG = {
     "a mesh of other devices": (
         "sft",
         {"mesh.fsdp": 3},
-        "mesh data 1 x fsdp 3 x tensor 1 x expert 1 does not fit 8 devices",
+        "mesh data 1 x fsdp 3 x expert 1 x context 1 x tensor 1 does not fit 8 devices",
     ),
     "a mesh that does not split the model": (
         "sft",

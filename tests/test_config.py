@@ -150,6 +150,10 @@ def test_what_does_not_fit_the_devices_is_refused(changes, devices, said):
 
 def test_tensor_parallel_devices_share_their_rows():
     validate(config(batch_size=2, mesh__tensor=4), device_count=8)
+    validate(config(batch_size=2, mesh__tensor=2, mesh__context=2), device_count=8)
+    assert "config.data.length is 1022, which config.mesh.context=4 devices" in refused(
+        config(batch_size=2, mesh__context=4, data__length=1022), 8
+    )
     assert "multiple of 2" in refused(config(batch_size=3, mesh__tensor=4), 8)
 
 

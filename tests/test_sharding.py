@@ -149,12 +149,12 @@ def test_minus_one_takes_the_devices_that_are_left(sizes, filled):
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"fsdp": 3}, "mesh data 1 x fsdp 3 x tensor 1 x expert 1 does not fit 8 devices"),
-        ({"fsdp": 4}, "mesh data 1 x fsdp 4 x tensor 1 x expert 1 does not fit 8 devices"),
+        ({"fsdp": 3}, "mesh data 1 x fsdp 3 x expert 1 x context 1 x tensor 1 does not fit 8 devices"),
+        ({"fsdp": 4}, "mesh data 1 x fsdp 4 x expert 1 x context 1 x tensor 1 does not fit 8 devices"),
         ({"fsdp": -1, "tensor": 3}, "does not fit 8 devices"),
         ({"fsdp": -1, "tensor": -1}, "at least 1, or -1 for one of them"),
         ({"fsdp": 0}, "at least 1, or -1 for one of them"),
-        ({"fsdp": 4, "expert": 4}, "mesh data 1 x fsdp 4 x tensor 1 x expert 4 does not fit 8 devices"),
+        ({"fsdp": 4, "expert": 4}, "mesh data 1 x fsdp 4 x expert 4 x context 1 x tensor 1 does not fit 8 devices"),
         ({"fsdp": 8, "tensor": -2}, "at least 1, or -1 for one of them"),
     ],
 )

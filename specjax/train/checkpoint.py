@@ -162,7 +162,7 @@ def _abstract(tree: Any) -> Any:
 
 
 def _drop_unawaited() -> None:
-    """Keeps Python quiet about the writes that Orbax had not begun when another one failed: the one sentence says it."""
+    """Keeps Python quiet about writes that Orbax had not begun when another one failed: one sentence says it."""
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     gc.collect()
 
