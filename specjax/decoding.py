@@ -64,12 +64,9 @@ def _places(rows: Rows, length: int) -> tuple[Array, Array]:
     return positions, (positions >= 0).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "new", "lanes", "penalised"))
-def prefill(state: Any, rows: Rows, *, graph: Any, new: int, lanes: int, penalised: bool) -> Progress:
-    """The prompts in a cache with room for `new` tokens; `graph` and `state` are the model.
-
-    With `lanes` above B, each row of the result stands there lanes/B times.
-    """
+@functools.partial(jax.jit, static_argnames=("graph", "new", "penalised"))
+def prefill(state: Any, rows: Rows, *, graph: Any, new: int, penalised: bool) -> Progress:
+    """The prompts in a cache with room for `new` tokens; `graph` and `state` are the model."""
     model = nnx.merge(graph, state)
     batch, last = rows.tokens.shape[0], rows.tokens.shape[1] - 1
     positions, segments = _places(rows, last + new)
@@ -82,10 +79,7 @@ def prefill(state: Any, rows: Rows, *, graph: Any, new: int, lanes: int, penalis
         nothing = jnp.zeros((batch, model.config.vocab_size), bool)
         seen = nothing.at[jnp.arange(batch)[:, None], rows.tokens].max(segments[:, : last + 1] > 0)
     out = jnp.full((batch, new), -1, jnp.int32)
-    made = (rows.tokens[:, last], rows.lengths == 0, out, seen)
-    token, done, out, seen = jax.tree.map(lambda x: jnp.repeat(x, lanes // batch, axis=0), made)
-    cache = jax.tree.map(lambda x: jnp.repeat(x, lanes // batch, axis=1), cache)
-    return _placed(Progress(jnp.int32(0), token, done, out, cache, seen))
+    return _placed(Progress(jnp.int32(0), rows.tokens[:, last], rows.lengths == 0, out, cache, seen))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "greedy", "few"), donate_argnames="progress")

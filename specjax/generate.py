@@ -176,7 +176,7 @@ def generate_tokens(
         repetition_penalty=np.float32(repetition_penalty),
     )
     graph, state = _split(model, adapter)
-    setup = _Setup(graph, state, unstacked(state["layers"]), _head(nnx.merge(graph, state)), choice)
+    setup = _Setup(graph, state, unstacked(state["layers"]), _head(nnx.merge(graph, state), size), choice)
     turn = min((r.original_max_positions for r in model.config.ropes if r.kind == "longrope"), default=math.inf)
     found: list[list[int]] = [[] for _ in prompts]
     waiting = list(range(len(prompts)))
@@ -216,22 +216,17 @@ def _continue(
 ) -> list[list[int]]:
     """The new ids of each row, up to its end, its limit, or (looked at every few tokens) where `look` says enough."""
     graph, state, layers, head, choice = setup
-    size, greedy, until = len(rows.tokens), bool(choice.temperature == 0), 0
-    # XLA's CPU backend multiplies one row by a matrix several times slower than two: a row that is alone gets a twin.
-    lanes = 2 if size == 1 and _on_cpu(jax.tree.leaves(state)[0]) else size
-    some = {"graph": graph, "new": new, "lanes": lanes, "penalised": bool(choice.repetition_penalty != 1)}
-    progress = decoding.prefill(state, rows, **some)
-    rows = jax.tree.map(lambda x: np.repeat(x, lanes // size, axis=0), rows)
+    greedy, until = bool(choice.temperature == 0), 0
+    progress = decoding.prefill(state, rows, graph=graph, new=new, penalised=bool(choice.repetition_penalty != 1))
     few = 0 if greedy or not choice.top_k else _bucket(int(choice.top_k), 64)
     while True:
         until = new if look is None else min(until + LOOK_EVERY, new)
         static = {"graph": graph, "greedy": greedy, "few": few}
         progress = decoding.decode(state, layers, head, progress, rows, choice, np.int32(until), **static)
-        done, found = np.array(progress.done), [row[row >= 0].tolist() for row in np.array(progress.out)[:size]]
+        done, found = np.array(progress.done), [row[row >= 0].tolist() for row in np.array(progress.out)]
         if look is None or until == new or done.all():
             return found
-        done[:size] |= [not over and look(row, found[row]) for row, over in enumerate(done[:size])]
-        done[size:] = done[0]  # the twin
+        done |= [not over and look(row, found[row]) for row, over in enumerate(done)]
         progress = progress._replace(done=jax.device_put(done, progress.done.sharding))
 
 
@@ -271,10 +266,15 @@ def _on_cpu(array: jax.Array) -> bool:
     return next(iter(array.devices())).platform == "cpu"
 
 
-def _head(model: Decoder) -> jax.Array | None:
-    """The embedding of a tied model transposed, where that pays: XLA's CPU backend would do it at every step."""
-    table = model.embed_tokens.output()
-    return decoding.transposed(table, model.dtype) if model.lm_head is None and _on_cpu(table) else None
+def _head(model: Decoder, rows: int) -> jax.Array | None:
+    """The output layer's table transposed, where that pays: XLA's CPU backend would do it at every step.
+
+    Not for one row, which it multiplies by the table as it lies; nor under an adapter's factors, which want the table.
+    """
+    head = model.lm_head
+    table = model.embed_tokens.output() if head is None else head.used("kernel")
+    adapted = head is not None and head.active is not None and head.active in head.lora
+    return decoding.transposed(table, model.dtype) if rows > 1 and _on_cpu(table) and not adapted else None
 
 
 def _bucket(size: int, least: int = 1) -> int:

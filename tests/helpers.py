@@ -44,7 +44,12 @@ def model(*, mesh: Any = None, dtype: Any = "float32", param_dtype: Any = "float
     leaves = []
     for path, leaf in nnx.to_flat_state(nnx.state(shapes)):
         name = sharding.path_name(path)
-        values = rng.normal(1.0 if name.endswith("scale") else 0.0, 0.08, leaf.shape)
+        # Kernels are drawn with their inputs first: the golden losses are of before they lay last.
+        inputs = (2 if "o_proj" in name else 1) if name.endswith("kernel") else 0
+        lead = name.startswith("layers") + ("experts" in name)
+        shape = (*leaf.shape[:lead], *leaf.shape[leaf.ndim - inputs :], *leaf.shape[lead : leaf.ndim - inputs])
+        values = rng.normal(1.0 if name.endswith("scale") else 0.0, 0.08, shape)
+        values = np.moveaxis(values, range(lead, lead + inputs), range(leaf.ndim - inputs, leaf.ndim))
         leaves.append((path, jax.device_put(jnp.asarray(values, param_dtype), places.get(name, single))))
     return nnx.merge(nnx.graphdef(shapes), nnx.from_flat_state(leaves))
 

@@ -21,6 +21,7 @@ from specjax.errors import UserError
 from specjax.generate import LOOK_EVERY, end_tokens, generate_tokens
 from specjax.models import Decoder
 from specjax.sampling import Sampling, sample
+from specjax.sharding import MESH_AXES
 
 VOCAB, WINDOW, POSITIONS, NEW, ORIGINAL = 276, 40, 512, 256, 64
 SIZES = {
@@ -376,7 +377,7 @@ def test_a_mesh_gives_what_one_device_gives_with_rows_filled_up_to_divide(llama,
 
     monkeypatch.setattr(module.decoding, "prefill", spy)
     assert generate_tokens(model, PROMPTS[:3], max_new_tokens=16) == expected[:3]
-    assert seen == [(size, {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1} | axes)]
+    assert seen == [(size, dict.fromkeys(MESH_AXES, 1) | axes)]
     assert jax.sharding.get_abstract_mesh().empty
 
 

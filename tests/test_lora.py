@@ -212,7 +212,7 @@ def test_merging_into_a_bfloat16_base_rounds_once(base):
             assert after[name].tobytes() == value.tobytes()
             continue
         a, b = (factors[f"{path}.lora.default.{letter}"].astype(np.float64) for letter in "ab")
-        exact = value.astype(np.float64) + 3.0 * np.stack([np.tensordot(x, y, 1) for x, y in zip(a, b, strict=True)])
+        exact = value.astype(np.float64) + 3.0 * np.stack([np.tensordot(y, x, 1) for x, y in zip(a, b, strict=True)])
         assert after[name].dtype == jnp.bfloat16
         # Half a unit in the last place of bfloat16 is at most 2^-8 of the value; nothing is lost before that.
         assert np.all(np.abs(after[name].astype(np.float64) - exact) <= np.abs(exact) * 2.0**-8 * 1.001 + 1e-7), name
@@ -410,5 +410,5 @@ def test_factors_lie_on_the_mesh_of_their_map_and_give_the_same_logits(base, ada
         assert leaf[...].sharding.mesh.size == 8 and leaf[...].is_fully_replicated
     np.testing.assert_allclose(logits(made), wanted, rtol=0, atol=1e-4)
     sj.lora.merge(made)
-    assert tuple(made.layers.mlp.up_proj.kernel[...].sharding.spec) == (None, "fsdp", "tensor")
+    assert tuple(made.layers.mlp.up_proj.kernel[...].sharding.spec) == (None, "tensor", "fsdp")
     np.testing.assert_allclose(logits(made), wanted, rtol=0, atol=1e-4)

@@ -56,12 +56,12 @@ def kernels(block, values=None):
     """Our names -> arrays, of a torch block's weights or of their gradients."""
     values = values or (lambda weight: weight)
     gate_up, down = to_numpy(values(block.experts.gate_up_proj)), to_numpy(values(block.experts.down_proj))
-    gate, up = np.split(gate_up.transpose(0, 2, 1), 2, axis=2)
+    gate, up = np.split(gate_up, 2, axis=1)
     return {
-        "gate.kernel": to_numpy(values(block.gate.weight)).T,
+        "gate.kernel": to_numpy(values(block.gate.weight)),
         "experts.gate_proj.kernel": gate,
         "experts.up_proj.kernel": up,
-        "experts.down_proj.kernel": down.transpose(0, 2, 1),
+        "experts.down_proj.kernel": down,
     }
 
 
@@ -177,7 +177,7 @@ def test_balancing_loss_and_its_gradient_equal_those_of_transformers(padded):
     wanted.backward()
 
     moe = random_moe(layers=layers)
-    moe.gate.kernel[...] = jnp.asarray(gates.transpose(0, 2, 1))
+    moe.gate.kernel[...] = jnp.asarray(gates)
     graph, state = nnx.split(moe)
 
     @jax.jit
@@ -189,7 +189,7 @@ def test_balancing_loss_and_its_gradient_equal_those_of_transformers(padded):
     (found, stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(state, x, valid)
     assert stats["chosen"].shape == (layers, 8) and stats["tokens"].shape == (layers,)
     np.testing.assert_allclose(found, wanted.item(), rtol=1e-6)
-    close(gradient["gate"]["kernel"][...], to_numpy(theirs.grad).transpose(0, 2, 1), 1e-6)
+    close(gradient["gate"]["kernel"][...], to_numpy(theirs.grad), 1e-6)
     # The sums of two batches are those of one.
     halves = [loss_of(state, x[i : i + 1], valid[i : i + 1])[1] for i in range(2)]
     np.testing.assert_allclose(load_balancing_loss(jax.tree.map(jnp.add, *halves)), found, rtol=1e-6)
@@ -226,20 +226,20 @@ def test_blocks_of_any_sizes_equal_those_of_transformers(data):
 def test_grouped_products_equal_plain_ones(sizes, beyond, inputs, outputs):
     rows = max(1, sum(sizes) + beyond)
     rng = np.random.default_rng(rows)
-    x, kernel = rng.normal(size=(rows, inputs)), rng.normal(size=(len(sizes), inputs, outputs))
+    x, kernel = rng.normal(size=(rows, inputs)), rng.normal(size=(len(sizes), outputs, inputs))
     dy = rng.normal(size=(rows, outputs))
     y, dx, dkernel = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(kernel)
     start = 0
     for group, size in enumerate(sizes):
         mine = slice(start, start := start + size)
-        y[mine], dx[mine], dkernel[group] = x[mine] @ kernel[group], dy[mine] @ kernel[group].T, x[mine].T @ dy[mine]
+        y[mine], dx[mine], dkernel[group] = x[mine] @ kernel[group].T, dy[mine] @ kernel[group], dy[mine].T @ x[mine]
     x, kernel, dy = (jnp.asarray(array, jnp.float32) for array in (x, kernel, dy))
     sizes = jnp.asarray(sizes, jnp.int32)
 
     @jax.jit
     def all_of_them(x, kernel, dy):
         found, backward = jax.vjp(lambda x, kernel: grouped_matmul(x, kernel, sizes), x, kernel)
-        on_tpu = _rows_ragged(1, x, kernel, sizes), _rows_ragged(2, dy, kernel, sizes), _kernels_ragged(0, x, dy, sizes)
+        on_tpu = _rows_ragged(2, x, kernel, sizes), _rows_ragged(1, dy, kernel, sizes), _kernels_ragged(0, dy, x, sizes)
         return (found, *backward(dy)), on_tpu
 
     for found in all_of_them(x, kernel, dy):
@@ -250,11 +250,11 @@ def test_grouped_products_equal_plain_ones(sizes, beyond, inputs, outputs):
 def test_grouped_products_accumulate_in_float32():
     rng = np.random.default_rng(0)
     sizes = jnp.asarray([300, 0, 211], jnp.int32)
-    x, kernel, dy = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((511, 64), (3, 64, 8), (511, 8)))
+    x, kernel, dy = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((511, 64), (3, 8, 64), (511, 8)))
     wide = [array.astype(jnp.float32) for array in (x, kernel, dy)]
     for found, wanted in (
-        (_rows_in_blocks(1, x, kernel, sizes), _rows_in_blocks(1, wide[0], wide[1], sizes)),
-        (_kernels_in_blocks(0, x, dy, sizes), _kernels_in_blocks(0, wide[0], wide[2], sizes)),
+        (_rows_in_blocks(2, x, kernel, sizes), _rows_in_blocks(2, wide[0], wide[1], sizes)),
+        (_kernels_in_blocks(0, dy, x, sizes), _kernels_in_blocks(0, wide[2], wide[0], sizes)),
     ):
         assert found.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float32(found), wanted, rtol=2**-8, atol=1e-3)  # rounded once
@@ -293,14 +293,13 @@ def with_lora(moe, rank=3):
     """Puts random factors beside each of the experts' maps."""
     rng = np.random.default_rng(8)
     for linear in (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj):
-        _, into, out = linear.kernel.get_metadata("axes")
-        experts, inputs, outputs = linear.kernel.shape
-        a = jnp.asarray(rng.normal(size=(experts, inputs, rank)), jnp.float32)
-        b = jnp.asarray(rng.normal(size=(experts, rank, outputs)), jnp.float32)
-        axes = [("expert", None if name == "embed" else name) for name in (into, out)]
+        _, out, into = (None if name == "embed" else name for name in linear.kernel.get_metadata("axes"))
+        experts, outputs, inputs = linear.kernel.shape
+        a = jnp.asarray(rng.normal(size=(experts, rank, inputs)), jnp.float32)
+        b = jnp.asarray(rng.normal(size=(experts, outputs, rank)), jnp.float32)
         linear.lora["default"] = LoRA(
-            nnx.LoRAParam(a, axes=(*axes[0], "lora_rank")),
-            nnx.LoRAParam(b, axes=("expert", "lora_rank", axes[1][1])),
+            nnx.LoRAParam(a, axes=("expert", "lora_rank", into)),
+            nnx.LoRAParam(b, axes=("expert", out, "lora_rank")),
             ranks=(rank,),
             alphas=(0.5 * rank,),
             scale=0.5,
@@ -316,7 +315,7 @@ def test_lora_of_each_expert_equals_the_merged_kernel():
     found = moe(x)[0]
     for linear in (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj):
         lora = linear.lora["default"]
-        linear.kernel[...] += 0.5 * jnp.einsum("eir,ero->eio", lora.a[...], lora.b[...])
+        linear.kernel[...] += 0.5 * jnp.einsum("eri,eor->eoi", lora.a[...], lora.b[...])
         linear.active = None
     close(found, moe(x)[0])
 

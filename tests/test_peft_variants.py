@@ -132,7 +132,7 @@ def shake(of, seed=0):
 
     for part in parts(of).values():
         for lora in getattr(part, "lora", {}).values():
-            for leaf, behind in ((lora.a, lambda one, rank: one[..., rank:]), (lora.b, lambda one, rank: one[rank:])):
+            for leaf, behind in ((lora.a, lambda one, rank: one[rank:]), (lora.b, lambda one, rank: one[..., rank:])):
                 noise = rng.standard_normal(leaf.shape)
                 for layer, rank in enumerate(lora.ranks):
                     behind(noise[layer] if len(lora.ranks) > 1 else noise, rank)[...] = 0
@@ -217,10 +217,10 @@ def _assert_factors_are_fresh(made):
         for layer, rank in enumerate(lora.ranks):
             stacked = path.startswith("layers.")
             kernel, a, b = (np.asarray(x[...])[layer if stacked else ...] for x in (linear.kernel, lora.a, lora.b))
-            filled = np.any(a, axis=tuple(range(a.ndim - 1)))
+            filled = np.any(a, axis=tuple(range(1, a.ndim)))
             assert filled[:rank].all() and not filled[rank:].any() and not np.any(b), path
             if lora.magnitude is not None:
-                wanted = np.linalg.norm(np.asarray(kernel).reshape(-1, b[0].size), axis=0).reshape(b.shape[1:])
+                wanted = np.linalg.norm(kernel.reshape(b[..., 0].size, -1), axis=1).reshape(b.shape[:-1])
                 np.testing.assert_allclose(lora.magnitude[layer] if stacked else lora.magnitude[...], wanted, rtol=1e-6)
 
 
@@ -300,7 +300,7 @@ def _assert_padding_is_zero(made, values):
             a, b = (np.asarray(values[f"{path}.lora.{adapter}.{letter}"]) for letter in "ab")
             for layer, rank in enumerate(lora.ranks):
                 one_a, one_b = (a[layer], b[layer]) if len(lora.ranks) > 1 else (a, b)
-                assert not one_a[..., rank:].any() and not one_b[rank:].any(), path
+                assert not one_a[rank:].any() and not one_b[..., rank:].any(), path
 
 
 @pytest.mark.parametrize("name", ["ranks and alphas", "DoRA in some layers", "whole modules", "all biases"])

@@ -164,7 +164,7 @@ def _assemble(slot: _Slot, array: jax.Array, dtype: Any) -> tuple[np.ndarray, li
     A shard that several devices hold is the first one's.
     """
     whole = np.empty(slot.shape, dtype)
-    seen = names.view(whole, slot.entry.kind, array.shape[slot.entry.stacked :])
+    seen = names.view(whole, array.shape[slot.entry.stacked :])
     parts = []
     for shard in array.addressable_shards:
         bounds = [index.indices(size)[:2] for index, size in zip(shard.index, array.shape, strict=True)]

@@ -122,11 +122,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 def abstract(config: ModelConfig, *, dtype: Any, param_dtype: Any, remat: str = "none") -> Decoder:
     """The model's shapes without its weights (`jax.ShapeDtypeStruct` leaves of `param_dtype`)."""
-
-    def build() -> Decoder:
-        return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat)
-
-    graph, state = nnx.split(nnx.eval_shape(build))
+    graph, state = nnx.split(Decoder(config, rngs=None, dtype=dtype, remat=remat))
     leaves = nnx.to_flat_state(state)
     cast = [(path, jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(param_dtype))) for path, leaf in leaves]
     return nnx.merge(graph, nnx.from_flat_state(cast))

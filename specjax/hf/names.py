@@ -1,16 +1,16 @@
 """The one table between our parameters and Hugging Face's tensors, read in both directions.
 
-Conversion is rename, transpose, reshape, stack: nothing is permuted, nothing folded. A row says
+Conversion is rename, reshape, stack: nothing is transposed, permuted or folded. A row says
 
     our path  |  HF name, one {} for each stacked axis of ours, outermost first: the layer, then the expert  |  kind
 
 and the kind how one tensor of the stack lies in the file:
 
-    kernel/1, kernel/2   ours [*in, *out] with 1 or 2 input axes  <->  HF [prod(out), prod(in)]
+    kernel/1, kernel/2   ours [*out, *in] with 1 or 2 input axes  <->  HF [prod(out), prod(in)]
     flat                 ours [*shape]                            <->  HF [prod(shape)]
     table                the same shape on both sides
 
-So a tensor of the file, seen through other strides, is ours (`view`): any slice of ours is a slice of that view.
+So a tensor of the file, in another shape, is ours (`view`): any slice of ours is a slice of that view.
 """
 
 import dataclasses
@@ -129,32 +129,29 @@ def entries(config: ModelConfig, paths: Sequence[str]) -> list[Entry]:
 def hf_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:
     """The HF tensor's shape, from that of ours without its stacked axes.
 
-    >>> hf_shape((64, 8, 16), "kernel/1"), hf_shape((8, 16, 64), "kernel/2"), hf_shape((8, 16), "flat")
+    >>> hf_shape((8, 16, 64), "kernel/1"), hf_shape((64, 8, 16), "kernel/2"), hf_shape((8, 16), "flat")
     ((128, 64), (64, 128), (128,))
     """
     if kind == "table":
         return tuple(shape)
     if kind == "flat":
         return (math.prod(shape),)
-    split = int(kind.removeprefix("kernel/"))
-    return (math.prod(shape[split:]), math.prod(shape[:split]))
+    split = len(shape) - int(kind.removeprefix("kernel/"))
+    return (math.prod(shape[:split]), math.prod(shape[split:]))
 
 
 def to_hf(array: Any, kind: str) -> Any:
     """One tensor of ours, of NumPy or JAX and without stacked axes, as the file holds it; the inverse of `view`."""
-    if kind.startswith("kernel"):
-        return array.reshape(hf_shape(array.shape, kind)[::-1]).T
     return array.reshape(hf_shape(array.shape, kind))
 
 
-def view(array: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarray:
-    """A tensor of the file seen as ours, without its stacked axes: the same memory, other strides.
+def view(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """A tensor of the file seen as ours, without its stacked axes: the same memory.
 
     A slice of the view of a memory-mapped file touches the pages of that slice alone. Written to, it is the inverse.
 
     Args:
       array: C-contiguous, of the HF tensor's shape.
-      kind: the row's.
-      shape: that of ours, `hf_shape(shape, kind) == array.shape`.
+      shape: that of ours, `hf_shape(shape, kind) == array.shape` with the row's kind.
     """
-    return (array.T if kind.startswith("kernel") else array).reshape(shape, copy=False)
+    return array.reshape(shape, copy=False)

@@ -16,6 +16,9 @@ from specjax.hf.strided import copy, pieces
 
 _ALIGNMENT = 64  # bytes; what XLA's CPU client asks of memory that it takes over without a copy
 
+_JOB = 1 << 24  # bytes that a thread copies before it looks for more work
+
+Pair = tuple[np.ndarray, np.ndarray]  # a target and its source
 Bounds = tuple[tuple[int, int], ...]  # of a shard: where it starts and stops on every axis
 
 
@@ -60,23 +63,46 @@ def place(
     for device, index in where.addressable_devices_indices_map(shape).items():
         bounds = tuple(i.indices(n)[:2] for i, n in zip(index or (), shape, strict=True))
         holders.setdefault(bounds, []).append(device)
-    shards: list[jax.Array] = []
     if all(_in_host_memory(device) for devices in holders.values() for device in devices):
         # The array may be the buffer itself, if it is aligned: what is read is placed.
-        buffers = [_aligned([stop - start for start, stop in bounds], dtype) for bounds in holders]
-        jobs = []
-        for bounds, buffer in zip(holders, buffers, strict=True):
-            for within, source in _sources(entry, shape, bounds, tensors):
-                jobs += [pool.submit(copy, *pair) for pair in pieces(buffer[within], source)]
-        finish(jobs)
-        for buffer, devices in zip(buffers, holders.values(), strict=True):
-            shards += [jax.device_put(buffer, device) for device in devices]
+        buffers = _aligned([[stop - start for start, stop in bounds] for bounds in holders], dtype)
+        pairs = [
+            pair
+            for bounds, buffer in zip(holders, buffers, strict=True)
+            for within, source in _sources(entry, shape, bounds, tensors)
+            for pair in pieces(buffer[within], source)
+        ]
+        finish([pool.submit(_copy_all, batch) for batch in _batches(pairs)])
+        shards = jax.device_put(
+            [buffer for buffer, devices in zip(buffers, holders.values(), strict=True) for _ in devices],
+            [device for devices in holders.values() for device in devices],
+        )
     else:
+        shards = []
         for bounds, devices in holders.items():
-            shards += _stream(
-                [stop - start for start, stop in bounds], dtype, devices, _sources(entry, shape, bounds, tensors), pool
-            )
+            sizes = [stop - start for start, stop in bounds]
+            shards += _stream(sizes, dtype, devices, _sources(entry, shape, bounds, tensors), pool)
     return jax.make_array_from_single_device_arrays(shape, where, shards)
+
+
+def _batches(pairs: list[Pair]) -> Iterator[list[Pair]]:
+    """The copies in the file's order, as many to a job as make it worth a thread's while.
+
+    So the parts of a page that go to several shards are read one after another, by one thread.
+    """
+    batch: list[Pair] = []
+    for pair in sorted(pairs, key=lambda pair: pair[1].ctypes.data):
+        batch.append(pair)
+        if sum(target.nbytes for target, _ in batch) >= _JOB:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _copy_all(pairs: list[Pair]) -> None:
+    for pair in pairs:
+        copy(*pair)
 
 
 def _in_host_memory(device: Any) -> bool:
@@ -116,12 +142,17 @@ def _sources(
     for place, name in entry.tensors(shape):
         if all(start <= i < stop for i, (start, stop) in zip(place, stack, strict=True)):
             within = tuple(i - start for i, (start, _) in zip(place, stack, strict=True))
-            yield within, names.view(tensors[name], entry.kind, shape[entry.stacked :])[inner]
+            yield within, names.view(tensors[name], shape[entry.stacked :])[inner]
 
 
-def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
-    """An empty array whose memory begins at a multiple of what XLA asks for."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
+def _aligned(shapes: list[list[int]], dtype: Any) -> list[np.ndarray]:
+    """Empty arrays whose memory begins at multiples of what XLA asks for.
+
+    They are parts of one allocation: the system gives a large one memory by large pages, but for its two ends.
+    """
+    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape in shapes]
+    starts = np.cumsum([0] + [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes])
+    raw = np.empty(int(starts[-1]) + _ALIGNMENT, np.uint8)
+    raw = raw[-raw.ctypes.data % _ALIGNMENT :]
+    parts = zip(shapes, sizes, starts.tolist(), strict=False)
+    return [raw[start : start + size].view(dtype).reshape(shape) for shape, size, start in parts]

@@ -1,14 +1,9 @@
-"""Copies between arrays of any strides at the speed of memory: a tensor of a file is ours, transposed."""
+"""Copies between parts of arrays at the speed of memory: a shard is a part of a file's tensor."""
 
-import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
-_SCRATCH = 1 << 18  # bytes of a transpose that stay in a core's cache
-_LINE = 64  # elements of a target's row written at a time: whole cache lines, whatever the dtype
-_PAD = 64  # bytes between scratch rows: of a power-of-two length, they would fall on the same lines of the cache
 _PIECE = 1 << 24  # bytes of a target that one thread copies
 
 
@@ -18,6 +13,9 @@ def pieces(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray,
     Both arrays may have any strides. Axes come in the order of the target's memory, and those that lie together in both
     are one.
     """
+    if target.nbytes <= _PIECE:
+        yield target, source
+        return
     order = np.argsort([-stride for stride in target.strides], kind="stable")
     target, source = target.transpose(order), source.transpose(order)
     shape: list[int] = []
@@ -33,42 +31,17 @@ def pieces(target: np.ndarray, source: np.ndarray) -> Iterator[tuple[np.ndarray,
     target, source = target.reshape(shape, copy=False), source.reshape(shape, copy=False)
     if target.size == 0:
         return
-    # Along the longer of the axes that may be cut: the last one only into whole lines.
-    axis = 0 if len(shape) == 1 or shape[0] >= shape[-1] else len(shape) - 1
-    step = max(1, shape[axis] * _PIECE // target.nbytes)
-    step = -(-step // _LINE) * _LINE if axis else step
-    for start in range(0, shape[axis], step):
-        cut = (slice(None),) * axis + (slice(start, start + step),)
-        yield target[cut], source[cut]
+    step = max(1, shape[0] * _PIECE // target.nbytes)
+    for start in range(0, shape[0], step):
+        yield target[start : start + step], source[start : start + step]
 
 
 def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, cast, for a pair of `pieces`; a transpose goes through a block that stays in the cache.
-
-    NumPy alone walks a transpose along one side and misses the cache on the other: with rows of a power-of-two length,
-    at a fifth of the speed.
-    """
+    """`target[...] = source`, cast, for a pair of `pieces`."""
     if target.dtype == source.dtype:  # as integers: NumPy's own copy loops, not those of bfloat16
         plain = np.dtype(f"u{target.dtype.itemsize}")
         target, source = target.view(plain), source.view(plain)
-    last = target.ndim - 1
-    fast = min(range(target.ndim), key=lambda axis: source.strides[axis] if source.shape[axis] > 1 else 1 << 62)
-    if fast == last:
-        target[...] = source
-        return
-    size, pad = target.dtype.itemsize, _PAD // target.dtype.itemsize
-    width = min(target.shape[fast], _SCRATCH // (_LINE * size))
-    scratch = np.empty((_LINE, width + pad), target.dtype)
-    outer = [range(n) if axis not in (fast, last) else [slice(None)] for axis, n in enumerate(target.shape)]
-    planes: Iterator[Any] = itertools.product(*outer)
-    for plane in planes:
-        to, of = target[plane], source[plane]
-        for row in range(0, to.shape[0], width):
-            for column in range(0, to.shape[1], _LINE):
-                block = of[row : row + width, column : column + _LINE].T
-                held = scratch[: block.shape[0], : block.shape[1]]
-                held[...] = block
-                to[row : row + width, column : column + _LINE] = held.T
+    target[...] = source
 
 
 def runs(parts: Sequence[np.ndarray], whole: np.ndarray) -> list[tuple[int, int]]:

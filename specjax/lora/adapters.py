@@ -64,11 +64,11 @@ def is_stacked(path: str) -> bool:
 
 
 def factor_shapes(model: Decoder, path: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shapes of A, B and DoRA's magnitude, [(L,) *in, R], [(L,) R, *out] and [(L,) *out], for the map at `path`."""
+    """Shapes of A, B and DoRA's magnitude, [(L,) R, *in], [(L,) *out, R] and [(L,) *out], for the map at `path`."""
     linear = linears(model)[path]
-    lead = leading(linear)
-    split, shape = lead + linear.in_dims, linear.kernel.shape
-    return (*shape[:split], rank), (*shape[:lead], rank, *shape[split:]), (*shape[:lead], *shape[split:])
+    lead, shape = leading(linear), linear.kernel.shape
+    out, inputs = shape[: -linear.in_dims], shape[-linear.in_dims :]
+    return (*shape[:lead], rank, *inputs), (*out, rank), out
 
 
 def leading(linear: Linear | ExpertLinear) -> int:
@@ -112,8 +112,7 @@ def attach(model: Decoder, name: str, adapter: Adapter) -> None:
 
 def _hang(linear: Linear | ExpertLinear, name: str, factors: Factors, dropout: float, rslora: bool) -> None:
     axes = tuple(None if axis == "embed" else axis for axis in linear.kernel.get_metadata("axes"))
-    lead = leading(linear)
-    split = lead + linear.in_dims
+    lead, out, inputs = leading(linear), axes[: -linear.in_dims], axes[-linear.in_dims :]
     mesh = sharding.mesh_of(linear.kernel[...])
 
     def param(value: Array, axes: tuple[str | None, ...], what: str) -> nnx.LoRAParam:
@@ -125,9 +124,9 @@ def _hang(linear: Linear | ExpertLinear, name: str, factors: Factors, dropout: f
     by_layer = scales(factors.ranks, factors.alphas, rslora)
     magnitude = factors.magnitude
     linear.lora[name] = LoRA(
-        param(factors.a, (*axes[:split], "lora_rank"), "A"),
-        param(factors.b, (*axes[:lead], "lora_rank", *axes[split:]), "B"),
-        None if magnitude is None else param(magnitude, axes[:lead] + axes[split:], "magnitude"),
+        param(factors.a, (*axes[:lead], "lora_rank", *inputs), "A"),
+        param(factors.b, (*out, "lora_rank"), "B"),
+        None if magnitude is None else param(magnitude, out, "magnitude"),
         ranks=factors.ranks,
         alphas=factors.alphas,
         scale=by_layer[0] if len(set(by_layer)) == 1 else _per_layer(by_layer, mesh),

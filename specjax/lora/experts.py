@@ -1,8 +1,8 @@
 """LoRA on a mixture of experts, as PEFT's files hold it: factors of two fused parameters and of the router.
 
 PEFT knows the experts of a layer as two parameters, `gate_up_proj` [E, 2F, D] and `down_proj` [E, D, F], whose factors
-lie in one matrix each: A [R*E, in], expert by expert, and B [out, R*E], rank by rank. Ours are three maps, a [L,E,in,R]
-and b [L,E,R,out] each. So gate and up of rank r are one update of rank 2r there, B block-diagonal (what PEFT makes of
+lie in one matrix each: A [R*E, in], expert by expert, and B [out, R*E], rank by rank. Ours are three maps, a [L,E,R,in]
+and b [L,E,out,R] each. So gate and up of rank r are one update of rank 2r there, B block-diagonal (what PEFT makes of
 "all-linear": rank and alpha doubled); an update that PEFT trained is dense, and gate and up share its A.
 Source: `ParamWrapper` in peft/tuners/lora/layer.py, peft/utils/transformers_weight_conversion.py, version 0.21.
 
@@ -100,21 +100,23 @@ def tensors(adapter: Adapter, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
         for layer in range(len(held[0].ranks) if held else 0):
             a, b = _fuse(held, layer)
             rows = {
-                "A": a.transpose(0, 2, 1).reshape(-1, a.shape[1]),
-                "B": b.transpose(2, 1, 0).reshape(b.shape[2], -1),
+                "A": a.reshape(-1, a.shape[2]),
+                "B": b.transpose(1, 2, 0).reshape(b.shape[1], -1),
             }
             for letter, value in rows.items():
                 yield _key(both, prefix, parameter, layer, letter), np.ascontiguousarray(value)
 
 
 def _fuse(held: list[Factors], layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """A [E, in, R] and B [E, R, out] of one layer's fused parameter."""
+    """A [E, R, in] and B [E, out, R] of one layer's fused parameter."""
     a, b = ([np.asarray(getattr(one, letter))[layer] for one in held] for letter in "ab")
     if _fused_rank(held) == held[0].ranks[0]:
-        return a[0], np.concatenate(b, axis=-1)
-    empty = [np.zeros((*b[0].shape[:2], one.shape[-1]), np.float32) for one in b]
-    blocks = [np.concatenate([b[0], empty[1]], axis=-1), np.concatenate([empty[0], b[1]], axis=-1)]
-    return np.concatenate(a, axis=-1), np.concatenate(blocks, axis=1)
+        return a[0], np.concatenate(b, axis=1)
+    gate, up = b
+    blocks = np.concatenate(
+        [np.concatenate([gate, np.zeros_like(gate)], axis=-1), np.concatenate([np.zeros_like(up), up], axis=-1)], axis=1
+    )
+    return np.concatenate(a, axis=1), blocks
 
 
 def read(
@@ -152,26 +154,26 @@ def read(
 def _layer(
     model: Decoder, parameter: str, rank: int, held: Mapping[str, np.ndarray], keys: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A [E, in, R] and B [E, R, out] of one layer's fused parameter."""
+    """A [E, R, in] and B [E, out, R] of one layer's fused parameter."""
     count = model.config.num_experts
     kernels = [getattr(model.layers.mlp.experts, name).kernel for name in FUSED[parameter]]
-    size, out = kernels[0].shape[2], sum(kernel.shape[3] for kernel in kernels)
+    size, out = kernels[0].shape[3], sum(kernel.shape[2] for kernel in kernels)
     for key, shape in zip(keys, ((rank * count, size), (out, rank * count)), strict=True):
         if key not in held:
             raise UserError(f"tensor {key} is missing, though target_parameters names its parameter.")
         if held[key].shape != shape:
             raise UserError(f"tensor {key} is {list(held[key].shape)} where {list(shape)} is needed.")
     a, b = (held[key].astype(np.float32) for key in keys)
-    return a.reshape(count, rank, size).transpose(0, 2, 1), b.reshape(out, rank, count).transpose(2, 1, 0)
+    return a.reshape(count, rank, size), b.reshape(out, rank, count).transpose(2, 0, 1)
 
 
 def _maps(
     model: Decoder, parameter: str, a: np.ndarray, b: np.ndarray, alpha: float, rslora: bool
 ) -> dict[str, Factors]:
-    """The fused update, a [L,E,in,R] and b [L,E,R,out], as those of our maps."""
-    maps, layers, rank = FUSED[parameter], len(a), a.shape[-1]
-    half, first = rank // 2, getattr(model.layers.mlp.experts, maps[0]).kernel.shape[3]
-    blocks = not b[:, :, :half, first:].any() and not b[:, :, half:, :first].any()
+    """The fused update, a [L,E,R,in] and b [L,E,out,R], as those of our maps."""
+    maps, layers, rank = FUSED[parameter], len(a), a.shape[2]
+    half, first = rank // 2, getattr(model.layers.mlp.experts, maps[0]).kernel.shape[2]
+    blocks = not b[:, :, first:, :half].any() and not b[:, :, :first, half:].any()
     apart = len(maps) > 1 and rank % 2 == 0 and blocks  # as we write it: gate and up have updates of their own
     if apart:
         alpha = round(alpha / (math.sqrt(2) if rslora else 2), 12)
@@ -179,8 +181,8 @@ def _maps(
     for number, name in enumerate(maps):
         rows = slice(number * half, (number + 1) * half) if apart else slice(0, rank)
         columns = slice(number * first, (number + 1) * first)
-        one_a, one_b = np.ascontiguousarray(a[..., rows]), np.ascontiguousarray(b[:, :, rows, columns])
-        found[f"{EXPERTS}{name}"] = Factors(one_a, one_b, None, (one_a.shape[-1],) * layers, (alpha,) * layers)
+        one_a, one_b = np.ascontiguousarray(a[:, :, rows]), np.ascontiguousarray(b[:, :, columns, rows])
+        found[f"{EXPERTS}{name}"] = Factors(one_a, one_b, None, (one_a.shape[2],) * layers, (alpha,) * layers)
     return found
 
 

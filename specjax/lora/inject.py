@@ -119,11 +119,14 @@ def _fresh(
     rank = max(ranks)
     a_shape, b_shape, _ = factor_shapes(model, path, rank)
     linear = names.linears(model)[path]
-    bound = 1 / math.sqrt(math.prod(a_shape[leading(linear) : -1]))
-    a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
+    lead = leading(linear)
+    bound = 1 / math.sqrt(math.prod(a_shape[lead + 1 :]))
+    # Drawn with the rank last, whatever order the parameter has: a seed keeps its meaning.
+    a = jax.random.uniform(key, (*a_shape[:lead], *a_shape[lead + 1 :], rank), jnp.float32, -bound, bound)
+    a = jnp.moveaxis(a, -1, lead)
     if min(ranks) < rank:  # behind a layer's true rank stand zeros, which stay zeros
         true = jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]
-        a = a * true.reshape(len(ranks), *(1,) * (a.ndim - 2), rank)
+        a = a * true.reshape(len(ranks), *(1,) * (lead - 1), rank, *(1,) * (a.ndim - lead - 1))
     magnitude = base_norms(linear.kernel[...], linear.in_dims, is_stacked(path)) if dora else None
     return Factors(a, jnp.zeros(b_shape, jnp.float32), magnitude, ranks, alphas)
 
@@ -133,7 +136,7 @@ def base_norms(kernel: jax.Array, in_dims: int, stacked: bool) -> jax.Array:
     """||W|| over the inputs, float32 [(L,) *out], in which DoRA's magnitude starts."""
 
     def norm(kernel: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=tuple(range(in_dims))))
+        return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=tuple(range(-in_dims, 0))))
 
     return jax.lax.map(norm, kernel) if stacked else norm(kernel)
 

@@ -17,7 +17,7 @@ from specjax.models.layers import Linear
 
 
 def merge(model: Decoder, name: str | None = None) -> None:
-    """Folds an adapter into the base and takes it off: W + s A B in float32, then cast to W's dtype.
+    """Folds an adapter into the base and takes it off: W + s B A in float32, then cast to W's dtype.
 
     DoRA's update is scaled by magnitude / norm; copies of parameters take the base's place. Where an adapter trained
     one end alone of tied embeddings, the model is untied: it gets an `lm_head`.
@@ -73,15 +73,15 @@ def _merger(in_dims: int, stacked: bool, experts: bool, place: jax.sharding.Shar
     def one(parts: tuple[Any, ...]) -> jax.Array:
         w, a, b, scale, magnitude = parts
         product = (
-            jnp.einsum("Eir,Ero->Eio", a, b, precision="highest")
+            jnp.einsum("Eor,Eri->Eoi", b, a, precision="highest")
             if experts
-            else jnp.tensordot(a, b, 1, precision="highest")
+            else jnp.tensordot(b, a, 1, precision="highest")
         )
         merged = w.astype(jnp.float32) + product * scale
         if magnitude is not None:
-            norm = jnp.sqrt(jnp.sum(jnp.square(merged), axis=tuple(range(in_dims))))
+            norm = jnp.sqrt(jnp.sum(jnp.square(merged), axis=tuple(range(-in_dims, 0))))
             factor = jnp.where(scale != 0, magnitude / norm, 1.0)
-            merged = merged * factor.reshape((1,) * in_dims + factor.shape)
+            merged = merged * factor.reshape(factor.shape + (1,) * in_dims)
         return merged.astype(w.dtype)
 
     def every(*parts: Any) -> jax.Array:
@@ -115,8 +115,8 @@ def _untie(model: Decoder, table: Any) -> None:
     head = nnx.eval_shape(lambda: Linear((dim,), (size,), ("embed",), ("vocab",), rngs=nnx.Rngs(0)))
     axes = head.kernel.get_metadata("axes")
     mesh = sharding.mesh_of(embedding)
-    place = None if mesh is None else sharding.named_sharding(mesh, axes, (dim, size), "lm_head.kernel")
-    kernel = jax.jit(lambda table: table.T.astype(embedding.dtype), out_shardings=place)(table)
+    place = None if mesh is None else sharding.named_sharding(mesh, axes, (size, dim), "lm_head.kernel")
+    kernel = jax.jit(lambda table: jnp.array(table, embedding.dtype, copy=True), out_shardings=place)(table)
     head.kernel = nnx.Param(kernel, axes=axes)
     model.lm_head = nnx.data(head)
     model.config = dataclasses.replace(model.config, tied=False, hf=model.config.hf | {"tie_word_embeddings": False})

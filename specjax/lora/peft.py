@@ -133,7 +133,7 @@ def read(model: Decoder, folder: Path) -> Adapter:
         wanted = hf_names.hf_shape(target.shape, row.kind)
         if layer.shape != wanted:
             raise UserError(f"{folder}: tensor {row.key} is {list(layer.shape)} where {list(wanted)} is needed.")
-        target[...] = hf_names.view(layer, row.kind, target.shape)
+        target[...] = hf_names.view(layer, target.shape)
     adapter.factors |= by_expert
     tied = adapter.copies.get("embed_tokens")
     if tied is not None and tied.tied:
@@ -245,7 +245,7 @@ def _place(model: Decoder, adapter: Adapter, row: _Row) -> np.ndarray:
         array = getattr(factors, row.field)
         one = array[row.layer] if adapters.is_stacked(row.path) else array
         rank = factors.ranks[row.layer]
-        return {"a": one[..., :rank], "b": one[:rank], "magnitude": one}[row.field]
+        return {"a": one[:rank], "b": one[..., :rank], "magnitude": one}[row.field]
     array = np.asarray(adapter.copies[row.path].values[row.field])
     return array[row.layer] if adapters.is_stacked(row.path) else array
 
@@ -264,7 +264,7 @@ def _is_the_bases(model: Decoder, folder: Path, key: str, held: Tensors) -> bool
     if hit is None:
         return False
     head = model.lm_head if hit[2] == "lm_head" else None
-    ours = np.asarray(model.embed_tokens.embedding[...]) if head is None else np.asarray(head.kernel[...]).T
+    ours = np.asarray(model.embed_tokens.embedding[...]) if head is None else np.asarray(head.kernel[...])
     theirs = held[key]
     if theirs.shape == ours.shape and np.array_equal(theirs.astype(ours.dtype), ours):
         return True

@@ -15,9 +15,9 @@ class PerLayer(nnx.Variable):
 
 
 class LoRA(nnx.Module):
-    """Low-rank update y += scale * (dropout(x) A) B (Hu et al. 2021, arXiv:2106.09685), in PEFT's semantics.
+    """Low-rank update y += scale * B A dropout(x) (Hu et al. 2021, arXiv:2106.09685), in PEFT's semantics.
 
-    `a` is [(L,) *in_dims, R] and `b` [(L,) R, *out_dims], both float32 whatever the compute dtype; a layer of a smaller
+    `a` is [(L,) R, *in_dims] and `b` [(L,) *out_dims, R], both float32 whatever the compute dtype; a layer of a smaller
     rank has zeros behind it, which stay zero in training (A = 0 gives dB = 0, and B = 0 gives dA = 0). With `magnitude`
     [(L,) *out_dims] it is DoRA (Liu et al. 2024, arXiv:2402.09353), whose weight norm has no gradient.
 
@@ -57,7 +57,7 @@ class LoRA(nnx.Module):
           x: the map's input.
           in_dims: how many axes it contracts.
           dropout_key: None: no dropout.
-          y: x W, for DoRA alone.
+          y: W x, for DoRA alone.
           kernel: W, for DoRA alone.
         """
         scale = self.scale[...] if isinstance(self.scale, PerLayer) else self.scale
@@ -117,26 +117,27 @@ class Adaptable(nnx.Module):
 
 
 def contract(x: jax.Array, kernel: jax.Array, in_dims: int, out_dtype: Any = None) -> jax.Array:
-    """Contracts the last `in_dims` axes of x with the first of the kernel, in x's dtype; the result in `out_dtype`."""
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=in_dims, preferred_element_type=out_dtype)
+    """[..., *in] and [*out, *in] -> [..., *out], over `in_dims` axes, in x's dtype; the result in `out_dtype`."""
+    axes = tuple(range(-in_dims, 0))
+    return jnp.tensordot(x, kernel.astype(x.dtype), (axes, axes), preferred_element_type=out_dtype)
 
 
 def update_norm(
     kernel: jax.Array, a: jax.Array, b: jax.Array, scale: Any, in_dims: int, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """||W + s A B|| over the inputs, float32 [*out], of W [*in, *out], without making A B.
+    """||W + s B A|| over the inputs, float32 [*out], of W [*out, *in], without making B A.
 
-    By ||W||^2 + 2 s <W, A B> + s^2 ||A B||^2, where <W, A B> sums B * (A^T W) and ||A B||^2 sums B * (A^T A B), both
+    By ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2, where <W, B A> sums B * (W A^T) and ||B A||^2 sums B * (B A A^T), both
     over R: no array of the kernel's size. Products take `dtype` and accumulate in float32.
     """
-    axes = tuple(range(in_dims))
+    axes = tuple(range(-in_dims, 0))
     squares = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes)
 
     def product(left: jax.Array, right: jax.Array, axes: Any) -> jax.Array:
         found = jnp.tensordot(left.astype(dtype), right.astype(dtype), axes, preferred_element_type=jnp.float32)
         return found.astype(jnp.float32)
 
-    cross = jnp.sum(b * product(a, kernel, (axes, axes)), axis=0)
+    cross = jnp.sum(b * product(kernel, a, (axes, axes)), axis=-1)
     gram = product(a, a, (axes, axes))
-    quadratic = jnp.sum(b * jnp.tensordot(gram, b, 1), axis=0)
+    quadratic = jnp.sum(b * jnp.tensordot(b, gram, 1), axis=-1)
     return jnp.sqrt(jnp.maximum(squares + 2 * scale * cross + scale * scale * quadratic, 0))

@@ -26,11 +26,11 @@ NO_WINDOW = 2**30  # wider than any text: beside layers with a window, those wit
 class DecoderLayer(nnx.Module):
     """Attention and MLP with residuals; the norms stand where `config.norms` says."""
 
-    def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs | None):
         before, after = config.norms in ("pre", "sandwich"), config.norms in ("post", "sandwich")
 
         def norm(there: bool) -> RMSNorm | None:
-            given = {"style": config.norm_style, "layers": layers, "rngs": rngs}
+            given: dict[str, Any] = {"style": config.norm_style, "layers": layers, "rngs": rngs}
             return RMSNorm((config.embed_dim,), ("embed",), config.norm_eps, **given) if there else None
 
         self.residual_scale, self.after = config.residual_scale, after
@@ -65,7 +65,7 @@ class DecoderLayer(nnx.Module):
         return sharding.constrain(x + y, "batch", "length", None)
 
 
-def _experts(config: ModelConfig, layers: int | None, rngs: nnx.Rngs) -> MoE:
+def _experts(config: ModelConfig, layers: int | None, rngs: nnx.Rngs | None) -> MoE:
     return MoE(
         embed_dim=config.embed_dim,
         mlp_dim=config.expert_dim,
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
       remat: "none" keeps every activation, "full" recomputes each layer in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, remat: str = "none"):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: Any = jnp.float32, remat: str = "none"):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         self.embed_tokens = Embed(config.vocab_size, config.embed_dim, rngs=rngs)
         self.layers = DecoderLayer(config, layers=config.num_layers, rngs=rngs)
@@ -255,10 +255,10 @@ class Decoder(nnx.Module):
     def unembed(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
         """[..., D] in the compute dtype -> float32 logits [..., V]; the product accumulates in float32.
 
-        `head`, [D,V], stands for the transposed embedding of a tied model where the caller has it at hand.
+        `head`, [D,V], stands for the output layer's table transposed, where the caller has it at hand.
         """
         c = self.config
-        if self.lm_head is None and head is not None:
+        if head is not None:
             logits = jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
         elif self.lm_head is None:
             table = self.embed_tokens.output().astype(hidden.dtype)

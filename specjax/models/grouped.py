@@ -20,11 +20,11 @@ MAX_BLOCK = 512  # rows; larger blocks gain nothing and overlap their neighbours
 
 @jax.custom_vjp
 def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
-    """y[m] = x[m] @ kernel[group of row m].
+    """y[m] = kernel[group of row m] @ x[m].
 
     Args:
       x: [M,K], rows of group 0, then of group 1, ...
-      kernel: [E,K,N] in x's dtype.
+      kernel: [E,N,K] in x's dtype.
       sizes: int32 [E], rows of each group; their sum may be below M.
 
     Returns:
@@ -40,7 +40,7 @@ def _forward(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> tuple[jax.Arr
 def _backward(saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array) -> tuple[Any, ...]:
     x, kernel, sizes = saved
     # Where the kernel is frozen its gradient is dead code, which XLA removes.
-    return _rows(dy, kernel, sizes, transposed=True), _kernels(x, dy, sizes), np.zeros(sizes.shape, jax.dtypes.float0)
+    return _rows(dy, kernel, sizes, transposed=True), _kernels(dy, x, sizes), np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -48,13 +48,13 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _rows(x: jax.Array, kernel: jax.Array, sizes: jax.Array, *, transposed: bool) -> jax.Array:
     """[M,K] -> [M,N]; transposed: [M,N] -> [M,K], by the transposed matrices."""
-    contracted = 2 if transposed else 1
+    contracted = 1 if transposed else 2
     return _on_platform(_rows_ragged, _rows_in_blocks, contracted, x, kernel, sizes)
 
 
-def _kernels(x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
-    """The gradient of the kernel: [M,K], [M,N] -> [E,K,N], accumulated in float32, in x's dtype."""
-    return _on_platform(_kernels_ragged, _kernels_in_blocks, 0, x, dy, sizes)
+def _kernels(dy: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """The gradient of the kernel: [M,N], [M,K] -> [E,N,K], accumulated in float32, in x's dtype."""
+    return _on_platform(_kernels_ragged, _kernels_in_blocks, 0, dy, x, sizes)
 
 
 def _on_platform(ragged: Callable[..., Any], in_blocks: Callable[..., Any], option: int, *arrays: jax.Array) -> Any:
@@ -70,9 +70,9 @@ def _rows_ragged(contracted: int, x: jax.Array, kernel: jax.Array, sizes: jax.Ar
     return jnp.where(beyond[:, None], 0.0, y).astype(x.dtype)
 
 
-def _kernels_ragged(_: int, x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
+def _kernels_ragged(_: int, dy: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
     numbers = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    return jax.lax.ragged_dot_general(x, dy, sizes, numbers, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jax.lax.ragged_dot_general(dy, x, sizes, numbers, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _rows_in_blocks(contracted: int, x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -95,21 +95,21 @@ def _rows_in_blocks(contracted: int, x: jax.Array, kernel: jax.Array, sizes: jax
     return jax.lax.fori_loop(0, count, add, _zeros((rows, outputs), x.dtype, x, kernel, sizes))
 
 
-def _kernels_in_blocks(_: int, x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
+def _kernels_in_blocks(_: int, dy: jax.Array, x: jax.Array, sizes: jax.Array) -> jax.Array:
     size, count, block = _blocks(sizes, x.shape[0])
 
     def add(i: jax.Array, kernel: jax.Array) -> jax.Array:
         group, start, inside = block(i)
         part = jax.lax.dot_general(
-            jnp.where(inside[:, None], jax.lax.dynamic_slice_in_dim(x, start, size), jnp.zeros((), x.dtype)),
-            jax.lax.dynamic_slice_in_dim(dy, start, size),
+            jnp.where(inside[:, None], jax.lax.dynamic_slice_in_dim(dy, start, size), jnp.zeros((), dy.dtype)),
+            jax.lax.dynamic_slice_in_dim(x, start, size),
             (((0,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
         return kernel.at[group].add(part, mode="promise_in_bounds")
 
-    shape = (sizes.shape[0], x.shape[1], dy.shape[1])
-    return jax.lax.fori_loop(0, count, add, _zeros(shape, jnp.float32, x, dy, sizes)).astype(x.dtype)
+    shape = (sizes.shape[0], dy.shape[1], x.shape[1])
+    return jax.lax.fori_loop(0, count, add, _zeros(shape, jnp.float32, dy, x, sizes)).astype(x.dtype)
 
 
 def _blocks(sizes: jax.Array, rows: int) -> tuple[int, jax.Array, Callable[[jax.Array], Any]]:

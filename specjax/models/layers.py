@@ -25,16 +25,33 @@ Keys = tuple[jax.Array | None, ...]  # one dropout key a linear map
 
 
 def parameter(
-    init: Any, shape: tuple[int, ...], axes: Axes, layers: int | None, rngs: nnx.Rngs, dtype: Any = jnp.float32
+    init: Any, shape: tuple[int, ...], axes: Axes, layers: int | None, rngs: nnx.Rngs | None, dtype: Any = jnp.float32
 ) -> nnx.Param:
-    """A Param of `shape`, stacked `layers` times when given, bearing its logical axes."""
+    """A Param of `shape`, stacked `layers` times when given, bearing its logical axes; without `rngs` no values."""
     if layers is not None:
         shape, axes = (layers, *shape), ("layers", *axes)
+    if rngs is None:
+        return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
     return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
 
 
+def kernel_init(stddev: float, in_dims: int, lead: int) -> Any:
+    """Initialises kernels [*lead, *out, *in]: normal, drawn as [*lead, *in, *out], so that a seed keeps its meaning."""
+    normal = nnx.initializers.normal(stddev)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        value = normal(key, (*shape[:lead], *shape[-in_dims:], *shape[lead:-in_dims]), dtype)
+        axes = tuple(range(lead, lead + in_dims))
+        return jnp.moveaxis(value, axes, tuple(range(-in_dims, 0)))
+
+    return init
+
+
 class Linear(Adaptable):
-    """y = x W (+ bias) (+ the active LoRA), W [*in_shape, *out_shape]; `lora` maps an adapter's name to its factors."""
+    """y = x W^T (+ bias) (+ the active LoRA); `lora` maps an adapter's name to its factors.
+
+    `kernel` is [(L,) *out_shape, *in_shape], in the order of Hugging Face's files, so that loading is a copy.
+    """
 
     def __init__(
         self,
@@ -45,12 +62,12 @@ class Linear(Adaptable):
         *,
         bias: bool = False,
         layers: int | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         stddev: float = 0.02,
     ):
         super().__init__()
-        init = nnx.initializers.normal(stddev)
-        self.kernel = parameter(init, in_shape + out_shape, in_axes + out_axes, layers, rngs)
+        init = kernel_init(stddev, len(in_shape), int(layers is not None))
+        self.kernel = parameter(init, out_shape + in_shape, out_axes + in_axes, layers, rngs)
         self.bias = parameter(nnx.initializers.zeros, out_shape, out_axes, layers, rngs) if bias else None
         self.in_dims = len(in_shape)
         self.lora = nnx.Dict()
@@ -81,7 +98,7 @@ class RMSNorm(Adaptable):
         *,
         style: str = "llama",
         layers: int | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
     ):
         super().__init__()
         init = nnx.initializers.zeros if style == "gemma" else nnx.initializers.ones
@@ -105,7 +122,7 @@ class RMSNorm(Adaptable):
 class Embed(Adaptable):
     """Token embedding, [V,D]."""
 
-    def __init__(self, vocab_size: int, embed_dim: int, *, rngs: nnx.Rngs, stddev: float = 0.02):
+    def __init__(self, vocab_size: int, embed_dim: int, *, rngs: nnx.Rngs | None, stddev: float = 0.02):
         super().__init__()
         init = nnx.initializers.normal(stddev)
         self.embedding = parameter(init, (vocab_size, embed_dim), ("vocab", "embed"), None, rngs)
@@ -123,7 +140,7 @@ class Embed(Adaptable):
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs | None):
         d, n, k, h = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         out_stddev = 0.02 / math.sqrt(2 * config.num_layers)
         self.config = config
@@ -192,7 +209,7 @@ def activate(x: jax.Array, name: str) -> jax.Array:
 class MLP(nnx.Module):
     """Gated MLP, down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs | None):
         d, f, bias = config.embed_dim, config.mlp_dim, config.mlp_bias
         out_stddev = 0.02 / math.sqrt(2 * config.num_layers)
         self.activation, self.fused = config.activation, config.fused

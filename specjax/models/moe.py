@@ -18,15 +18,15 @@ from jax.sharding import PartitionSpec
 from specjax import sharding
 from specjax.models.adapter import Adaptable
 from specjax.models.grouped import grouped_matmul
-from specjax.models.layers import Axes, Linear, activate, parameter
+from specjax.models.layers import Axes, Linear, activate, kernel_init, parameter
 
 Stats = dict[str, jax.Array]
 
 
 class ExpertLinear(Adaptable):
-    """y = x W_e (+ the active LoRA of expert e): one linear map an expert, W [E, in, out].
+    """y = x W_e^T (+ the active LoRA of expert e): one linear map an expert, W [(L,) E, out, in].
 
-    `lora` and `active` are those of `Linear`; the factors are a [(L,) E, in, R] and b [(L,) E, R, out]. There is no
+    `lora` and `active` are those of `Linear`; the factors are a [(L,) E, R, in] and b [(L,) E, out, R]. There is no
     dropout on them, as in PEFT's `ParamWrapper`.
     """
 
@@ -39,12 +39,13 @@ class ExpertLinear(Adaptable):
         out_axis: str,
         *,
         layers: int | None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         stddev: float = 0.02,
     ):
         super().__init__()
-        shape, axes = (num_experts, in_size, out_size), ("expert", in_axis, out_axis)
-        self.kernel = parameter(nnx.initializers.normal(stddev), shape, axes, layers, rngs)
+        shape, axes = (num_experts, out_size, in_size), ("expert", out_axis, in_axis)
+        init = kernel_init(stddev, 1, 1 + int(layers is not None))
+        self.kernel = parameter(init, shape, axes, layers, rngs)
         self.in_dims = 1
         self.lora = nnx.Dict()
 
@@ -69,7 +70,7 @@ class Experts(nnx.Module):
         num_experts: int,
         activation: str,
         layers: int | None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         out_stddev: float,
     ):
         def linear(in_size: int, out_size: int, in_axis: str, out_axis: str, stddev: float) -> ExpertLinear:
@@ -157,7 +158,7 @@ class MoE(nnx.Module):
         round_weights: bool = False,
         activation: str = "silu",
         layers: int | None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
         out_stddev: float = 0.02,
     ):
         if not 1 <= experts_per_token <= num_experts:
