@@ -78,6 +78,7 @@ def model_of(config: ConfigDict, folder: Path, mesh: Mesh) -> Decoder:
     """The model on its mesh, LoRA injected: float32 masters where everything trains, else the compute dtype."""
     full = config.trainable == "all"
     settings = {"mesh": mesh, "dtype": config.model.dtype, "remat": config.model.remat}
+    settings["quantise"] = config.model.quantise
     if config.model.init == "random":
         settings |= {"param_dtype": "float32" if full else config.model.dtype}
         model = hf_load.random(ModelConfig.from_folder(folder), seed=config.seed + SEED_MODEL, **settings)

@@ -19,6 +19,7 @@ CHOICES = {
     "model.dtype": ("bfloat16", "float32"),
     "model.init": ("checkpoint", "random"),
     "model.remat": ("none", "full"),
+    "model.quantise": ("", "int8", "nf4"),
     "data.format": ("auto", "text", "instruct", "prompt", "messages", "conversations"),
     "data.overlong": ("drop", "truncate", "keep_end", "split"),
     "optimizer.name": ("adamw", "lion"),
@@ -129,6 +130,11 @@ def _check_values(config: ConfigDict) -> None:
 def _check_lora(config: ConfigDict) -> None:
     lora, given = config.lora, [key for key in config.lora if config.lora[key] is not None]
     if config.trainable != "lora":
+        if config.model.quantise:
+            raise UserError(
+                f"config.model.quantise is {config.model.quantise!r}, but config.trainable is {config.trainable!r}: "
+                "what is quantised can't train, so set config.trainable='lora', or leave config.model.quantise out."
+            )
         if given:
             raise UserError(
                 f"config.lora.{given[0]} is {lora[given[0]]!r}, but config.trainable is {config.trainable!r}: "

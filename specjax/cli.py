@@ -33,7 +33,8 @@ generate: --model=DIR|HUB_NAME, --adapter=[NAME=]DIR (repeatable), --prompt=TEXT
   --prompt_file=F (a prompt a line), --system=TEXT, --raw (no chat template), --stop=TEXT (repeatable), --seed=0,
   --max_new_tokens, --temperature (0: greedy), --top_k, --top_p, --min_p, --repetition_penalty: default what the model's
   generation_config.json says (--generation_config=false leaves it out), else 128 tokens, greedy
-export: --merge (LoRA into the base's weights), --step=N (default: the best, or the last), --overwrite,
+export: --merge (LoRA into the base's weights; into a quantised base's dequantised ones with --dequantise too),
+  --step=N (default: the best, or the last), --overwrite,
   --dtype=bfloat16|float32|float16 (default: that of the base's files)
 
 Examples:
@@ -49,7 +50,7 @@ VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (("config", "workdir"), ()),
     "eval": (("config", "workdir"), ()),
     "generate": (("model",), ("adapter", "prompt", "prompt_file", "raw", "system", "stop", "seed", *SAMPLING)),
-    "export": (("workdir", "out"), ("merge", "step", "overwrite", "dtype")),
+    "export": (("workdir", "out"), ("merge", "dequantise", "step", "overwrite", "dtype")),
     "data": (("config",), ()),
     "compare": (("config", "workdir"), ()),
     "families": ((), ()),
@@ -206,7 +207,7 @@ def _flag_values() -> flags.FlagValues:
         flags.DEFINE_string(name, "", "", flag_values=values)
     for name in ("adapter", "prompt", "stop"):
         flags.DEFINE_multi_string(name, [], "", flag_values=values)
-    for name in ("raw", "merge", "overwrite"):
+    for name in ("raw", "merge", "dequantise", "overwrite"):
         flags.DEFINE_bool(name, False, "", flag_values=values)
     flags.DEFINE_enum("dtype", None, ("bfloat16", "float32", "float16"), "", flag_values=values)
     flags.DEFINE_integer("step", None, "", lower_bound=0, flag_values=values)

@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of the computation: bfloat16 | float32
     config.model.init = "checkpoint"  # checkpoint | random: the folder's config.json only, trains from nothing
     config.model.remat = "none"  # none | full: recompute each layer in the backward pass, for memory
+    config.model.quantise = ""  # nf4 | int8: store the frozen base so, only with trainable="lora"; "": as floats
     config.model.router_aux_coef = placeholder(float)  # of a mixture of experts' balancing loss; not set: config.json's
 
     config.lora = ConfigDict()  # only with trainable="lora"

@@ -47,6 +47,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
     _write_json(workdir / "config.json", settings)
     _write_json(workdir / "data.json", {"train": data.report} | {name: d.report for name, d in eval_data.items()})
     model = build.model_of(config, folder, mesh)
+    if model.quantisation is not None:
+        _say(str(model.quantisation))
     steps = config.steps or max(1, round(config.epochs * data.steps_per_epoch))
     result = fit(
         model,
@@ -177,6 +179,7 @@ def export(
     out: str | Path,
     *,
     merge: bool = False,
+    dequantise: bool = False,
     step: int | None = None,
     overwrite: bool = False,
     dtype: str | None = None,
@@ -184,8 +187,10 @@ def export(
     """Writes a run's weights: a Hugging Face folder (everything trained, or `merge`), else a PEFT adapter folder.
 
     `step` defaults to the best checkpoint where sets were evaluated, else to the last; `dtype`, of a Hugging Face
-    folder alone, to that of the base's files.
+    folder alone, to that of the base's files. `dequantise` lets a merge into a quantised base make it float.
     """
+    if dequantise and not merge:
+        raise UserError("--dequantise is of a merge into a quantised base: add --merge, or leave it out.")
     model, config = build.load_run(workdir, "best" if step is None else str(step), sharding.make_mesh())
     if merge and config.trainable != "lora":
         raise UserError(f"{workdir} trained every weight: there is no adapter to merge, leave --merge out.")
@@ -194,7 +199,7 @@ def export(
             f"{workdir} trained an adapter, which is written in float32: leave --dtype out, or give --merge."
         )
     if merge:
-        lora.merge(model)
+        lora.merge(model, dequantise=dequantise)
     _, tokenizer = build.tokenizer_of(config)
     note = build.write_export(model, tokenizer, config, Path(out), overwrite=overwrite, dtype=dtype)
     Console().print(f"wrote {out}{note and '; ' + note}", markup=False)

@@ -21,6 +21,7 @@ from specjax.errors import UserError
 from specjax.files import new_folder
 from specjax.hf import names
 from specjax.hf.place import finish
+from specjax.hf.quantise import is_quantised
 from specjax.hf.strided import copy, pieces, runs
 from specjax.hf.tensors import DTYPES
 from specjax.models import Decoder
@@ -52,10 +53,15 @@ def export(
       overwrite: replace files of an existing folder.
 
     Raises:
-      UserError: `out` is not empty, the model wears adapters, or another process failed.
+      UserError: `out` is not empty, the model wears adapters or is quantised, or another process failed.
     """
     if any(isinstance(leaf, nnx.LoRAParam) for _, leaf in nnx.to_flat_state(nnx.state(model))):
         raise UserError("the model wears LoRA adapters: merge them before export, or save them as an adapter folder.")
+    if is_quantised(model):
+        raise UserError(
+            "the base is quantised, and rounded weights are not written as if they were the base's: save the adapter "
+            "alone, or merge it with dequantise=True (export --merge --dequantise)."
+        )
     dtype = jnp.dtype(dtype or model.config.stored_dtype)
     if dtype not in map(np.dtype, DTYPES.values()):
         raise UserError(f"dtype {dtype}: weights are written as bfloat16, float16, float32 or float64.")

@@ -21,8 +21,10 @@ from specjax import sharding
 from specjax.errors import UserError
 from specjax.hf import names
 from specjax.hf.place import place, threads
+from specjax.hf.quantise import Reader, convert
 from specjax.hf.tensors import Tensors
 from specjax.models import Decoder, ModelConfig
+from specjax.models.quantised import Quantised, QuantisedParam
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _HEAD = "lm_head.weight"
@@ -37,6 +39,7 @@ def load(
     param_dtype: Any = None,
     revision: str | None = None,
     remat: str = "none",
+    quantise: str = "",
 ) -> tuple[Decoder, Any]:
     """Loads a checkpoint and its tokenizer.
 
@@ -47,6 +50,8 @@ def load(
       param_dtype: the dtype the parameters are stored in, default `dtype`; `fit` casts those that train to float32.
       revision: of a hub name.
       remat: "none" or "full", see `Decoder`.
+      quantise: "nf4" or "int8": the layers' linear maps are stored so, and frozen; "": as floats. What that costs is in
+        `model.quantisation`.
 
     Returns:
       (model, tokenizer); the tokenizer is None where the folder has none.
@@ -58,12 +63,14 @@ def load(
     folder = resolve(path, revision)
     config = ModelConfig.from_folder(folder)
     model = abstract(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
-    places = _places(model, mesh)
     tensors = Tensors(weight_files(folder))
     _check(folder, model, tensors)
+    if quantise:
+        convert(model, quantise)
+    places = _places(model, mesh)
     print_of = fingerprint(folder)
     model.config = dataclasses.replace(config, source=str(path), revision=revision or "", fingerprint=print_of)
-    return _read(model, places, tensors), load_tokenizer(folder)
+    return _read(model, places, tensors, mesh), load_tokenizer(folder)
 
 
 def resolve(path: str | Path, revision: str | None = None) -> Path:
@@ -120,12 +127,15 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise UserError(f"{folder}: its tokenizer does not load ({str(error).strip().splitlines()[0]}).") from error
 
 
-def abstract(config: ModelConfig, *, dtype: Any, param_dtype: Any, remat: str = "none") -> Decoder:
-    """The model's shapes without its weights (`jax.ShapeDtypeStruct` leaves of `param_dtype`)."""
+def abstract(config: ModelConfig, *, dtype: Any, param_dtype: Any, remat: str = "none", quantise: str = "") -> Decoder:
+    """The model's shapes without its weights: `jax.ShapeDtypeStruct` leaves of `param_dtype`, or quantised ones."""
     graph, state = nnx.split(Decoder(config, rngs=None, dtype=dtype, remat=remat))
     leaves = nnx.to_flat_state(state)
     cast = [(path, jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(param_dtype))) for path, leaf in leaves]
-    return nnx.merge(graph, nnx.from_flat_state(cast))
+    model = nnx.merge(graph, nnx.from_flat_state(cast))
+    if quantise:
+        convert(model, quantise)
+    return model
 
 
 def random(
@@ -136,14 +146,17 @@ def random(
     param_dtype: Any = "float32",
     seed: int = 0,
     remat: str = "none",
+    quantise: str = "",
 ) -> Decoder:
     """A model with random weights (normal, 0.02), initialised in place on the mesh."""
 
     def build() -> Any:
         model = Decoder(config, rngs=nnx.Rngs(seed), dtype=dtype, remat=remat)
-        return jax.tree.map(lambda x: x.astype(param_dtype), nnx.state(model))
+        if quantise:
+            convert(model, quantise)
+        return jax.tree.map(_cast(param_dtype), nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable))
 
-    shapes = abstract(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
+    shapes = abstract(config, dtype=dtype, param_dtype=param_dtype, remat=remat, quantise=quantise)
     layout = None
     if mesh is not None:
         places = sharding.of_module(shapes, mesh)
@@ -152,6 +165,10 @@ def random(
         )
         layout = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(build)), jax.tree.leaves(layout))
     return nnx.merge(nnx.graphdef(shapes), jax.jit(build, out_shardings=layout)())
+
+
+def _cast(dtype: Any) -> Any:
+    return lambda leaf: leaf if isinstance(leaf, QuantisedParam) else jax.tree.map(lambda x: x.astype(dtype), leaf)
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -199,18 +216,29 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json.")
 
 
-def _read(model: Decoder, places: dict[str, jax.sharding.Sharding], tensors: Tensors) -> Decoder:
+def _read(
+    model: Decoder, places: dict[str, jax.sharding.Sharding], tensors: Tensors, mesh: Mesh | None = None
+) -> Decoder:
     """The model with its weights in their places, parameter by parameter; several threads copy."""
     graph, state = nnx.split(model)
-    leaves = {sharding.path_name(path): leaf for path, leaf in nnx.to_flat_state(state)}
-    arrays = []
+    parts = {sharding.path_name(path): part for path, part in nnx.iter_modules(model)}
+    kernels = {path: part for path, part in parts.items() if isinstance(part, Quantised)}
+    flat = nnx.to_flat_state(state)
+    leaves = {sharding.path_name(path): leaf for path, leaf in flat if not isinstance(leaf, QuantisedParam)}
+    arrays, reader = [], Reader(mesh)
     with threads() as pool:
+        for entry in names.entries(model.config, list(kernels)):
+            found = reader.read(entry, kernels[entry.path], tensors, pool)
+            arrays += [((*entry.path.split("."), name), value) for name, value in found.items()]
         for entry in names.entries(model.config, list(leaves)):
             leaf = leaves[entry.path]
             array = place(entry, leaf.shape, leaf.dtype, places[entry.path], tensors, pool)
             arrays.append((tuple(entry.path.split(".")), array))
             tensors.release()
-    return nnx.merge(graph, nnx.from_flat_state(arrays))
+    read: Decoder = nnx.merge(graph, nnx.from_flat_state(arrays))
+    if kernels:
+        read.quantisation = reader.report(next(iter(kernels.values())).kind)
+    return read
 
 
 def _places(model: Decoder, mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:

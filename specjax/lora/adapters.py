@@ -113,7 +113,7 @@ def attach(model: Decoder, name: str, adapter: Adapter) -> None:
 def _hang(linear: Linear | ExpertLinear, name: str, factors: Factors, dropout: float, rslora: bool) -> None:
     axes = tuple(None if axis == "embed" else axis for axis in linear.kernel.get_metadata("axes"))
     lead, out, inputs = leading(linear), axes[: -linear.in_dims], axes[-linear.in_dims :]
-    mesh = sharding.mesh_of(linear.kernel[...])
+    mesh = sharding.mesh_of(jax.tree.leaves(nnx.state(linear))[0])
 
     def param(value: Array, axes: tuple[str | None, ...], what: str) -> nnx.LoRAParam:
         value = jnp.asarray(value, jnp.float32)

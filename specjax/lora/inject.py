@@ -1,6 +1,5 @@
 """A fresh adapter: what it touches, its ranks and scales, its first values."""
 
-import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -8,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from specjax.errors import UserError
 from specjax.lora import experts
@@ -26,6 +26,7 @@ from specjax.lora.adapters import (
 from specjax.lora.targets import TIED_HEAD, Layers
 from specjax.models import Decoder
 from specjax.models.layers import Linear
+from specjax.models.moe import ExpertLinear
 
 BIASES = ("none", "all", "lora_only")
 
@@ -127,18 +128,21 @@ def _fresh(
     if min(ranks) < rank:  # behind a layer's true rank stand zeros, which stay zeros
         true = jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]
         a = a * true.reshape(len(ranks), *(1,) * (lead - 1), rank, *(1,) * (a.ndim - lead - 1))
-    magnitude = base_norms(linear.kernel[...], linear.in_dims, is_stacked(path)) if dora else None
+    magnitude = base_norms(linear, is_stacked(path)) if dora else None
     return Factors(a, jnp.zeros(b_shape, jnp.float32), magnitude, ranks, alphas)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def base_norms(kernel: jax.Array, in_dims: int, stacked: bool) -> jax.Array:
-    """||W|| over the inputs, float32 [(L,) *out], in which DoRA's magnitude starts."""
+def base_norms(linear: Linear | ExpertLinear, stacked: bool) -> jax.Array:
+    """||W|| over the inputs, float32 [(L,) *out], in which DoRA's magnitude starts; layer by layer."""
+    graph, state = nnx.split(linear)
+    axes = tuple(range(-linear.in_dims, 0))
 
-    def norm(kernel: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=tuple(range(-in_dims, 0))))
+    def norm(state: Any) -> jax.Array:
+        kernel = nnx.merge(graph, state).kernel[...]
+        return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes))
 
-    return jax.lax.map(norm, kernel) if stacked else norm(kernel)
+    norms: jax.Array = jax.jit(lambda state: jax.lax.map(norm, state) if stacked else norm(state))(state)
+    return norms
 
 
 def _copies(

@@ -10,13 +10,14 @@ from flax import nnx
 
 from specjax import sharding
 from specjax.errors import UserError
+from specjax.hf.quantise import is_quantised, restore
 from specjax.lora.adapters import Copies, Factors, active, collect, is_stacked, scales, unload
 from specjax.lora.targets import EXPERTS, TIED_HEAD, linears, parts
 from specjax.models import Decoder
 from specjax.models.layers import Linear
 
 
-def merge(model: Decoder, name: str | None = None) -> None:
+def merge(model: Decoder, name: str | None = None, *, dequantise: bool = False) -> None:
     """Folds an adapter into the base and takes it off: W + s B A in float32, then cast to W's dtype.
 
     DoRA's update is scaled by magnitude / norm; copies of parameters take the base's place. Where an adapter trained
@@ -25,14 +26,26 @@ def merge(model: Decoder, name: str | None = None) -> None:
     Args:
       model: changed in place.
       name: default the adapter in use.
+      dequantise: of a quantised base: make it float first, with its errors, in the compute dtype, and merge into that.
 
     Raises:
-      UserError: there is no such adapter, or none in use, or the base is quantised.
+      UserError: there is no such adapter, or none in use, or the base is quantised and `dequantise` was not given, or
+        the reverse.
     """
     name = name or active(model)
     if name is None:
         raise UserError("no adapter is in use: nothing to merge.")
     adapter = collect(model, name)
+    quantised = is_quantised(model)
+    if quantised and not dequantise:
+        raise UserError(
+            "the base is quantised, and a merge would be rounded with it: load the base in bfloat16 or float32, and "
+            "the adapter onto it, and merge there, or choose the dequantised weights by dequantise=True (--dequantise)."
+        )
+    if dequantise and not quantised:
+        raise UserError("the base is not quantised: leave dequantise=True (--dequantise) out of the merge.")
+    if quantised:
+        restore(model)
     maps = linears(model)
     for path in adapter.factors:
         _check_dtype(f"{path}.kernel", maps[path].kernel.dtype)

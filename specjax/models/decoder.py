@@ -91,10 +91,12 @@ class Decoder(nnx.Module):
       config: the sizes.
       dtype: the compute dtype; parameters are cast to it where they are used.
       remat: "none" keeps every activation, "full" recomputes each layer in the backward pass.
+      quantisation: the `hf.quantise.Report` of a base that was quantised while it was loaded, else None.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: Any = jnp.float32, remat: str = "none"):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        self.quantisation: Any = None
         self.embed_tokens = Embed(config.vocab_size, config.embed_dim, rngs=rngs)
         self.layers = DecoderLayer(config, layers=config.num_layers, rngs=rngs)
         self.norm = RMSNorm((config.embed_dim,), ("embed",), config.norm_eps, style=config.norm_style, rngs=rngs)

@@ -17,6 +17,7 @@ from flax import nnx
 from specjax.models.adapter import Adaptable, contract
 from specjax.models.attention import Cache, attend, store
 from specjax.models.config import ModelConfig
+from specjax.models.quantised import Quantised
 from specjax.models.rope import rotate
 
 Axes = tuple[str | None, ...]
@@ -50,7 +51,8 @@ def kernel_init(stddev: float, in_dims: int, lead: int) -> Any:
 class Linear(Adaptable):
     """y = x W^T (+ bias) (+ the active LoRA); `lora` maps an adapter's name to its factors.
 
-    `kernel` is [(L,) *out_shape, *in_shape], in the order of Hugging Face's files, so that loading is a copy.
+    `kernel` is [(L,) *out_shape, *in_shape], in the order of Hugging Face's files, so that loading is a copy; of a
+    frozen base it may be a `Quantised`, which stands for such an array.
     """
 
     def __init__(
@@ -67,13 +69,25 @@ class Linear(Adaptable):
     ):
         super().__init__()
         init = kernel_init(stddev, len(in_shape), int(layers is not None))
-        self.kernel = parameter(init, out_shape + in_shape, out_axes + in_axes, layers, rngs)
+        kernel = parameter(init, out_shape + in_shape, out_axes + in_axes, layers, rngs)
+        self.kernel: nnx.Param | Quantised = kernel
         self.bias = parameter(nnx.initializers.zeros, out_shape, out_axes, layers, rngs) if bias else None
         self.in_dims = len(in_shape)
         self.lora = nnx.Dict()
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None, accumulate: Any = None) -> jax.Array:
         """[...,*in_shape] -> [...,*out_shape] in x's dtype, or in `accumulate` (the logits' float32)."""
+        if not isinstance(self.kernel, Quantised):
+            return self._apply(x, dropout_key, accumulate)
+        # The backward pass dequantises again: kept, all layers' floats would be in memory at once.
+        graph, state = nnx.split(self)
+
+        def again(state: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+            return nnx.merge(graph, state)._apply(x, dropout_key, accumulate)
+
+        return jax.checkpoint(again, prevent_cse=False)(state, x, dropout_key)
+
+    def _apply(self, x: jax.Array, dropout_key: jax.Array | None, accumulate: Any) -> jax.Array:
         kernel = self.used("kernel")
         y = plain = contract(x, kernel, self.in_dims, accumulate)
         if self.bias is not None:

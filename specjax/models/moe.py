@@ -19,6 +19,7 @@ from specjax import sharding
 from specjax.models.adapter import Adaptable
 from specjax.models.grouped import grouped_matmul
 from specjax.models.layers import Axes, Linear, activate, kernel_init, parameter
+from specjax.models.quantised import Quantised
 
 Stats = dict[str, jax.Array]
 
@@ -45,7 +46,7 @@ class ExpertLinear(Adaptable):
         super().__init__()
         shape, axes = (num_experts, out_size, in_size), ("expert", out_axis, in_axis)
         init = kernel_init(stddev, 1, 1 + int(layers is not None))
-        self.kernel = parameter(init, shape, axes, layers, rngs)
+        self.kernel: nnx.Param | Quantised = parameter(init, shape, axes, layers, rngs)
         self.in_dims = 1
         self.lora = nnx.Dict()
 
@@ -209,13 +210,29 @@ class MoE(nnx.Module):
         return self._compute(x, nowhere, weights), stats
 
     def _compute(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        """`_routed` through the experts; a quantised base's are dequantised here, and again in the backward pass."""
+        if not isinstance(self.experts.gate_proj.kernel, Quantised):
+            return self._routed(self.experts, x, chosen, weights)
+        graph, state = nnx.split(self.experts)
+
+        def again(state: Any, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+            experts = nnx.merge(graph, state)
+            for linear in (experts.gate_proj, experts.up_proj, experts.down_proj):
+                kernel = nnx.Param(linear.kernel[...], axes=linear.kernel.axes)
+                del linear.kernel
+                linear.kernel = nnx.data(kernel)
+            return self._routed(experts, x, chosen, weights)
+
+        return jax.checkpoint(again, prevent_cse=False)(state, x, chosen, weights)
+
+    def _routed(self, experts: Experts, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """The experts' weighted sum: [B,T,D], [B,T,k], [B,T,k] -> [B,T,D], each device computing its own experts.
 
         A device gathers the tokens of its group along the mesh axis `expert`, sends them through the experts that it
         holds, and the shares are summed on the way back: exact, in static shapes, and no expert's weights cross that
         axis. Over `tensor` each expert's MLP is split; over `fsdp` its weights are gathered, as a dense layer's are.
         """
-        graph, state = nnx.split(self.experts)
+        graph, state = nnx.split(experts)
         # Cast first: what is gathered over fsdp is then in the compute dtype.
         params = {path: leaf[...].astype(x.dtype) for path, leaf in nnx.to_flat_state(state)}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -215,6 +216,8 @@ class _Run:
         self.graph, self.trainable, self.frozen = steps_lib.split(model, trainable)
         if not self.trainable:
             raise UserError("the trainable filter selects no parameter: inject LoRA first, or train specjax.ALL.")
+        if not all(jnp.issubdtype(value.dtype, jnp.floating) for value in self.trainable.values()):
+            raise UserError("the base is quantised and can't train: train specjax.LORA, or load it with quantise=''.")
         adapters = {hit[1] for path in self.trainable if (hit := re.search(r"\.(?:lora|own)\.([^.]+)\.", path))}
         if len(adapters) > 1:
             raise UserError(f"adapters {', '.join(sorted(adapters))} are loaded: unload all but the one to train.")
