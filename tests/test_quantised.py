@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 from helpers import assert_same_bits, data, model, prompts, sizes, weights
 from jax.sharding import NamedSharding
+from run_fixtures import flags, specjax, write_base, write_data
 
 import specjax as sj
-from specjax import sharding
+from specjax import build, sharding
 from specjax.errors import UserError
 from specjax.hf import quantise as hq
 from specjax.hf.load import abstract
@@ -247,3 +248,23 @@ def test_what_cannot_be_is_said():
         sharding.of_module(quantised("nf4"), sj.make_mesh(fsdp=8))
     with pytest.raises(UserError, match=r"base is quantised and can't train"):
         sj.fit(quantised("int8"), data(), sj.adamw(1e-3), steps=1, trainable=sj.ALL)
+
+
+def test_the_command_line_trains_over_it_generates_and_merges(tmp_path, capsys):
+    base = write_base(tmp_path / "base", hidden_size=512, intermediate_size=64, attention=0.02)
+    write_data(tmp_path / "data")
+    run = tmp_path / "run"
+    argv = flags(base, run, "lora", **{"model.quantise": "nf4", "lora.rank": 4})
+    assert specjax("train", *argv) == 0
+    assert re.search(r"base weights in nf4: 4\.\d+ bits .* q_proj 0\.\d+", capsys.readouterr().out)
+    assert specjax("generate", f"--model={run}", "--prompt=What?", "--max_new_tokens=4") == 0
+    merge = ("export", f"--workdir={run}", f"--out={tmp_path / 'merged'}", "--merge")
+    assert specjax(*merge) == 2
+    assert "--dequantise" in capsys.readouterr().err
+    assert specjax(*merge, "--dequantise") == 0
+    trained, _ = build.load_run(run, "best", sj.make_mesh())
+    merged, _ = sj.load(tmp_path / "merged", mesh=sj.make_mesh(), dtype="float32")
+    tokens = jnp.asarray(prompts(300, 2, 50))
+    np.testing.assert_allclose(merged(tokens), trained(tokens), atol=1e-4)
+    assert specjax("train", *flags(base, tmp_path / "all", "full", **{"model.quantise": "nf4"})) == 2
+    assert "what is quantised can't train" in capsys.readouterr().err
