@@ -18,7 +18,7 @@ CHOICES = {
     "trainable": ("all", "lora"),
     "model.dtype": ("bfloat16", "float32"),
     "model.init": ("checkpoint", "random"),
-    "model.remat": ("none", "full"),
+    "model.remat": ("none", "full", "attention", "dots", "offload"),
     "model.quantise": ("", "int8", "nf4"),
     "data.format": ("auto", "text", "instruct", "prompt", "messages", "conversations"),
     "data.overlong": ("drop", "truncate", "keep_end", "split"),

@@ -24,6 +24,7 @@ HELP = """specjax specialises a pretrained language model to a domain: full fine
   specjax export   --workdir=DIR --out=DIR      a Hugging Face folder, or a PEFT adapter
   specjax data     --config=F                   what the model will see: counts, losses, the mask in colour
   specjax compare  --config=F --workdir=DIR     the methods of config.compare on the same data, in one table
+  specjax plan     --config=F --target=v5e:4x4  does it fit there, and how fast can it be: compiled, without the devices
   specjax families                              which models are supported, and how near to transformers they are
 
 Config: --config=F is a .py file of configs/ or a run's config.json, and --config.KEY=VALUE changes any key of it.
@@ -33,6 +34,8 @@ generate: --model=DIR|HUB_NAME, --adapter=[NAME=]DIR (repeatable), --prompt=TEXT
   --prompt_file=F (a prompt a line), --system=TEXT, --raw (no chat template), --stop=TEXT (repeatable), --seed=0,
   --max_new_tokens, --temperature (0: greedy), --top_k, --top_p, --min_p, --repetition_penalty: default what the model's
   generation_config.json says (--generation_config=false leaves it out), else 128 tokens, greedy
+plan: --target=FAMILY:SHAPE (repeatable): v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, 2*v5e:4x4 for two slices, cpu:8;
+  --json (an object a target), --price_per_chip_hour=X
 export: --merge (LoRA into the base's weights; into a quantised base's dequantised ones with --dequantise too),
   --step=N (default: the best, or the last), --overwrite,
   --dtype=bfloat16|float32|float16 (default: that of the base's files)
@@ -53,12 +56,14 @@ VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "export": (("workdir", "out"), ("merge", "dequantise", "step", "overwrite", "dtype")),
     "data": (("config",), ()),
     "compare": (("config", "workdir"), ()),
+    "plan": (("config", "target"), ("json", "price_per_chip_hour")),
     "families": ((), ()),
 }
 NEEDED = {
     "config": "the file to start from, such as --config=configs/lora.py",
     "workdir": "the run's folder, such as --workdir=runs/lora",
     "model": "a Hugging Face folder, a hub name or a run's folder, such as --model=runs/lora",
+    "target": "hardware to compile for, such as --target=v5e:4x4 or --target=cpu:8",
     "out": "the folder to write, such as --out=exported",
 }
 
@@ -180,6 +185,11 @@ def _call(verb: str, found: dict[str, Any]) -> None:
 
         parity.show()
         return
+    if verb == "plan":  # it compiles for devices that are not here, and must ask for none that are
+        from specjax.plan import plan
+
+        plan(**found)
+        return
     if verb == "compare":  # its children train: this process must not take the accelerator
         from specjax.compare import compare
 
@@ -205,9 +215,9 @@ def _flag_values() -> flags.FlagValues:
     values.set_gnu_getopt(True)
     for name in ("workdir", "model", "out", "prompt_file", "system"):
         flags.DEFINE_string(name, "", "", flag_values=values)
-    for name in ("adapter", "prompt", "stop"):
+    for name in ("adapter", "prompt", "stop", "target"):
         flags.DEFINE_multi_string(name, [], "", flag_values=values)
-    for name in ("raw", "merge", "dequantise", "overwrite"):
+    for name in ("raw", "merge", "dequantise", "overwrite", "json"):
         flags.DEFINE_bool(name, False, "", flag_values=values)
     flags.DEFINE_enum("dtype", None, ("bfloat16", "float32", "float16"), "", flag_values=values)
     flags.DEFINE_integer("step", None, "", lower_bound=0, flag_values=values)
@@ -216,6 +226,7 @@ def _flag_values() -> flags.FlagValues:
     flags.DEFINE_integer("top_k", None, "", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "", lower_bound=0, flag_values=values)
     flags.DEFINE_float("temperature", None, "", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("price_per_chip_hour", 0.0, "", lower_bound=0.0, flag_values=values)
     flags.DEFINE_float("repetition_penalty", None, "", lower_bound=0.0, flag_values=values)
     for name in ("top_p", "min_p"):
         flags.DEFINE_float(name, None, "", lower_bound=0.0, upper_bound=1.0, flag_values=values)

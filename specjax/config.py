@@ -35,7 +35,9 @@ def get_config() -> ConfigDict:
     config.model.revision = ""  # of a hub name; "": its default branch
     config.model.dtype = "bfloat16"  # of the computation: bfloat16 | float32
     config.model.init = "checkpoint"  # checkpoint | random: the folder's config.json only, trains from nothing
-    config.model.remat = "none"  # none | full: recompute each layer in the backward pass, for memory
+    # What the backward pass computes again, for memory: none | dots: all but the linear maps' outputs | attention: all
+    # but the attention's | full: each layer | offload: as attention, which waits in the host's memory.
+    config.model.remat = "none"
     config.model.quantise = ""  # nf4 | int8: store the frozen base so, only with trainable="lora"; "": as floats
     config.model.router_aux_coef = placeholder(float)  # of a mixture of experts' balancing loss; not set: config.json's
 

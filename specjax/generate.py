@@ -271,10 +271,8 @@ def _head(model: Decoder, rows: int) -> jax.Array | None:
 
     Not for one row, which it multiplies by the table as it lies; nor under an adapter's factors, which want the table.
     """
-    head = model.lm_head
-    table = model.embed_tokens.output() if head is None else head.used("kernel")
-    adapted = head is not None and head.active is not None and head.active in head.lora
-    return decoding.transposed(table, model.dtype) if rows > 1 and _on_cpu(table) and not adapted else None
+    table = model.output_table()
+    return decoding.transposed(table, model.dtype) if rows > 1 and table is not None and _on_cpu(table) else None
 
 
 def _bucket(size: int, least: int = 1) -> int:

@@ -8,8 +8,10 @@ lies: the tokens come to it.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from specjax.errors import UserError
@@ -20,7 +22,10 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
+    "residual": ("context", "tensor"),  # the length between blocks, where no map is split over `tensor`
     "cache_length": (),
+    "loss_batch": ("data", "expert"),  # of logits, whose vocabulary takes the devices of `fsdp` too
+    "loss_vocab": ("tensor", "fsdp"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -60,9 +65,21 @@ def make_mesh(
         {"data": data, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}, len(devices)
     )
     # Auto axes: XLA propagates layouts between our constraints. Explicit axes raise on contractions it could settle.
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    return Mesh(_arranged(tuple(sizes.values()), devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arranged(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """The devices in the mesh's shape, so that neighbours in the mesh are neighbours by link; slices along `data`."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh data {shape[0]} on {slices} slices: between slices there is the slow network, so set "
+            f"config.mesh.data to a multiple of {slices}."
+        )
+    within, between = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def fill_sizes(sizes: dict[str, int], device_count: int) -> dict[str, int]:
@@ -133,6 +150,30 @@ def ways(mesh: Any, entry: Any) -> int:
     """Into how many parts one entry of a PartitionSpec cuts."""
     names = (entry,) if isinstance(entry, str) else tuple(entry or ())
     return int(np.prod([mesh.shape[name] for name in names]))
+
+
+def parts(axis: str, size: int) -> int:
+    """Into how many parts the mesh in context cuts an activation's axis of this size: 1 where it does not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1 if mesh.empty else ways(mesh, RULES[axis])
+    return 1 if size % count else count
+
+
+def cut(x: jax.Array, size: int, parts: int) -> jax.Array:
+    """[B,T,...] -> [T/(size*parts), B, size*parts, ...]: chunks that take `size` of each of the parts of T.
+
+    The parts are those that lie on different devices, so that each chunk lies on all of them and a scan over chunks
+    moves nothing.
+    """
+    split = x.reshape(x.shape[0], parts, -1, size, *x.shape[2:])
+    return jnp.moveaxis(split, 2, 0).reshape(-1, x.shape[0], parts * size, *x.shape[2:])
+
+
+def uncut(chunks: jax.Array, parts: int) -> jax.Array:
+    """The inverse of `cut`."""
+    count, rows, size, *rest = chunks.shape
+    split = jnp.moveaxis(chunks.reshape(count, rows, parts, size // parts, *rest), 0, 2)
+    return split.reshape(rows, count * size, *rest)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -272,6 +272,8 @@ def course(optimizer, gradients):
     params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
     state, found = optimizer.init(params), []
     for gradient in gradients:
+        factor = optimizer.factor(optax.tree.norm(gradient))  # as the training step clips
+        gradient = {name: value * factor for name, value in gradient.items()}
         updates, state = optimizer.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
         found.append({name: np.asarray(value) for name, value in params.items()})

@@ -49,7 +49,7 @@ def load(
       dtype: the compute dtype.
       param_dtype: the dtype the parameters are stored in, default `dtype`; `fit` casts those that train to float32.
       revision: of a hub name.
-      remat: "none" or "full", see `Decoder`.
+      remat: see `Decoder`.
       quantise: "nf4" or "int8": the layers' linear maps are stored so, and frozen; "": as floats. What that costs is in
         `model.quantisation`.
 
@@ -73,8 +73,8 @@ def load(
     return _read(model, places, tensors, mesh), load_tokenizer(folder)
 
 
-def resolve(path: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a path or hub name (downloaded to the hub's cache).
+def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The local folder of a path or hub name (downloaded to the hub's cache; without `weights`, its JSON files alone).
 
     Raises:
       UserError: neither exists, or the hub can't be reached.
@@ -88,14 +88,14 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # Mistral's repositories hold the same weights a second time, as "consolidated".
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"] if weights else ["*.json"]
     try:
         folder = Path(
             huggingface_hub.snapshot_download(
                 name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["consolidated*"]
             )
         )
-        if any(folder.glob("*.safetensors")):
+        if not weights or any(folder.glob("*.safetensors")):
             return folder
         pickled = huggingface_hub.file_exists(name, "pytorch_model.bin", revision=revision or None)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

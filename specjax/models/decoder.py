@@ -15,12 +15,23 @@ from flax import nnx
 
 from specjax import sharding
 from specjax.models import rope
-from specjax.models.attention import Cache
+from specjax.models.attention import NAME, Cache, OneOf
 from specjax.models.config import ModelConfig
 from specjax.models.layers import MLP, Attention, Embed, Keys, Kind, Linear, RMSNorm
 from specjax.models.moe import MoE, Stats
 
-NO_WINDOW = 2**30  # wider than any text: beside layers with a window, those without have this one
+# What a layer keeps for the backward pass, by `remat`'s name; the rest it computes again.
+POLICIES: dict[str, Callable[[], Any]] = {
+    "full": lambda: None,
+    "attention": lambda: jax.checkpoint_policies.save_only_these_names(NAME),
+    "dots": lambda: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": lambda: jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[NAME],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 
 class DecoderLayer(nnx.Module):
@@ -62,7 +73,7 @@ class DecoderLayer(nnx.Module):
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         y = y if self.residual_scale == 1 else y * self.residual_scale
-        return sharding.constrain(x + y, "batch", "length", None)
+        return sharding.constrain(x + y, "batch", "residual", None)
 
 
 def _experts(config: ModelConfig, layers: int | None, rngs: nnx.Rngs | None) -> MoE:
@@ -90,7 +101,9 @@ class Decoder(nnx.Module):
     Attributes:
       config: the sizes.
       dtype: the compute dtype; parameters are cast to it where they are used.
-      remat: "none" keeps every activation, "full" recomputes each layer in the backward pass.
+      remat: "none" keeps every activation; of `POLICIES`, "full" recomputes each layer in the backward pass,
+        "attention" all but the attention's output, "dots" all but the linear maps' outputs, "offload" as "attention",
+        whose output waits in the host's memory.
       quantisation: the `hf.quantise.Report` of a base that was quantised while it was loaded, else None.
     """
 
@@ -217,7 +230,7 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(tokens, self.dtype)
         if c.embed_scale != 1:
             x = x * jnp.asarray(c.embed_scale, self.dtype)
-        x = sharding.constrain(x, "batch", "length", None)
+        x = sharding.constrain(x, "batch", "residual", None)
         # The module is split once; the scan's body sees one layer's slice of every stacked parameter.
         graph, stacked = nnx.split(self.layers)
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
@@ -229,8 +242,8 @@ class Decoder(nnx.Module):
             x, cache, stats = nnx.merge(graph, state)(x, kind_of(kind), where | {"layer": number}, cache, key)
             return (x, cache), stats
 
-        if self.remat == "full":
-            layer = jax.checkpoint(layer, prevent_cse=False)
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.remat]())
         if layers is not None:
             for number, state in enumerate(layers):
                 kind = None if kinds is None else kinds[number]
@@ -251,19 +264,28 @@ class Decoder(nnx.Module):
         if c.layer_kinds is None:
             return lambda kind: (c.windows[0], tables[0])
         stacked = jax.tree.map(lambda *each: jnp.stack(each), *tables) if len(tables) > 1 else None
-        windows = jnp.array([NO_WINDOW if w is None else w for w in c.windows], jnp.int32)
-        return lambda kind: (windows[kind], tables[0] if stacked is None else jax.tree.map(lambda t: t[kind], stacked))
+        return lambda kind: (
+            OneOf(c.windows, kind) if len(set(c.windows)) > 1 else c.windows[0],
+            tables[0] if stacked is None else jax.tree.map(lambda t: t[kind], stacked),
+        )
 
-    def unembed(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
+    def output_table(self) -> jax.Array | None:
+        """The output layer's weights [V,D] in use; None where an adapter's factors lie over them."""
+        head = self.lm_head
+        if head is None:
+            return self.embed_tokens.output()
+        return None if head.active is not None and head.active in head.lora else head.used("kernel")
+
+    def unembed(self, hidden: jax.Array, head: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
         """[..., D] in the compute dtype -> float32 logits [..., V]; the product accumulates in float32.
 
-        `head`, [D,V], stands for the output layer's table transposed, where the caller has it at hand.
+        `head`, [D,V], or `table`, [V,D], stands for `output_table`, where the caller has it at hand in another form.
         """
         c = self.config
         if head is not None:
             logits = jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
-        elif self.lm_head is None:
-            table = self.embed_tokens.output().astype(hidden.dtype)
+        elif table is not None or self.lm_head is None:
+            table = (self.embed_tokens.output() if table is None else table).astype(hidden.dtype)
             logits = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
         else:
             logits = self.lm_head(hidden, accumulate=jnp.float32)

@@ -13,15 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from specjax.models.adapter import Adaptable, contract
-from specjax.models.attention import Cache, attend, store
+from specjax.models.attention import NAME, Cache, attend, store
 from specjax.models.config import ModelConfig
 from specjax.models.quantised import Quantised
 from specjax.models.rope import rotate
 
 Axes = tuple[str | None, ...]
-Kind = tuple[Any, tuple[jax.Array, jax.Array]]  # window (None, or an integer, static or not), (cosines, sines)
+Kind = tuple[Any, tuple[jax.Array, jax.Array]]  # window (None, an integer, or OneOf), (cosines, sines)
 Keys = tuple[jax.Array | None, ...]  # one dropout key a linear map
 
 
@@ -210,7 +211,8 @@ class Attention(nnx.Module):
                 k, v = (jax.lax.dynamic_index_in_dim(part, where["layer"], keepdims=False) for part in cache)
                 sees["cached"] = True
         scale, softcap = self.config.query_scale, self.config.attention_softcap
-        return self.o_proj(attend(q, k, v, window=window, scale=scale, softcap=softcap, **sees), keys[3]), cache
+        heads = checkpoint_name(attend(q, k, v, window=window, scale=scale, softcap=softcap, **sees), NAME)
+        return self.o_proj(heads, keys[3]), cache
 
 
 def activate(x: jax.Array, name: str) -> jax.Array:

@@ -245,24 +245,13 @@ class _Run:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # bfloat16 becomes float32
                 self.trainable = masters(self.trainable)
-            self.opt_state = jax.jit(self.optimizer.init, out_shardings=self._opt_shardings())(self.trainable)
+            places = steps_lib.opt_shardings(self.optimizer, self.trainable, self.mesh)
+            self.opt_state = jax.jit(self.optimizer.init, out_shardings=places)(self.trainable)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
-
-    def _opt_shardings(self) -> Any:
-        """The optimizer's moments lie like their parameters, its scalars everywhere."""
-        if self.mesh is None:
-            return None
-        everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-
-        def place(path: Any, leaf: Any) -> Any:
-            owners = [self.trainable[key.key] for key in path if getattr(key, "key", None) in self.trainable]
-            return owners[0].sharding if owners and owners[0].shape == leaf.shape else everywhere
-
-        return jax.tree.map_with_path(place, jax.eval_shape(self.optimizer.init, self.trainable))
 
     def _close_checkpoints(self) -> None:
         assert self.checkpoints is not None
@@ -337,14 +326,8 @@ class _Run:
     def _compile(self, batch: Any) -> Any:
         """Ahead of time, once: a second compilation cannot happen unseen, for a change of shape raises."""
         began = time.perf_counter()
-        kept = [jax.tree.map(lambda x: x.sharding, tree) for tree in (self.trainable, self.opt_state)]
-        jitted = jax.jit(self._train_step, donate_argnums=(0, 1), out_shardings=(*kept, None))
-        lowered = jitted.lower(self.trainable, self.opt_state, self.frozen, batch, np.int32(0))
-        options: dict[str, Any] = {}
-        if jax.default_backend() == "cpu" and self.source.dtype != np.float32:
-            # XLA:CPU multiplies bfloat16 as float32 and would convert all layers' weights before the loop over them:
-            # twice the model again in memory.
-            options = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+        lowered = steps_lib.lower(self._train_step, self.trainable, self.opt_state, self.frozen, batch)
+        options = steps_lib.compiler_options(jax.default_backend(), self.source.dtype)
         compiled = lowered.compile(compiler_options=options)
         self.result.compile_seconds = time.perf_counter() - began
         return compiled

@@ -30,9 +30,12 @@ def token_sums(
     """
     hidden, stats = model.hidden_and_stats(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key)
     rows, length = batch["targets"].shape
+    head = _head(model)
 
     def chunk(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = sharding.constrain(model.unembed(hidden), "batch", "length", "vocab")
+        # Every device has a part of the vocabulary for many rows: gathering rows moves less than gathering it.
+        hidden = sharding.constrain(hidden, "loss_batch", "length", None)
+        logits = sharding.constrain(model.unembed(hidden, table=head), "loss_batch", "length", "loss_vocab")
         # The target's logit by a masked sum, not a gather: it stays inside a sharded vocabulary.
         hit = targets[:, :, None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None]
         target_logits = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
@@ -40,33 +43,44 @@ def token_sums(
         correct = target_logits >= jnp.max(logits, axis=-1)
         return jnp.sum(nll * mask), jnp.sum(correct * mask)
 
-    size = _chunk_length(rows, length, model.config.vocab_size)
+    mesh, context = jax.sharding.get_abstract_mesh(), sharding.parts("length", length)
+    devices = 1 if mesh.empty else mesh.size
+    size = _chunk_length(rows, length // context, context * model.config.vocab_size, devices)
     mask = batch["loss_mask"].astype(jnp.float32)
-    if size == length:
+    if size * context == length:
         nll, correct = chunk(hidden, batch["targets"], mask)
     else:
-        # Chunks are cut along the length: the batch axis keeps its sharding.
-        parts = [
-            jnp.moveaxis(x.reshape(rows, length // size, size, *x.shape[2:]), 1, 0)
-            for x in (hidden, batch["targets"], mask)
-        ]
-
+        # Chunks are cut along the length, within each device's part of it: no axis loses its sharding.
         def add(sums: tuple[jax.Array, jax.Array], part: list[jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
             nll, correct = jax.checkpoint(chunk, prevent_cse=False)(*part)
             return (sums[0] + nll, sums[1] + correct), None
 
         zero = jnp.zeros((), jnp.float32)
-        (nll, correct), _ = jax.lax.scan(add, (zero, zero), parts)
+        (nll, correct), _ = jax.lax.scan(
+            add, (zero, zero), [sharding.cut(x, size, context) for x in (hidden, batch["targets"], mask)]
+        )
     count = jnp.sum(mask)
     router = jnp.zeros((), jnp.float32) if stats is None else load_balancing_loss(stats) * count
     return {"nll": nll, "correct": correct, "count": count, "router": router}
 
 
-def _chunk_length(rows: int, length: int, vocab_size: int) -> int:
-    """The largest divisor of the length whose logits stay within CHUNK_ELEMENTS (or 1).
+def _head(model: Decoder) -> jax.Array | None:
+    """The output layer's table [V,D] in the compute dtype, split by its vocabulary alone; None where that cannot be.
 
-    >>> _chunk_length(8, 1024, 128_000)
-    32
+    It is moved there once a step, before the chunks.
     """
-    most = max(1, CHUNK_ELEMENTS // (rows * vocab_size))
+    mesh = jax.sharding.get_abstract_mesh()
+    table = model.output_table()
+    if mesh.empty or table is None or table.shape[0] % sharding.ways(mesh, sharding.RULES["loss_vocab"]):
+        return None
+    return sharding.constrain(table.astype(model.dtype), "loss_vocab", None)
+
+
+def _chunk_length(rows: int, length: int, vocab_size: int, devices: int = 1) -> int:
+    """The largest divisor of the length whose logits on each device stay within CHUNK_ELEMENTS (or 1).
+
+    >>> _chunk_length(8, 1024, 128_000), _chunk_length(8, 1024, 128_000, devices=8)
+    (32, 256)
+    """
+    most = max(1, CHUNK_ELEMENTS * devices // (rows * vocab_size))
     return next(size for size in range(min(length, most), 0, -1) if length % size == 0)

@@ -13,11 +13,20 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation that also tells the learning rate at a step (for the log)."""
+    """An optax transformation that also tells the learning rate at a step (for the log), and the clip before it.
+
+    The step clips, not the transformation: the clip and the mean over tokens are then one factor, applied where a
+    gradient is used, and no scaled copy of all gradients is in memory.
+    """
 
     init: Callable[..., Any]
     update: Callable[..., Any]
     learning_rate: Callable[[Any], Any]
+    clip_norm: float = 0.0
+
+    def factor(self, norm: jax.Array) -> jax.Array:
+        """What gradients of this global norm are multiplied by, to have the norm `clip_norm` at most (0: any)."""
+        return jnp.where(norm < self.clip_norm, 1.0, self.clip_norm / norm) if self.clip_norm else jnp.ones_like(norm)
 
 
 def schedule(
@@ -93,6 +102,5 @@ def lion(
 
 
 def _finish(rule: optax.GradientTransformation, learning_rate: Any, clip_norm: float) -> Optimizer:
-    chained = optax.chain(optax.clip_by_global_norm(clip_norm), rule) if clip_norm else rule
     rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
-    return Optimizer(chained.init, chained.update, rate)
+    return Optimizer(rule.init, rule.update, rate, clip_norm)

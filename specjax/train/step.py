@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax import sharding
 from specjax.models import Decoder
@@ -72,13 +74,15 @@ def make_train_step(graph: Any, optimizer: Optimizer, *, seed: int = 0) -> Calla
             start = (zeros, dict.fromkeys(("nll", "correct", "count", "router"), jnp.zeros((), jnp.float32)))
             (grads, sums), _ = jax.lax.scan(accumulate, start, (batch, keys))
         count = jnp.maximum(sums["count"], 1.0)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        norm = optax.tree.norm(grads) / count
+        factor = optimizer.factor(norm) / count
+        grads = jax.tree.map(lambda g: g * factor, grads)
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
         metrics = {
             "loss": sums["nll"] / count,
             "loss_tokens": sums["count"],
             "accuracy": sums["correct"] / count,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "lr": jnp.asarray(optimizer.learning_rate(step), jnp.float32),
         }
         if config.num_experts:
@@ -86,6 +90,41 @@ def make_train_step(graph: Any, optimizer: Optimizer, *, seed: int = 0) -> Calla
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
     return train_step
+
+
+def opt_shardings(optimizer: Optimizer, trainable: Any, mesh: Mesh | None) -> Any:
+    """Where the optimizer's state lies: moments like their parameters, scalars everywhere; None without a mesh."""
+    if mesh is None:
+        return None
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: Any, leaf: Any) -> Any:
+        owners = [trainable[key.key] for key in path if getattr(key, "key", None) in trainable]
+        return owners[0].sharding if owners and owners[0].shape == leaf.shape else everywhere
+
+    return jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, trainable))
+
+
+def lower(train_step: Callable[..., Any], trainable: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
+    """The step for these arguments (arrays, or shapes with shardings), before it is compiled.
+
+    What is replaced is donated, and comes out where it lay. Under a mesh, call it with that mesh set.
+    """
+    kept = [jax.tree.map(lambda x: x.sharding, tree) for tree in (trainable, opt_state)]
+    jitted = jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*kept, None))
+    return jitted.lower(trainable, opt_state, frozen, batch, jax.ShapeDtypeStruct((), np.int32))
+
+
+def compiler_options(platform: str, dtype: Any) -> dict[str, Any]:
+    """What a platform's compiler is told of the step, in a compute dtype."""
+    if platform == "cpu" and dtype != np.float32:
+        # XLA:CPU multiplies bfloat16 as float32 and would convert all layers' weights before the loop over them:
+        # twice the model again in memory.
+        return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+    if platform == "tpu":
+        # XLA:TPU would break gathered products into loops over pieces that neighbours pass on, and hold them all.
+        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20}
+    return {}
 
 
 def make_eval_step(graph: Any) -> Callable[..., dict[str, jax.Array]]:

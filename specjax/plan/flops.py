@@ -1,0 +1,69 @@
+"""Floating-point operations of a training step, counted from the sizes: what must be done, not what is done twice.
+
+A matrix product of [m,k] and [k,n] counts 2mkn. Recomputation (`remat`) counts nothing, as in MFU (Chowdhery et al.
+2022, PaLM, arXiv:2204.02311, appendix B). Norms, rotations and softmax are left out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from specjax.models import ModelConfig
+
+
+def of_step(config: ModelConfig, trainable: Mapping[str, Any], *, rows: int, length: int) -> float:
+    """FLOPs of one step on rows of one document each.
+
+    Forward and the gradient of activations are counted everywhere, the gradient of weights where they train: a frozen
+    base costs 4 operations a weight and token, one that trains 6.
+
+    Args:
+      config: the model's sizes.
+      trainable: what trains, by dotted path, with shapes.
+      rows: of the whole batch.
+      length: tokens a row.
+    """
+    tokens = rows * length
+    base = not all(".lora." in path or ".own." in path for path in trainable)
+    weights = _weights_per_token(config)
+    share = config.experts_per_token / config.num_experts if config.num_experts else 1.0
+    factors = sum(
+        _size(leaf) * (share if ".experts." in path else 1.0)
+        for path, leaf in trainable.items()
+        if ".lora." in path and path.endswith((".a", ".b"))
+    )
+    once = 2.0 * tokens * weights
+    maps = once * (3 if base else 2) + 6.0 * tokens * factors
+    return maps + 3 * rows * _attention(config, length)
+
+
+def _weights_per_token(c: ModelConfig) -> float:
+    """Weights that one token is multiplied by: those of its experts alone, and the output layer's."""
+    heads = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+    if c.num_experts:
+        mlp = 3 * c.embed_dim * c.expert_dim * c.experts_per_token + c.embed_dim * c.num_experts
+    else:
+        mlp = 3 * c.embed_dim * c.mlp_dim
+    return c.num_layers * (heads + mlp) + c.embed_dim * c.vocab_size
+
+
+def _attention(c: ModelConfig, length: int) -> float:
+    """FLOPs of all layers' scores and sums of one row, forward: causal, so that each query counts the keys it sees."""
+    kinds = c.layer_kinds or (0,) * c.num_layers
+    return sum(4.0 * c.num_heads * c.head_dim * _pairs(length, c.windows[kind]) for kind in kinds)
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """How many keys all queries of a document see.
+
+    >>> _pairs(4, None), _pairs(4, 2)
+    (10, 7)
+    """
+    wide = min(length, window or length)
+    return wide * (wide + 1) // 2 + (length - wide) * wide
+
+
+def _size(leaf: Any) -> int:
+    size = 1
+    for n in leaf.shape:
+        size *= n
+    return size

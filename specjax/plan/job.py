@@ -1,0 +1,112 @@
+"""A config's training step and its arguments as shapes: what `train` compiles, without weights, data or devices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from specjax import build, lora, sharding
+from specjax.config import check_length, lora_settings
+from specjax.hf import load as hf_load
+from specjax.models import Decoder, ModelConfig
+from specjax.train import step as steps_lib
+
+COLUMNS = {"tokens": "int32", "targets": "int32", "loss_mask": "float32", "positions": "int32", "segment_ids": "int32"}
+
+
+@dataclasses.dataclass
+class Job:
+    """What a step takes: `jax.ShapeDtypeStruct` with shardings, by dotted path, and the program before compilation.
+
+    Attributes:
+      mesh: of the target's devices.
+      model: the sizes.
+      trainable: float32.
+      opt_state: the optimizer's.
+      frozen: in the compute dtype.
+      batch: [k,b,T].
+      lowered: the step.
+      options: of the compiler.
+    """
+
+    mesh: Mesh
+    model: ModelConfig
+    trainable: Any
+    opt_state: Any
+    frozen: Any
+    batch: Any
+    lowered: Any
+    options: dict[str, Any]
+
+
+def make(config: ConfigDict, devices: list[Any]) -> Job:
+    """The job of a validated config on these devices.
+
+    Raises:
+      UserError: the mesh does not fit the devices or the model, LoRA's targets match nothing, or the like.
+    """
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    sizes = ModelConfig.from_folder(hf_load.resolve(config.model.path, config.model.revision, weights=False))
+    check_length(config.data.length, sizes.max_positions)
+    model = _model(config, sizes)
+    graph, trainable, frozen = nnx.split(model, build.filter_of(config), ...)
+    trainable, frozen = _placed(trainable, mesh, "float32"), _placed(frozen, mesh)
+    optimizer = build.optimizer_of(config, steps=1000)  # how many there are changes nothing of a step
+    shapes = jax.eval_shape(optimizer.init, trainable)
+    opt_state = jax.tree.map(_struct, shapes, steps_lib.opt_shardings(optimizer, trainable, mesh))
+    rows = (config.accumulate, config.batch_size // config.accumulate, config.data.length)
+    place = NamedSharding(mesh, sharding.partition_spec((None, "batch", "length")))
+    batch = {name: jax.ShapeDtypeStruct(rows, jnp.dtype(dtype), sharding=place) for name, dtype in COLUMNS.items()}
+    step = steps_lib.make_train_step(graph, optimizer, seed=config.seed)
+    with jax.set_mesh(mesh):
+        lowered = steps_lib.lower(step, trainable, opt_state, frozen, batch)
+    options = steps_lib.compiler_options(devices[0].platform, model.dtype)
+    return Job(mesh, model.config, trainable, opt_state, frozen, batch, lowered, options)
+
+
+def _model(config: ConfigDict, sizes: ModelConfig) -> Decoder:
+    full = config.trainable == "all"
+    param_dtype = "float32" if full else config.model.dtype
+    settings = {"dtype": config.model.dtype, "remat": config.model.remat, "quantise": config.model.quantise}
+    model = hf_load.abstract(sizes, param_dtype=param_dtype, **settings)
+    if config.model.router_aux_coef is not None:
+        model.config = dataclasses.replace(model.config, router_aux_coef=config.model.router_aux_coef)
+    if full:
+        return model
+
+    def adapted(model: Decoder) -> Decoder:
+        lora.inject(model, seed=0, **lora_settings(config))
+        return model
+
+    return nnx.eval_shape(adapted, model)
+
+
+def _placed(state: Any, mesh: Mesh, dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves by dotted path, with their shardings."""
+    found = {}
+    for path, leaf in nnx.to_flat_state(state):
+        name = sharding.path_name(path)
+        axes = leaf.get_metadata("axes") if isinstance(leaf, nnx.Param) else (None,) * len(leaf.shape)
+        place = sharding.named_sharding(mesh, axes, leaf.shape, name)
+        found[name] = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=place)
+    return found
+
+
+def _struct(shape: Any, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+
+def device_bytes(tree: Any) -> int:
+    """What one device holds of some placed shapes."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        size = leaf.dtype.itemsize
+        for n in shape:
+            size *= n
+        total += size
+    return total

@@ -1,0 +1,125 @@
+"""Hardware that is not here: its chips' figures, and its devices as the compiler sees them.
+
+A target is `FAMILY:SHAPE`, such as v5e:4x4 or v5p:2x2x4, with `N*` before it for several slices, or cpu:8.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+
+from specjax.errors import UserError, nearest
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device of a kind, as its makers give it; what a compiled program may use of its memory.
+
+    Attributes:
+      memory: bytes that the compiler lets a program have (what it names where one does not fit).
+      flops: dense bfloat16 operations a second.
+      bandwidth: bytes a second between memory and chip.
+      links: bytes a second that a device can send to its neighbours, over all its links together, one way.
+      hertz: of the clock that the compiler's cycle estimates count (0: unknown).
+      dimensions: of a topology's shape.
+      between_slices: bytes a second that a device can send to another slice, by the data centre's network.
+    """
+
+    memory: int
+    flops: float
+    bandwidth: float
+    links: float
+    hertz: float
+    dimensions: int
+    between_slices: float = 6.25e9
+
+
+# Sources: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} (FLOPs, bandwidth), jax-ml.github.io/scaling-book/tpus (links,
+# one way, and the data centre's network), the compiler's own "out of memory" (memory). tpu7x has two devices a chip.
+CHIPS = {
+    "v5e": Chip(int(15.75 * GIB), 1.97e14, 8.1e11, 4 * 4.5e10, 1.5e9, 2),
+    "v5p": Chip(int(95.74 * GIB), 4.59e14, 2.765e12, 6 * 9e10, 1.75e9, 3),
+    "v6e": Chip(int(31.25 * GIB), 9.18e14, 1.64e12, 4 * 9e10, 1.75e9, 2),
+    "tpu7x": Chip(int(94.75 * GIB), 1.1535e15, 3.69e12, 6 * 9e10, 0, 3),
+}
+FORMS = "v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1 (2*v5e:4x4: two slices) or cpu:8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A parsed target; `chip` is None for cpu."""
+
+    name: str
+    family: str
+    shape: tuple[int, ...]
+    slices: int
+    chip: Chip | None
+
+
+def parse(name: str) -> Target:
+    """Reads a target's name.
+
+    >>> parse("2*v5p:2x2x4").shape, parse("cpu:8").slices
+    ((2, 2, 4), 1)
+
+    Raises:
+      UserError: it is none.
+    """
+    hit = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)", name)
+    families = [*CHIPS, "cpu"]
+    if hit is None or hit[2] not in families:
+        guess = nearest(hit[2], families) if hit else ""
+        raise UserError(f"--target={name} is no target: give one such as {FORMS}.{guess}")
+    slices, family, shape = int(hit[1] or 1), hit[2], tuple(map(int, hit[3].split("x")))
+    chip = CHIPS.get(family)
+    if min(*shape, slices) < 1 or len(shape) != (chip.dimensions if chip else 1) or (chip is None and slices > 1):
+        wanted = "x".join("N" * chip.dimensions) if chip else "N"
+        raise UserError(
+            f"--target={name}: the shape of {family} is {wanted}, all at least 1: give one such as {FORMS}."
+        )
+    return Target(name, family, shape, slices, chip)
+
+
+def prepare(targets: list[Target]) -> None:
+    """Settings that JAX and the compilers read when they start; before any device is asked for."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Without a TPU the library would wait for a metadata server, and one stale lock file would stop other processes.
+    for key, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}.items():
+        os.environ.setdefault(key, value)
+    jax.config.update("jax_platforms", "cpu")
+    cpus = [target.shape[0] for target in targets if target.family == "cpu"]
+    if cpus and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", max(cpus))
+
+
+def devices(target: Target) -> list[Any]:
+    """The target's devices, which can be compiled for and not run on (cpu: which can).
+
+    Raises:
+      UserError: the compiler is not installed, or knows no such shape.
+    """
+    if target.family == "cpu":
+        have = jax.devices("cpu")
+        if len(have) < target.shape[0]:
+            raise UserError(f"--target={target.name}: this process has {len(have)} CPU devices: ask for fewer.")
+        return have[: target.shape[0]]
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--target={target.name} needs the TPU compiler: pip install 'specjax[tpu]'.")
+    from jax.experimental import topologies
+
+    layout = "x".join(map(str, target.shape))
+    options: dict[str, Any] = {"num_slices": target.slices} if target.slices > 1 else {}
+    if math.prod(target.shape) < 4:  # less than a whole host
+        options["chips_per_host_bounds"] = (*target.shape, 1, 1)[:3]
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{target.family}:{layout}", **options)
+    except Exception as error:  # jaxlib's own, of several kinds
+        reason = str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise UserError(f"--target={target.name}: the TPU compiler knows no such slice ({reason}).") from error
+    return list(found.devices)

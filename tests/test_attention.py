@@ -1,0 +1,86 @@
+"""Attention's paths against the plain one: values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import specjax as sj
+from specjax.models import attention, splash
+
+B, T, N, K, H = 2, 300, 4, 2, 32
+MESHES = {"one device": None, "fsdp 2 x tensor 2 x context 2": {"fsdp": 2, "tensor": 2, "context": 2}}
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Queries, keys, values, the output's gradient; a packed row with padding and a whole one."""
+    rng = np.random.default_rng(0)
+    q, k, v, dy = (jnp.asarray(rng.normal(size=(B, T, heads, H)), jnp.float32) for heads in (N, K, K, N))
+    segments, positions = np.zeros((2, B, T), np.int32)
+    segments[0, :120], segments[0, 120:290], segments[1] = 1, 2, 1
+    positions[0, :120], positions[0, 120:290], positions[1] = np.arange(120), np.arange(170), np.arange(T)
+    return (q, k, v), dy * (segments > 0)[:, :, None, None], segments, positions
+
+
+def both(function, qkv, dy, mesh=None):
+    """(outputs, gradients) of sum(function(q, k, v) dy)."""
+
+    def loss(qkv):
+        y = function(*qkv)
+        return jnp.sum(y * dy), y
+
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    if mesh is None:
+        (_, y), gradients = compiled(qkv)
+    else:
+        with jax.set_mesh(sj.make_mesh(**mesh)):
+            (_, y), gradients = compiled(qkv)
+    return y * (dy != 0), gradients
+
+
+def plain(inputs, **how):
+    _, _, segments, positions = inputs
+    where = {"q_positions": positions, "k_positions": positions, "q_segments": segments, "k_segments": segments}
+    return lambda q, k, v: attention.attend(q, k, v, scale=0.3, **where, **how)
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("how", [{}, {"window": 50}, {"softcap": 5.0}], ids=["all", "window", "soft cap"])
+def test_the_splash_kernel_equals_the_plain_attention(inputs, how, mesh):
+    qkv, dy, segments, _ = inputs
+    given = {"window": None, "softcap": None} | how
+    kernel = lambda q, k, v: splash.attend(  # noqa: E731
+        q, k, v, q_segments=segments, k_segments=segments, scale=0.3, interpret=True, **given
+    )
+    found, wanted = both(kernel, qkv, dy, mesh), both(plain(inputs, **how), qkv, dy)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, wanted)
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("size", [64, 100, 37])
+def test_chunks_of_queries_equal_all_at_once(inputs, monkeypatch, size, mesh):
+    qkv, dy, *_ = inputs
+    wanted = both(plain(inputs, window=50), qkv, dy)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", size)
+    found = both(plain(inputs, window=50), qkv, dy, mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, wanted)
+
+
+def test_a_window_picked_inside_a_scan_is_the_window(inputs):
+    qkv, dy, *_ = inputs
+    for which, width in enumerate((None, 50)):
+        one = attention.OneOf((None, 50), jnp.int32(which))
+        found, wanted = both(plain(inputs, window=one), qkv, dy), both(plain(inputs, window=width), qkv, dy)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, wanted)
+
+
+def test_on_a_tpu_the_kernel_takes_over_with_the_window_of_each_layer(inputs, monkeypatch):
+    qkv, dy, *_ = inputs
+    wanted = [both(plain(inputs, window=width), qkv, dy) for width in (None, 50)]
+    kernel = splash.attend
+    monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+    monkeypatch.setattr(splash, "attend", lambda *qkv, **how: kernel(*qkv, **how, interpret=True))
+    for which, expected in enumerate(wanted):
+        found = both(plain(inputs, window=attention.OneOf((None, 50), jnp.int32(which))), qkv, dy)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)

@@ -1,0 +1,199 @@
+"""Plans: the very step of a config, compiled for devices that are not here."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from helpers import sizes
+
+from specjax.cli import main, read_config
+from specjax.errors import UserError
+from specjax.models import ModelConfig
+from specjax.plan import flops, hlo, job, targets
+
+KEYS = {
+    "target",
+    "devices",
+    "mesh",
+    "fits",
+    "limit_bytes",
+    "bytes_per_device",
+    "tokens_per_step",
+    "flops_per_step",
+    "step_seconds_bound",
+    "bound_by",
+    "collective_bytes",
+    "mfu_ceiling",
+    "compile_seconds",
+}
+KINDS = {"frozen", "trained", "optimizer", "batch", "temporaries", "total"}
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A config.json and nothing else."""
+    path = tmp_path_factory.mktemp("shapes")
+    (path / "config.json").write_text(json.dumps(sizes(**TINY, vocab_size=1024)))
+    return path
+
+
+def flags(folder, method="lora", **changes):
+    changes = {"model.path": folder, "batch_size": 8, "data.length": 256, "model.remat": "full"} | changes
+    return [f"--config=configs/{method}.py", *(f"--config.{key}={value}" for key, value in changes.items())]
+
+
+def config_of(folder, method, **changes):
+    first, *rest = flags(folder, method, **changes)
+    return read_config(first.removeprefix("--config="), rest)
+
+
+def planned(capsys, *argv):
+    assert main(["plan", "--json", *argv]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("target", ["cpu:8", "v5e:2x2"])
+def test_a_plan_says_what_a_config_needs_there(folder, capsys, target):
+    (found,) = planned(capsys, *flags(folder), f"--target={target}", "--price_per_chip_hour=2")
+    assert set(found) >= KEYS and set(found["bytes_per_device"]) == KINDS
+    devices = 8 if target == "cpu:8" else 4
+    assert (found["target"], found["devices"], found["mesh"]["fsdp"], found["fits"]) == (target, devices, devices, True)
+    parts = found["bytes_per_device"]
+    assert parts["total"] == sum(size for kind, size in parts.items() if kind != "total")
+    assert parts["optimizer"] >= 2 * parts["trained"] > 0  # AdamW's two moments
+    assert parts["batch"] == 5 * 4 * 8 * 256 // devices
+    assert found["tokens_per_step"] == 8 * 256 and found["compile_seconds"] > 0
+    assert found["collective_bytes"] > 0 and "all-gather" in found["collectives"]
+    if target != "cpu:8":
+        assert found["bound_by"] in found["bounds"] and 0 < found["mfu_ceiling"] <= 1
+        assert found["price_per_million_tokens"] > 0
+
+
+def test_a_job_that_does_not_fit_is_an_answer_and_no_failure(folder, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(sizes(**TINY, vocab_size=2**24)))
+    (found,) = planned(capsys, *flags(tmp_path, "full"), "--target=v5e:2x2")
+    assert found["fits"] is False and found["step_seconds_bound"] is None
+    need = found["bytes_per_device"]["total"]
+    assert need is None or need > found["limit_bytes"]
+
+
+def test_the_table_for_people_says_the_verdict(folder, capsys):
+    assert main(["plan", *flags(folder), "--target=cpu:4"]) == 0
+    out = capsys.readouterr().out
+    assert "cpu:4: needs" in out and "fsdp 4 (4 devices)" in out and "no run is faster" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("v5x:4x4", "is no target: give one such as v5e:4x4"),
+        ("v5e", "is no target"),
+        ("v5e:4x4x4", "the shape of v5e is NxN"),
+        ("v5p:4x4", "the shape of v5p is NxNxN"),
+        ("2*cpu:4", "the shape of cpu is N"),
+        ("v5e:3x5", "the TPU compiler knows no such slice"),
+    ],
+)
+def test_a_target_that_is_none_is_one_sentence(folder, capsys, target, said):
+    assert main(["plan", *flags(folder), f"--target={target}"]) == 2
+    err = capsys.readouterr().err
+    assert said in err.splitlines()[-1]
+
+
+def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install 'specjax\\[tpu\\]'"):
+        targets.devices(targets.parse("v5e:2x2"))
+
+
+def test_a_mesh_that_does_not_fit_the_target_is_one_sentence(folder, capsys):
+    assert main(["plan", *flags(folder, **{"mesh.fsdp": 3}), "--target=v5e:2x2"]) == 2
+    assert "does not fit 4 devices" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("target", "method"), [("v5e:2x2", "lora"), ("v5p:2x2x1", "full")])
+def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(folder, target, method):
+    parsed = targets.parse(target)
+    targets.prepare([parsed])
+    config = config_of(folder, method, **{"mesh.tensor": 2, "mesh.fsdp": 2, "lora.rank": 4} if method == "lora" else {})
+    made = job.make(config, targets.devices(parsed))
+    compiled = made.lowered.compile(compiler_options=made.options)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    replaced = job.device_bytes((made.trainable, made.opt_state))
+    # Small arrays are padded to the tiles of a chip.
+    assert replaced <= memory.alias_size_in_bytes < 1.35 * replaced
+    held = job.device_bytes((made.trainable, made.opt_state, made.frozen, made.batch))
+    assert held <= memory.argument_size_in_bytes < 1.35 * held
+    # No gradient of a kernel is summed over devices where it is frozen; where it trains, it is.
+    shape = r"[^=]*\[(?:1,)?(?:512|256),(?:256|512|128)\][^=]* (?:all-reduce|reduce-scatter)(?:-start)?\("
+    assert bool(re.search(rf"= [^\n]*?{shape}", text)) == (method == "full")
+    # [B,T,V] is on no device.
+    rows = 8 * 256 * 1024 // len(made.mesh.devices.flat)
+    logits = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert max(logits) <= max(rows, 1024 * 256)
+
+
+def test_a_step_counts_the_flops_that_xla_counts_of_the_products():
+    sizes_ = sizes(**TINY, vocab_size=1024, num_hidden_layers=1)
+    config = ModelConfig.from_hf(sizes_)
+    per_token = 2 * (4 * 256 * 256 + 3 * 256 * 512 + 256 * 1024)
+    pairs = 64 * 65 // 2
+    forward = 2 * 64 * per_token + 2 * 4 * 4 * 64 * pairs
+    full = {"layers.mlp.up_proj.kernel": jax.ShapeDtypeStruct((1, 512, 256), np.float32)}
+    assert flops.of_step(config, full, rows=2, length=64) == 3 * forward
+    a = jax.ShapeDtypeStruct((1, 4, 256), np.float32)
+    lora = {"layers.mlp.up_proj.lora.default.a": a, "layers.mlp.up_proj.lora.default.b": a}
+    wanted = 2 * 2 * 64 * per_token + 6 * 2 * 64 * 2 * 4 * 256 + 3 * 2 * 4 * 4 * 64 * pairs
+    assert flops.of_step(config, lora, rows=2, length=64) == wanted
+    windowed = dataclasses.replace(config, windows=(8,))
+    less = 3 * 2 * 4 * 4 * 64 * (pairs - (8 * 9 // 2 + 56 * 8))
+    assert flops.of_step(config, full, rows=2, length=64) - flops.of_step(windowed, full, rows=2, length=64) == less
+
+
+PROGRAM = """\
+HloModule step
+
+%cond (p: (s32[], f32[8,4])) -> pred[] {
+  %p = (s32[], f32[8,4]) parameter(0)
+  %n = s32[] constant(12)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]) parameter(0)
+  %g = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  %d = f32[8,4] fusion(%g), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
+  ROOT %t = (s32[], f32[8,4]) tuple(%i, %d)
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4] parameter(0)
+  %w = (s32[], f32[8,4]) while(%x), condition=%cond, body=%body
+  %r = f32[] all-reduce(%s), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %e = f32[8,4] fusion(%w), kind=kLoop, calls=%fused2, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_a_program_is_walked_with_the_trips_of_its_loops():
+    found = hlo.walk(PROGRAM, {n: n // 4 for n in range(8)})
+    assert found.cycles == 12 * 100 + 7
+    gather, reduce = found.collectives["all-gather"], found.collectives["all-reduce"]
+    assert (gather.count, gather.bytes) == (12, 12 * 3 / 4 * 8 * 4 * 4)
+    assert (reduce.count, reduce.bytes) == (1, 2 * 7 / 8 * 4)
+    assert found.between_slices == reduce.bytes  # the gather stays within a slice
+    known = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
+    assert hlo.walk(known).collectives["all-gather"].count == 5
+    named = PROGRAM.replace("replica_groups=[2,4]<=[8]", "replica_groups=mesh['a'=2,'b'=4] {'a'}")
+    assert hlo.walk(named).collectives["all-gather"].bytes == 12 / 2 * 8 * 4 * 4
