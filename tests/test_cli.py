@@ -73,8 +73,8 @@ def test_the_module_runs_as_the_command_does():
     done = subprocess.run([sys.executable, "-m", "specjax", "trian"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == (
-        "specjax: There is no verb 'trian': it is one of train, eval, generate, export, data, compare, families. "
-        "Did you mean 'train'?\n"
+        "specjax: There is no verb 'trian': it is one of train, eval, generate, export, data, compare, plan, "
+        "families. Did you mean 'train'?\n"
     )
 
 
@@ -137,6 +137,7 @@ def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_pat
 def test_export_passes_what_was_asked(calls):
     assert cli.main(["export", "--workdir=w", "--out=o", "--merge", "--step=0", "--dtype=float16"]) == 0
     given = {"workdir": "w", "out": "o", "merge": True, "step": 0, "overwrite": False, "dtype": "float16"}
+    given["dequantise"] = False
     assert calls == [("export", given)]
 
 

@@ -63,11 +63,12 @@ def load(
     folder = resolve(path, revision)
     config = ModelConfig.from_folder(folder)
     model = abstract(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
+    places = _places(model, mesh)  # a mesh that does not fit is said before a file is opened
     tensors = Tensors(weight_files(folder))
     _check(folder, model, tensors)
     if quantise:
         convert(model, quantise)
-    places = _places(model, mesh)
+        places = _places(model, mesh)
     print_of = fingerprint(folder)
     model.config = dataclasses.replace(config, source=str(path), revision=revision or "", fingerprint=print_of)
     return _read(model, places, tensors, mesh), load_tokenizer(folder)
