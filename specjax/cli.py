@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from specjax import __version__
 from specjax.checks import FREE, KINDS, nearest_key
 from specjax.config import get_config, load_config_file
 from specjax.errors import UserError, nearest
+from specjax.launch import ENGINES, launch
 
 HELP = """specjax specialises a pretrained language model to a domain: full fine-tuning, SFT and LoRA, in JAX.
 
@@ -25,6 +27,7 @@ HELP = """specjax specialises a pretrained language model to a domain: full fine
   specjax data     --config=F                   what the model will see: counts, losses, the mask in colour
   specjax compare  --config=F --workdir=DIR     the methods of config.compare on the same data, in one table
   specjax plan     --config=F --target=v5e:4x4  does it fit there, and how fast can it be: compiled, without the devices
+  specjax launch   --on=local:2|gcloud-tpu|gke|slurm --config=F --workdir=DIR   train on several hosts, or processes
   specjax families                              which models are supported, and how near to transformers they are
 
 Config: --config=F is a .py file of configs/ or a run's config.json, and --config.KEY=VALUE changes any key of it.
@@ -36,6 +39,11 @@ generate: --model=DIR|HUB_NAME, --adapter=[NAME=]DIR (repeatable), --prompt=TEXT
   generation_config.json says (--generation_config=false leaves it out), else 128 tokens, greedy
 plan: --target=FAMILY:SHAPE (repeatable): v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, 2*v5e:4x4 for two slices, cpu:8;
   --json (an object a target), --price_per_chip_hour=X
+train: --profile (a trace of three steps, in the workdir)
+train, eval, export, generate: --distributed (this process is one of several, as `specjax launch` starts them)
+launch: --dry_run (print, start nothing) and, of gcloud-tpu: --name, --zone, --project; of gke: --name, --image,
+  --accelerator, --topology, --namespace, --restarts, --bucket, --service_account; of both: --slices; of slurm: --nodes,
+  --gpus_per_node, --name, --time, --partition, --account; of all three: --setup=TEXT (shell, before the command)
 export: --merge (LoRA into the base's weights; into a quantised base's dequantised ones with --dequantise too),
   --step=N (default: the best, or the last), --overwrite,
   --dtype=bfloat16|float32|float16 (default: that of the base's files)
@@ -48,15 +56,21 @@ Examples:
 """
 
 SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "generation_config")
+NUMBERS = {"nodes", "gpus_per_node", "slices", "restarts"}
+LAUNCH = sorted({name for needs, may in ENGINES.values() for name in (*needs, *may)})
 # verb -> the flags that it needs, those that it may have
 VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "train": (("config", "workdir"), ()),
-    "eval": (("config", "workdir"), ()),
-    "generate": (("model",), ("adapter", "prompt", "prompt_file", "raw", "system", "stop", "seed", *SAMPLING)),
-    "export": (("workdir", "out"), ("merge", "dequantise", "step", "overwrite", "dtype")),
+    "train": (("config", "workdir"), ("distributed", "profile")),
+    "eval": (("config", "workdir"), ("distributed",)),
+    "generate": (
+        ("model",),
+        ("adapter", "prompt", "prompt_file", "raw", "system", "stop", "seed", *SAMPLING, "distributed"),
+    ),
+    "export": (("workdir", "out"), ("merge", "dequantise", "step", "overwrite", "dtype", "distributed")),
     "data": (("config",), ()),
     "compare": (("config", "workdir"), ()),
     "plan": (("config", "target"), ("json", "price_per_chip_hour")),
+    "launch": (("on", "config", "workdir"), ("dry_run", *LAUNCH)),
     "families": ((), ()),
 }
 NEEDED = {
@@ -64,13 +78,29 @@ NEEDED = {
     "workdir": "the run's folder, such as --workdir=runs/lora",
     "model": "a Hugging Face folder, a hub name or a run's folder, such as --model=runs/lora",
     "target": "hardware to compile for, such as --target=v5e:4x4 or --target=cpu:8",
+    "on": "who starts the processes: --on=local:N, gcloud-tpu, gke or slurm",
     "out": "the folder to write, such as --out=exported",
 }
 
 
 def entry() -> None:
     """The `specjax` command."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        if "--distributed" not in sys.argv:
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and "--distributed" in sys.argv:
+        from specjax import processes
+
+        # At a normal end all processes wait for each other; the others may be waiting for this one elsewhere.
+        processes.leave()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         verb = argv[0]
-        _call(verb, parse(verb, argv[1:]))
+        return _call(verb, parse(verb, argv[1:]))
     except UserError as error:
         print("specjax:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
@@ -99,7 +129,6 @@ def main(argv: Sequence[str]) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"specjax: The disk is full{where}: free some space and run the same command again.", file=sys.stderr)
         return 2
-    return 0
 
 
 def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -126,11 +155,16 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
         found = {name: values[name].value for name in (*needs, *may) if name != "config"}
         if "config" in needs and path:
             found["config"] = read_config(path, overrides)
+        if verb == "launch" and path:  # it was read for its mistakes: what is started reads it again
+            found["config"] = [f"--config={path}", *overrides]
     except flags.Error as error:
         raise UserError(_sentence(error, values)) from None
     for name in needs:
         if not found.get(name):
             raise UserError(f"`specjax {verb}` needs --{name}: {NEEDED[name]}.")
+    for name in ("workdir", "out"):
+        if "://" in (found.get(name) or ""):
+            raise UserError(f"--{name}={found[name]} is no folder: mount the bucket, and give its path.")
     if verb == "generate":
         found["adapters"] = _adapters(found.pop("adapter"))
         found["prompts"] = _prompts(found.pop("prompt"), found.pop("prompt_file"))
@@ -173,8 +207,10 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def _call(verb: str, found: dict[str, Any]) -> None:
-    """Calls the function of `specjax.run` that the verb names, the heavy libraries told to be quiet."""
+def _call(verb: str, found: dict[str, Any]) -> int:
+    """Calls the function that the verb names, the heavy libraries told to be quiet; returns the exit status."""
+    if verb == "launch":
+        return launch(**found)
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for name in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
@@ -184,19 +220,23 @@ def _call(verb: str, found: dict[str, Any]) -> None:
         from specjax import parity
 
         parity.show()
-        return
+        return 0
     if verb == "plan":  # it compiles for devices that are not here, and must ask for none that are
         from specjax.plan import plan
 
         plan(**found)
-        return
+        return 0
     if verb == "compare":  # its children train: this process must not take the accelerator
         from specjax.compare import compare
 
         compare(**found)
-        return
+        return 0
     from specjax import run
 
+    if found.pop("distributed", False):
+        from specjax import processes
+
+        processes.join()
     match verb:
         case "train":
             run.train(**found)
@@ -208,19 +248,22 @@ def _call(verb: str, found: dict[str, Any]) -> None:
             run.export(**found)
         case "data":
             run.data(**found)
+    return 0
 
 
 def _flag_values() -> flags.FlagValues:
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
-    for name in ("workdir", "model", "out", "prompt_file", "system"):
+    for name in ("workdir", "model", "out", "prompt_file", "system", "on", *set(LAUNCH) - NUMBERS):
         flags.DEFINE_string(name, "", "", flag_values=values)
     for name in ("adapter", "prompt", "stop", "target"):
         flags.DEFINE_multi_string(name, [], "", flag_values=values)
-    for name in ("raw", "merge", "dequantise", "overwrite", "json"):
+    for name in ("raw", "merge", "dequantise", "overwrite", "json", "distributed", "profile", "dry_run"):
         flags.DEFINE_bool(name, False, "", flag_values=values)
     flags.DEFINE_enum("dtype", None, ("bfloat16", "float32", "float16"), "", flag_values=values)
     flags.DEFINE_integer("step", None, "", lower_bound=0, flag_values=values)
+    for name in NUMBERS:
+        flags.DEFINE_integer(name, None, "", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("generation_config", True, "", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", None, "", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("top_k", None, "", lower_bound=0, flag_values=values)
@@ -239,7 +282,8 @@ def _split(argv: Sequence[str]) -> tuple[str, list[str], list[str]]:
     while rest:
         argument = re.sub(r"^-(?=(no)?config\b)", "--", rest.pop(0))
         if not re.match(r"--(no)?config(?![\w])", argument):
-            others.append(argument)
+            # --dry-run is --dry_run
+            others.append(re.sub(r"^--[a-z-]+", lambda hit: "--" + hit[0][2:].replace("-", "_"), argument))
             continue
         if "=" not in argument and rest and not rest[0].startswith("--") and not argument.startswith("--no"):
             argument = f"{argument}={rest.pop(0)}"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from specjax import build, lora, sharding
+from specjax import build, lora, processes, sharding
 from specjax.config import check_length, differing, resolved, validate
 from specjax.data.report import show
 from specjax.errors import UserError
@@ -24,29 +25,40 @@ from specjax.train.fit import Result, fit
 from specjax.train.step import make_eval_step, split
 
 
-def train(config: ConfigDict, workdir: str | Path) -> Result:
+def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> Result:
     """Runs the job of a config; called again on the same workdir, it resumes; a finished run stays as it is.
 
     Everything that can be wrong with config, data and folder is said before the weights are read. Writes `config.json`,
-    `data.json`, `metrics.jsonl`, `checkpoints/`, `summary.json` and `export/` into the workdir.
+    `data.json`, `metrics.jsonl`, `checkpoints/`, `summary.json` and `export/` into the workdir; `profile` traces a few
+    steps into `profile/`.
 
     Raises:
       UserError: any of the above, or what `fit` raises.
       SystemExit: 143 after SIGTERM, once the checkpoint is saved.
     """
     workdir = Path(workdir)
-    validate(config, jax.device_count())
-    settings = resolved(config)
-    _claim(workdir, settings)
-    if (finished := _finished(workdir, config)) is not None:
+    keep_compiled()
+    with processes.agreement("nothing was trained"):
+        validate(config, jax.device_count())
+        settings = resolved(config)
+        _claim(workdir, settings)
+        finished = _finished(workdir, config)
+    if finished is not None:
         _say(f"{workdir}: the run was complete after {finished.step} steps, nothing was trained")
         return finished
-    mesh = sharding.make_mesh(**config.mesh)
-    folder, tokenizer = build.tokenizer_of(config)
-    data, eval_data = build.train_data_of(config, tokenizer), build.eval_data_of(config, tokenizer)
-    _write_json(workdir / "config.json", settings)
-    _write_json(workdir / "data.json", {"train": data.report} | {name: d.report for name, d in eval_data.items()})
-    model = build.model_of(config, folder, mesh)
+    with processes.agreement("nothing was trained"):
+        mesh = sharding.make_mesh(**config.mesh)
+        folder, tokenizer = build.tokenizer_of(config)
+        data, eval_data = build.train_data_of(config, tokenizer), build.eval_data_of(config, tokenizer)
+    with processes.agreement("nothing was trained"):
+        if processes.first():
+            report = {"train": data.report} | {name: d.report for name, d in eval_data.items()}
+            _write_json(workdir / "config.json", settings)
+            _write_json(workdir / "data.json", report)
+    with processes.agreement("nothing was trained"):
+        if not (workdir / "config.json").is_file():  # the first process wrote it
+            raise UserError(f"{workdir} is not on a filesystem that all processes share: choose a workdir that is.")
+        model = build.model_of(config, folder, mesh)
     if model.quantisation is not None:
         _say(str(model.quantisation))
     steps = config.steps or max(1, round(config.epochs * data.steps_per_epoch))
@@ -70,6 +82,7 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
         config=settings,
+        profile=profile,
     )
     if result.stopped == "signal":
         raise SystemExit(143)
@@ -77,7 +90,8 @@ def train(config: ConfigDict, workdir: str | Path) -> Result:
         build.restore(model, config, workdir, "best")
         if note := build.write_export(model, tokenizer, config, workdir / "export"):
             _say(note)
-    _summarise(workdir, config, result)
+    if processes.first():
+        _summarise(workdir, config, result)
     exported = f"; {workdir / 'export'} is ready" if config.export else ""
     _say(f"{result.step} steps{exported}; try: specjax generate --model={workdir} --prompt=...")
     return result
@@ -88,15 +102,18 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
 
     The sets, their template and their lengths are the config's; the model is the run's.
     """
-    validate(config, jax.device_count())
-    model, run_config = build.load_run(workdir, "best", sharding.make_mesh(**config.mesh))
-    _, tokenizer = build.tokenizer_of(run_config)
-    check_length(config.data.length, model.config.max_positions)
-    eval_data = build.eval_data_of(config, tokenizer)
-    if not eval_data:
-        raise UserError(
-            "config.data.eval is empty and config.data.eval_fraction is 0: name a set, --config.data.eval.NAME=FILE."
-        )
+    keep_compiled()
+    with processes.agreement("nothing was evaluated"):
+        validate(config, jax.device_count())
+        model, run_config = build.load_run(workdir, "best", sharding.make_mesh(**config.mesh))
+        _, tokenizer = build.tokenizer_of(run_config)
+        check_length(config.data.length, model.config.max_positions)
+        eval_data = build.eval_data_of(config, tokenizer)
+        if not eval_data:
+            raise UserError(
+                "config.data.eval is empty and config.data.eval_fraction is 0: name a set, "
+                "--config.data.eval.NAME=FILE."
+            )
     graph, params, frozen = split(model, nnx.Param)
     step, mesh = jax.jit(make_eval_step(graph)), sharding.mesh_of(next(iter(params.values())))
     assert mesh is not None
@@ -109,7 +126,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
     for name, values in found.items():
         numbers = (f"{values['loss']:.4f}", f"{values['perplexity']:.2f}", f"{values['accuracy']:.1%}")
         table.add_row(name, *numbers, f"{values['tokens']:,}")
-    Console().print(table)
+    Console(quiet=not processes.first()).print(table)
     return found
 
 
@@ -135,6 +152,7 @@ def generate(
     What is not given is what `specjax.generate` takes for it; `generation_config` False leaves the model's
     `generation_config.json` out.
     """
+    keep_compiled()
     mesh = sharding.make_mesh()
     if (Path(model) / "checkpoints").is_dir():
         decoder, config = build.load_run(model, "best", mesh)
@@ -161,7 +179,7 @@ def generate(
         "stop": list(stop) or None,
         "generation_config": None if generation_config else {},
     }
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, quiet=not processes.first())
     chosen: list[str | None] = [*(adapters or {})] or [None]
     for adapter in chosen:
         if adapter is not None:
@@ -202,7 +220,7 @@ def export(
         lora.merge(model, dequantise=dequantise)
     _, tokenizer = build.tokenizer_of(config)
     note = build.write_export(model, tokenizer, config, Path(out), overwrite=overwrite, dtype=dtype)
-    Console().print(f"wrote {out}{note and '; ' + note}", markup=False)
+    _say(f"wrote {out}{note and '; ' + note}")
 
 
 def data(config: ConfigDict) -> None:
@@ -256,7 +274,7 @@ def _finished(workdir: Path, config: ConfigDict) -> Result | None:
 
 
 def _say(text: str) -> None:
-    if jax.process_index() == 0:  # the first process speaks for all
+    if processes.first():
         print(text)
 
 
@@ -284,6 +302,17 @@ def _summarise(workdir: Path, config: ConfigDict, result: Result) -> None:
     # A run that was already complete did nothing now: what it cost stands there already.
     if result.tokens or not (workdir / "summary.json").exists():
         _write_json(workdir / "summary.json", summary)
+
+
+def keep_compiled() -> None:
+    """Lets JAX keep what it compiles for an accelerator, unless it was told a place: in ~/.cache/specjax/xla.
+
+    Not on CPU: XLA warns there, in long lines, of programs that it compiled on this very machine.
+    """
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "specjax" / "xla"))
 
 
 def peak_memory() -> int:

@@ -197,11 +197,44 @@ def mesh_of(array: Any) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
-def put_batch(
-    batch: dict[str, np.ndarray], mesh: Mesh | None, lead: tuple[str | None, ...] = ()
-) -> dict[str, jax.Array]:
-    """Places this process's rows [*lead, B,T] on its devices; the global batch is all processes' rows in order."""
+def held_rows(mesh: Mesh | None, rows: int) -> np.ndarray:
+    """Which rows of a batch this process's devices hold, in order: all, without a mesh.
+
+    Raises:
+      UserError: the rows do not divide over the mesh.
+    """
     if mesh is None:
-        return {name: jax.device_put(rows) for name, rows in batch.items()}
-    sharding = NamedSharding(mesh, partition_spec((*lead, "batch", "length")))
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+        return np.arange(rows)
+    place = named_sharding(mesh, ("batch",), (rows,), "the batch")
+    parts = place.addressable_devices_indices_map((rows,)).values()
+    held = {part[0].indices(rows)[:2] for part in parts if part is not None}
+    return np.concatenate([np.arange(*bounds) for bounds in sorted(held)])
+
+
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh | None, rows: int, lead: tuple[str | None, ...] = ()
+) -> dict[str, jax.Array]:
+    """Places a batch, of which each process has the rows that its devices hold.
+
+    Args:
+      batch: [*lead,b,T] arrays: this process's rows, those of `held_rows`, in their order.
+      mesh: where to; None: the default device.
+      rows: of the whole batch, all processes together.
+      lead: logical axes before the rows.
+    """
+    if mesh is None:
+        return {name: jax.device_put(held) for name, held in batch.items()}
+    mine, axes = held_rows(mesh, rows), (*lead, "batch", "length")
+
+    def place(name: str, held: np.ndarray) -> jax.Array:
+        shape = (*held.shape[:-2], rows, held.shape[-1])
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[-2].indices(rows)
+            start, stop = np.searchsorted(mine, (start, stop))
+            return held[(*index[:-2], slice(start, stop), index[-1])]
+
+        return jax.make_array_from_callback(shape, named_sharding(mesh, axes, shape, name), part)
+
+    return {name: place(name, held) for name, held in batch.items()}

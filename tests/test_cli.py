@@ -86,7 +86,7 @@ def test_a_verb_calls_its_function_with_the_config_and_the_workdir(calls, argv, 
     assert cli.main([*argv, "--config.seed=7", "--config.optimizer.learning_rate", "1e-3", "--noconfig.export"]) == 0
     [(called, found)] = calls
     assert called == name
-    assert set(found) == {"config", "workdir"}
+    assert set(found) == {"config", "workdir"} | ({"profile"} if name == "train" else set())
     assert found["workdir"] == "w"
     config = found["config"]
     assert (config.seed, config.optimizer.learning_rate, config.export) == (7, 1e-3, False)
@@ -179,7 +179,10 @@ def test_a_methods_own_key_is_overridden(calls):
         (("generate", "--model=m", "--prompt_file=absent"), "There is no file absent"),
         (("generate", "--model=m", "--adapter=a/x", "--adapter=b/x", "--prompt=p"), "Two adapters are named 'x'"),
         (("export", "--workdir=w"), "`specjax export` needs --out"),
-        ((*TRAIN, "--prompt=x"), "--prompt is no flag of `specjax train`, which takes --config, --workdir."),
+        (
+            (*TRAIN, "--prompt=x"),
+            "which takes --config, --workdir, --distributed, --profile.",
+        ),
         (("export", "--workdir=w", "--out=o", CONFIG), "--config is no flag of `specjax export`"),
         ((*TRAIN, "more"), "`specjax train` takes flags alone, and 'more' is none."),
         (("data", "configs/lora.py"), "Did you mean --config=configs/lora.py?"),

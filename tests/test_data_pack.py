@@ -136,16 +136,20 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
-def test_shards_are_parts_of_the_same_global_batch(shards):
+def test_rows_are_parts_of_the_same_global_batch(shards):
     loaded, *_ = make(np.random.default_rng(1).integers(1, 30, 200), length=32, batch_size=8)
     for step in (0, 2, 5, 50):
-        parts = rows_of([loaded.batch(step, shard=shard, shards=shards) for shard in range(shards)])
-        assert equal(parts, loaded.batch(step))
+        parts = rows_of([loaded.batch(step, rows) for rows in np.split(np.arange(8), shards)])
+        assert equal(parts, whole := loaded.batch(step))
+        assert loaded.tokens_in(step) == np.count_nonzero(whole["segment_ids"])
 
 
-def test_a_batch_that_does_not_divide_into_the_shards_is_refused():
-    with pytest.raises(ValueError, match="8 rows does not divide into 3"):
-        make([5] * 50, length=10, batch_size=8)[0].batch(0, shards=3)
+def test_rows_of_a_pass_are_parts_of_the_same_batches():
+    loaded, *_ = make(np.random.default_rng(1).integers(1, 30, 150), length=32, batch_size=8)
+    assert loaded.num_rows % 8 and loaded.num_rows > 8
+    for rows in (np.array([0, 1]), np.array([2, 3, 6, 7])):
+        for part, whole in zip(loaded.once(rows), loaded.once(), strict=True):
+            assert equal(part, {name: held[rows] for name, held in whole.items()})
 
 
 def test_each_epoch_holds_every_row_once_in_another_order_and_batches_cross_its_end():

@@ -66,10 +66,10 @@ class Hooked:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def batch(self, step, **shards):
+    def batch(self, step, rows):
         if step == self.step:
             self.do()
-        return self.inner.batch(step, **shards)
+        return self.inner.batch(step, rows)
 
 
 class Stop(Exception):

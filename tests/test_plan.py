@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from helpers import sizes
 
+from specjax import flops
 from specjax.cli import main, read_config
 from specjax.errors import UserError
 from specjax.models import ModelConfig
-from specjax.plan import flops, hlo, job, targets
+from specjax.plan import hlo, job, targets
 
 KEYS = {
     "target",

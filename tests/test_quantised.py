@@ -84,7 +84,7 @@ def train(of, steps=10, **options):
     state, found = optimizer.init(params), []
     step = jax.jit(make_train_step(graph, optimizer))
     for number in range(steps):
-        batch = sharding.put_batch(rows.batch(number), sharding.mesh_of(next(iter(params.values()))))
+        batch = sharding.put_batch(rows.batch(number), sharding.mesh_of(next(iter(params.values()))), rows.batch_size)
         batch = {name: value[None] for name, value in batch.items()}
         params, state, metrics = step(params, state, frozen, batch, np.int32(number))
         found.append(float(metrics["loss"]))

@@ -1,6 +1,7 @@
 """End to end: the commands a user gives, on a tiny model and 8 devices, and the files that they leave."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -18,7 +20,7 @@ from helpers import metrics
 from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, write_data
 from safetensors.numpy import load_file
 
-from specjax import build, run
+from specjax import build, flops, run
 from specjax.config import load_config_file
 
 # What peft 0.21 calls is deprecated in transformers 5.
@@ -130,6 +132,38 @@ def test_transformers_and_peft_open_the_export_and_find_the_losses_that_were_log
     for name, examples in (("pairs", PAIRS), ("text", TEXTS)):
         logged = rows(runs[kind], f"eval/{name}/loss")[-1][f"eval/{name}/loss"]
         assert torch_loss(model, tokenizer, examples[-16:]) == pytest.approx(logged, abs=1e-4)
+
+
+def test_mfu_is_counted_where_the_peak_is_known_and_a_trace_is_written_where_it_is_asked_for(
+    base, runs, tmp_path, monkeypatch, capsys
+):
+    for row in rows(runs["lora"], "loss"):
+        assert row["tokens_per_s_per_device"] == pytest.approx(row["tokens_per_s"] / 8) and "mfu" not in row
+    monkeypatch.setattr(flops, "PEAKS", {"cpu": 1e12})
+    assert specjax("train", *flags(base, tmp_path / "run", "lora", steps=4, **{"log.every": 1}), "--profile") == 0
+    said = capsys.readouterr().out
+    assert "FLOPs a token (remat not counted) / (8 x 1e+12 FLOP/s of cpu)" in said and "traced up to step 4" in said
+    a_token = float(re.search(r"x (\S+) FLOPs a token", said)[1])
+    for row in rows(tmp_path / "run", "loss"):
+        assert row["mfu"] == pytest.approx(row["tokens_per_s"] * a_token / 8e12, rel=0.01)
+    assert [path.suffix for path in (tmp_path / "run" / "profile").rglob("*.pb")] == [".pb"]
+
+
+def test_what_is_compiled_for_an_accelerator_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        run.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir is None
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        run.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "specjax" / "xla")
+        jax.config.update("jax_compilation_cache_dir", "mine")
+        run.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == "mine"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_without_an_eval_set_rows_are_held_out_and_never_trained_on(base, runs):

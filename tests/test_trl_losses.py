@@ -165,10 +165,13 @@ class InTrlsOrder:
             rows.append(len(starts))
         self.data.plan, self.num_rows = Plan(np.array(starts), np.array(sizes), np.array(rows)), len(course.rows)
 
-    def batch(self, step, *, shard=0, shards=1):
+    def batch(self, step, rows):
         """Micro-batch i of `fit` takes every k-th row from i on, TRL's takes neighbours."""
-        rows = np.arange(self.batch_size).reshape(MICRO_BATCHES, ROWS).T.ravel()
-        return self.data._assemble((step * self.batch_size + rows) % self.num_rows)
+        order = np.arange(self.batch_size).reshape(MICRO_BATCHES, ROWS).T.ravel()
+        return self.data._assemble((step * self.batch_size + order[rows]) % self.num_rows)
+
+    def tokens_in(self, step):
+        return int(np.count_nonzero(self.batch(step, np.arange(self.batch_size))["segment_ids"]))
 
 
 def trls_rate(peak):

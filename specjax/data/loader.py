@@ -1,7 +1,7 @@
 """Fixed-shape batches as a pure function of (data, seed, step).
 
 Tokens lie in one flat array; the packing plan says which slices make up which row. There is no iterator state: the
-batch of step 1000 can be asked for first, on any shard, and is the same.
+batch of step 1000 can be asked for first, or a few of its rows, and is the same.
 """
 
 import hashlib
@@ -62,23 +62,30 @@ class Data:
         self.loss_mask[offsets[1:] - 1] = False
         self.plan: Plan = plan(offsets, length, packing)
         self.num_rows = len(self.plan.rows) - 1
+        self._sizes = np.diff(np.append(0, np.cumsum(self.plan.sizes))[self.plan.rows])  # tokens a row
         self.steps_per_epoch = max(1, self.num_rows // batch_size)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.fingerprint = self._fingerprint()
         self.report = (report or {}) | self._counts(packing)
 
-    def batch(self, step: int, *, shard: int = 0, shards: int = 1) -> Batch:
-        """Rows `[shard*B/shards, (shard+1)*B/shards)` of the global batch of `step`, as [B/shards, T] arrays."""
-        if self.batch_size % shards:
-            raise ValueError(f"a batch of {self.batch_size} rows does not divide into {shards} shards")
-        size = self.batch_size // shards
-        start = step * self.batch_size + shard * size
-        return self._assemble(np.array([self._row(i) for i in range(start, start + size)], np.int64))
+    def batch(self, step: int, rows: np.ndarray | None = None) -> Batch:
+        """The global batch of `step`, or those of its rows: [b,T] arrays."""
+        return self._assemble(self._rows(step) if rows is None else self._rows(step)[rows])
 
-    def once(self) -> Iterator[Batch]:
-        """Every row exactly once, in the plan's order; the last batch is filled up with empty rows."""
+    def tokens_in(self, step: int) -> int:
+        """Tokens, not padding, of the global batch of `step`."""
+        return int(self._sizes[self._rows(step)].sum())
+
+    def once(self, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """Every row exactly once, in the plan's order, `batch_size` at a time, the last ones empty to fill it up.
+
+        Args:
+            rows: those of each batch to give, in ascending order; default all.
+        """
+        chosen = np.arange(self.batch_size) if rows is None else rows
         for start in range(0, self.num_rows, self.batch_size):
-            yield self._assemble(np.arange(start, min(start + self.batch_size, self.num_rows)), self.batch_size)
+            wanted = start + chosen
+            yield self._assemble(wanted[wanted < self.num_rows], len(chosen))
 
     def preview(self, n: int) -> list[list[list[tuple[str, bool]]]]:
         """The first `n` rows: each a list of documents, each a list of (text, whether it is trained) runs."""
@@ -98,6 +105,9 @@ class Data:
         return [
             (text[k + 1][len(text[k]) :], bool(trained[cuts[k]])) for k in range(len(cuts) - 1) if cuts[k + 1] > cuts[k]
         ]
+
+    def _rows(self, step: int) -> np.ndarray:
+        return np.array([self._row(step * self.batch_size + i) for i in range(self.batch_size)], np.int64)
 
     def _row(self, index: int) -> int:
         """Element `index` of the endless sequence that runs through all rows, in another order each epoch."""

@@ -1,11 +1,10 @@
 """From our parameters to a folder that `AutoModelForCausalLM.from_pretrained` opens."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from specjax import sharding
+from specjax import processes, sharding
 from specjax.errors import UserError
-from specjax.files import new_folder
 from specjax.hf import names
 from specjax.hf.place import finish
 from specjax.hf.quantise import is_quantised
@@ -27,7 +24,6 @@ from specjax.hf.tensors import DTYPES
 from specjax.models import Decoder
 
 SHARD_BYTES = 5 * 10**9  # transformers' own default size of a weights file
-_LONGEST_PATH = 4096  # bytes
 
 
 def export(
@@ -75,7 +71,7 @@ def export(
             tokenizer.save_pretrained(folder)
         _write_headers(folder, files, dtype)
 
-    _together(out, overwrite, begin, lambda folder: _write_tensors(folder, model, files, dtype))
+    processes.together(out, overwrite, begin, lambda folder: _write_tensors(folder, model, files, dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,45 +186,3 @@ def _assemble(slot: _Slot, array: jax.Array, dtype: Any) -> tuple[np.ndarray, li
 def _config(model: Decoder, dtype: Any) -> dict[str, Any]:
     key = "torch_dtype" if "torch_dtype" in model.config.hf else "dtype"
     return {**model.config.hf, key: str(dtype)}
-
-
-def _together(out: str | Path, overwrite: bool, begin: Callable[[Path], None], write: Callable[[Path], None]) -> None:
-    """Makes the folder `out`: the first process begins it, then all write into it; it appears when all are done.
-
-    A process that fails raises what it met, the others a UserError that names it: none waits for it.
-    """
-    if jax.process_count() == 1:
-        with new_folder(out, overwrite=overwrite) as folder:
-            begin(folder)
-            write(folder)
-        return
-    first, staged = jax.process_index() == 0, b""
-    with contextlib.ExitStack() as stack:
-        with _agreement(out):
-            if first:
-                folder = stack.enter_context(new_folder(out, overwrite=overwrite))
-                staged = str(folder.absolute()).encode()
-                begin(folder)
-        told = multihost_utils.broadcast_one_to_all(np.frombuffer(staged.ljust(_LONGEST_PATH, b"\0"), np.uint8))
-        folder = Path(bytes(np.asarray(told)).rstrip(b"\0").decode())
-        with _agreement(out):
-            if not folder.is_dir():
-                raise UserError(f"{out} is not on a filesystem that all processes share: choose a folder that is.")
-            write(folder)
-        with _agreement(out):
-            stack.close()  # the first process renames the folder
-
-
-@contextlib.contextmanager
-def _agreement(out: str | Path) -> Iterator[None]:
-    """A step of all processes, at whose end each knows whether it went well everywhere."""
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(failure is not None)))
-    if failure is not None:
-        raise failure
-    if failed.size:
-        raise UserError(f"{out} was not written, because process {failed[0]} failed: see what it says.")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from specjax import processes
 from specjax.errors import UserError
-from specjax.files import new_folder
 from specjax.hf import names as hf_names
 from specjax.hf.tensors import Tensors
 from specjax.lora import adapters, experts, targets
@@ -72,16 +72,21 @@ def save(
     adapter = _host(adapters.collect(model, name))
     source = base or model.config.source or None
     config = write_config(model, adapter, source, revision or (None if base else model.config.revision or None))
-    with new_folder(out, overwrite=overwrite) as folder:
-        tensors = {row.key: _to_file(model, adapter, row) for row in _table(model, adapter)}
-        tensors |= dict(experts.tensors(adapter, _PREFIX))
+    tensors = {row.key: _to_file(model, adapter, row) for row in _table(model, adapter)}
+    tensors |= dict(experts.tensors(adapter, _PREFIX))
+
+    def write(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    def check(folder: Path) -> None:
         different = _differs(model, adapter, read(model, folder))
         if different:
             raise UserError(f"{out}: {different} came back otherwise than it was written: nothing is saved.")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+
+    processes.together(out, overwrite, write, check)
     ends = ".lora_B.weight"
     return [key[len(_PREFIX) : -len(ends)] for key, one in tensors.items() if key.endswith(ends) and not one.any()]
 
@@ -208,7 +213,9 @@ def _blank(model: Decoder, path: str, fields: tuple[str, ...], layers: targets.L
     values: dict[str, Any] = {}
     for field in fields:
         base = getattr(part, "embedding" if field == TIED_HEAD else field)
-        values[field] = np.empty(base.shape, np.float32) if all(layers) else np.array(base[...], np.float32)
+        values[field] = (
+            np.empty(base.shape, np.float32) if all(layers) else np.array(processes.gather(base[...]), np.float32)
+        )
     return Copies(values, layers)
 
 
@@ -264,7 +271,7 @@ def _is_the_bases(model: Decoder, folder: Path, key: str, held: Tensors) -> bool
     if hit is None:
         return False
     head = model.lm_head if hit[2] == "lm_head" else None
-    ours = np.asarray(model.embed_tokens.embedding[...]) if head is None else np.asarray(head.kernel[...])
+    ours = processes.gather(model.embed_tokens.embedding[...] if head is None else head.kernel[...])
     theirs = held[key]
     if theirs.shape == ours.shape and np.array_equal(theirs.astype(ours.dtype), ours):
         return True
@@ -275,18 +282,18 @@ def _is_the_bases(model: Decoder, folder: Path, key: str, held: Tensors) -> bool
 
 
 def _host(adapter: Adapter) -> Adapter:
-    """The same with NumPy arrays."""
+    """The same with NumPy arrays, whole on every process."""
     factors = {
         path: dataclasses.replace(
             one,
-            a=np.asarray(one.a),
-            b=np.asarray(one.b),
-            magnitude=None if one.magnitude is None else np.asarray(one.magnitude),
+            a=processes.gather(one.a),
+            b=processes.gather(one.b),
+            magnitude=None if one.magnitude is None else processes.gather(one.magnitude),
         )
         for path, one in adapter.factors.items()
     }
     copies = {
-        path: dataclasses.replace(one, values={key: np.asarray(value) for key, value in one.values.items()})
+        path: dataclasses.replace(one, values={key: processes.gather(value) for key, value in one.values.items()})
         for path, one in adapter.copies.items()
     }
     return dataclasses.replace(adapter, factors=factors, copies=copies)

@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from specjax import flops
 from specjax.config import validate
-from specjax.plan import flops, hlo, job, targets
+from specjax.plan import hlo, job, targets
 
 ASSUMPTIONS = (
     "The bound is the longest of three: the step's FLOPs at the chip's peak, or the compiler's own cycle estimates "

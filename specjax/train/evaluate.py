@@ -26,10 +26,11 @@ def evaluate(
       `loss` (nats a token), `perplexity`, `accuracy`, `tokens` (loss tokens seen).
     """
     sums = []
-    for number, batch in enumerate(data.once()):
+    held = sharding.held_rows(mesh, data.batch_size)
+    for number, batch in enumerate(data.once(held)):
         if batches and number == batches:
             break
-        sums.append(eval_step(trainable, frozen, sharding.put_batch(batch, mesh)))
+        sums.append(eval_step(trainable, frozen, sharding.put_batch(batch, mesh, data.batch_size)))
     # Read after the last is under way: the device never waits for the host.
     total = {name: sum(float(part[name]) for part in sums) for name in ("nll", "correct", "count")}
     loss = total["nll"] / max(total["count"], 1.0)

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from rich.console import Console
 
-from specjax import sharding
+from specjax import flops, sharding
 from specjax.errors import UserError
 from specjax.models import Decoder
 from specjax.train import step as steps_lib
@@ -27,6 +28,7 @@ from specjax.train.checkpoint import Checkpoints
 from specjax.train.evaluate import evaluate
 from specjax.train.metrics import Log
 from specjax.train.optim import Optimizer
+from specjax.train.profile import Profile
 
 
 @dataclasses.dataclass
@@ -41,7 +43,7 @@ class Result:
       stopped: "" at the end of the steps, else "signal" or "patience".
       seconds: of training steps alone, compilation and evaluation apart.
       compile_seconds: of the training step.
-      tokens: tokens trained on (not padding) in this process.
+      tokens: tokens trained on (not padding) since the run was last started.
       trainable_parameters: how many numbers train.
       data_seconds: of the training seconds, those spent waiting for batches.
     """
@@ -79,6 +81,7 @@ def fit(
     tensorboard: bool = True,
     wandb: str = "",
     config: Mapping[str, Any] | None = None,
+    profile: bool = False,
 ) -> Result:
     """Trains the parameters that `trainable` selects, in place; called again on the same workdir, it goes on.
 
@@ -102,6 +105,7 @@ def fit(
       tensorboard: write its event files.
       wandb: a Weights & Biases project; "": none.
       config: shown in the trackers.
+      profile: trace a few steps into `<workdir>/profile`.
 
     Returns:
       What was done.
@@ -124,6 +128,8 @@ def fit(
         log = stack.enter_context(Log(None if jax.process_index() else workdir, steps=steps, **logging))
         if start:
             log.note(f"resumed at step {start}")
+        folder = Path(workdir) / "profile" if profile and workdir else None
+        trace = stack.enter_context(Profile(folder, start=start, steps=steps))
 
         def evaluate_all(step: int) -> float | None:
             if not eval_data:
@@ -151,13 +157,18 @@ def fit(
                 result.stopped = "patience"
                 log.note(f"stopped at step {step}: {patience} evaluations without a better loss on {best!r}")
                 break
+            trace.before(step)
             metrics = run.step(step)
+            if trace.after(step, metrics):
+                log.note(f"traced up to step {step + 1}: {trace.folder}")
             # Metrics are read one step late, so that the device always has work queued.
             if pending:
                 _report(log, *pending, log_every, steps, run)
+            if step == start and (formula := run.formula()):
+                log.note(formula)
             done, pending = step + 1, (step + 1, metrics)
             evals = bool(eval_data) and (done == steps or bool(eval_every and done % eval_every == 0))
-            stopping = bool(stop)  # read once: a signal that comes later finds the next step
+            stopping = stop(done)  # asked once: a signal that comes later finds the next step
             if evals or done == steps or stopping or (save_every and done % save_every == 0):
                 _report(log, *pending, log_every, steps, run)
                 pending = None
@@ -184,15 +195,21 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
 
 
 @contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM comes (what a scheduler sends before it takes the machine)."""
+def _stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop after a step, once SIGTERM came (what a scheduler sends before it takes the machine).
+
+    Under several processes JAX has its own handler, and agrees with the others on the step: one signal stops all.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
-        yield received
+        yield lambda step: bool(received)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -231,6 +248,9 @@ class _Run:
         self._saved: int | None = None
         self._next: Any = None
         self._window_start, self._window_tokens = time.perf_counter(), 0
+        self._devices = self.mesh.size if self.mesh is not None else 1
+        self._kind = (self.mesh.devices.flat[0] if self.mesh is not None else jax.devices()[0]).device_kind
+        self._peak = flops.peak(self._kind)
 
     def __enter__(self) -> "_Run":
         with ExitStack() as stack:
@@ -301,12 +321,14 @@ class _Run:
         )
 
     def _batch(self, step: int) -> tuple[Any, int]:
-        shards = jax.process_count()
-        rows = self.data.batch(step, shard=jax.process_index(), shards=shards)
-        tokens = int(np.count_nonzero(rows["segment_ids"])) * shards
+        """This process's part of the batch, on its devices, and the tokens of all of it."""
+        k = self.accumulate
+        rows = self.data.batch_size // k
+        held = sharding.held_rows(self.mesh, rows)
         # Micro-batch i takes every k-th row, so that each device keeps its own rows.
-        micro = {name: np.moveaxis(x.reshape(-1, self.accumulate, x.shape[1]), 1, 0) for name, x in rows.items()}
-        return sharding.put_batch(micro, self.mesh, lead=(None,)), tokens
+        batch = self.data.batch(step, (held[:, None] * k + np.arange(k)).ravel())
+        micro = {name: np.moveaxis(x.reshape(len(held), k, x.shape[1]), 1, 0) for name, x in batch.items()}
+        return sharding.put_batch(micro, self.mesh, rows, lead=(None,)), self.data.tokens_in(step)
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns device scalars, and `tokens`, those (not padding) of all steps so far."""
@@ -328,6 +350,9 @@ class _Run:
         began = time.perf_counter()
         lowered = steps_lib.lower(self._train_step, self.trainable, self.opt_state, self.frozen, batch)
         options = steps_lib.compiler_options(jax.default_backend(), self.source.dtype)
+        length = batch["tokens"].shape[-1]
+        count = flops.of_step(self.source.config, self.trainable, rows=1, length=length)
+        self._flops_per_token = count / length
         compiled = lowered.compile(compiler_options=options)
         self.result.compile_seconds = time.perf_counter() - began
         return compiled
@@ -340,11 +365,27 @@ class _Run:
         self._window_start += time.perf_counter() - began
 
     def speed(self, tokens: int) -> dict[str, float]:
-        """Tokens (not padding) a second since the last call; `tokens` are those of all steps so far."""
+        """Tokens (not padding) a second since the last call, those of a device, and MFU where the peak is known.
+
+        `tokens` are those of all steps so far.
+        """
         seconds, fresh = time.perf_counter() - self._window_start, tokens - self._window_tokens
         self._window_start, self._window_tokens = self._window_start + seconds, tokens
         self.result.seconds += seconds
-        return {"tokens_per_s": fresh / max(seconds, 1e-9)}
+        rate = fresh / max(seconds, 1e-9)
+        found = {"tokens_per_s": rate, "tokens_per_s_per_device": rate / self._devices}
+        if self._peak:
+            found["mfu"] = rate * self._flops_per_token / (self._devices * self._peak)
+        return found
+
+    def formula(self) -> str:
+        """How `mfu` is counted, or "" where the devices' peak is not known."""
+        if not self._peak:
+            return ""
+        return (
+            f"MFU = tokens/s x {self._flops_per_token:.3g} FLOPs a token (remat not counted) / "
+            f"({self._devices} x {self._peak:.3g} FLOP/s of {self._kind})"
+        )
 
     def evaluate(self, data: Any, batches: int) -> dict[str, float]:
         """The sums of one data set, see `evaluate`."""

@@ -157,7 +157,9 @@ def _line(values: Mapping[str, Any]) -> str:
     'loss 2.5000  lr 1.00e-04  8,512 tokens/s'
     """
     parts = [f"{name} {_short(values[name])}" for name in ("loss", "lr", "grad_norm") if name in values]
-    return "  ".join(parts + ([f"{rate:,.0f} tokens/s"] if (rate := values.get("tokens_per_s")) else []))
+    if rate := values.get("tokens_per_s"):
+        parts.append(f"{rate:,.0f} tokens/s")
+    return "  ".join(parts + ([f"MFU {values['mfu']:.0%}"] if "mfu" in values else []))
 
 
 def _open_lines(path: Path, start: int) -> TextIO:

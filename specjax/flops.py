@@ -4,10 +4,37 @@ A matrix product of [m,k] and [k,n] counts 2mkn. Recomputation (`remat`) counts 
 2022, PaLM, arXiv:2204.02311, appendix B). Norms, rotations and softmax are left out.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from specjax.models import ModelConfig
+
+# Dense bfloat16 operations a second of one device, by how its kind begins. Sources: cloud.google.com/tpu/docs (TPU7x
+# has two devices a chip), NVIDIA's data sheets, without sparsity.
+PEAKS = {
+    "TPU v4": 2.75e14,
+    "TPU v5 lite": 1.97e14,
+    "TPU v5": 4.59e14,
+    "TPU v6 lite": 9.18e14,
+    "TPU7x": 1.1535e15,
+    "NVIDIA A100": 3.12e14,
+    "NVIDIA H100 PCIe": 7.56e14,
+    "NVIDIA H100": 9.89e14,
+    "NVIDIA H200": 9.89e14,
+    "NVIDIA B200": 2.25e15,
+    "NVIDIA L4": 1.21e14,
+    "NVIDIA L40S": 3.62e14,
+}
+
+
+def peak(kind: str) -> float | None:
+    """Operations a second of a device of this `device_kind` at most, or None where it is not known.
+
+    >>> peak("TPU v5 lite"), peak("NVIDIA H100 80GB HBM3"), peak("cpu")
+    (197000000000000.0, 989000000000000.0, None)
+    """
+    return next((PEAKS[name] for name in PEAKS if re.match(rf"{name}\b", kind)), None)
 
 
 def of_step(config: ModelConfig, trainable: Mapping[str, Any], *, rows: int, length: int) -> float:
