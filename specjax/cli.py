@@ -155,8 +155,8 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
         found = {name: values[name].value for name in (*needs, *may) if name != "config"}
         if "config" in needs and path:
             found["config"] = read_config(path, overrides)
-        if verb == "launch" and path:  # it was read for its mistakes: what is started reads it again
-            found["config"] = [f"--config={path}", *overrides]
+        if verb == "launch":
+            found["given"] = [f"--config={path}", *overrides]
     except flags.Error as error:
         raise UserError(_sentence(error, values)) from None
     for name in needs:
@@ -209,8 +209,8 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def _call(verb: str, found: dict[str, Any]) -> int:
     """Calls the function that the verb names, the heavy libraries told to be quiet; returns the exit status."""
-    if verb == "launch":
-        return launch(**found)
+    if verb == "launch":  # the config was read for its mistakes: what is started reads it again
+        return launch(**(found | {"config": found.pop("given")}))
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     for name in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):

@@ -74,7 +74,7 @@ def test_the_module_runs_as_the_command_does():
     assert done.returncode == 2
     assert done.stderr == (
         "specjax: There is no verb 'trian': it is one of train, eval, generate, export, data, compare, plan, "
-        "families. Did you mean 'train'?\n"
+        "launch, families. Did you mean 'train'?\n"
     )
 
 

@@ -77,7 +77,8 @@ def test_every_command_in_the_documents_parses_and_its_config_is_valid(monkeypat
     verb, *argv = ["--config=configs/demo.py" if word == "--config=F" else word for word in words]
     found = parse(verb, argv)
     if "config" in found:
-        validate(found["config"], 1)
+        # What is launched runs on devices that are elsewhere.
+        validate(found["config"], None if verb == "launch" else 1)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)

@@ -30,12 +30,12 @@ def token_sums(
     """
     hidden, stats = model.hidden_and_stats(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key)
     rows, length = batch["targets"].shape
-    head = _head(model)
+    batch_axis, vocab_axis = _axes(rows, length, model.config.vocab_size)
+    head = _head(model, vocab_axis)
 
     def chunk(hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Every device has a part of the vocabulary for many rows: gathering rows moves less than gathering it.
-        hidden = sharding.constrain(hidden, "loss_batch", "length", None)
-        logits = sharding.constrain(model.unembed(hidden, table=head), "loss_batch", "length", "loss_vocab")
+        hidden = sharding.constrain(hidden, batch_axis, "length", None)
+        logits = sharding.constrain(model.unembed(hidden, table=head), batch_axis, "length", vocab_axis)
         # The target's logit by a masked sum, not a gather: it stays inside a sharded vocabulary.
         hit = targets[:, :, None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None]
         target_logits = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
@@ -64,16 +64,29 @@ def token_sums(
     return {"nll": nll, "correct": correct, "count": count, "router": router}
 
 
-def _head(model: Decoder) -> jax.Array | None:
+def _axes(rows: int, length: int, vocab_size: int) -> tuple[str, str]:
+    """How the logits are split: the vocabulary over `fsdp` too where rows are fewer than words, else the rows.
+
+    Either the rows or the output layer's table is gathered over `fsdp`: the smaller of the two.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return "batch", "vocab"
+    gathered = rows * length // sharding.ways(mesh, (*sharding.RULES["loss_batch"], *sharding.RULES["length"]))
+    fewer = gathered <= vocab_size // sharding.ways(mesh, sharding.RULES["vocab"])
+    return ("loss_batch", "loss_vocab") if fewer else ("batch", "vocab")
+
+
+def _head(model: Decoder, vocab_axis: str) -> jax.Array | None:
     """The output layer's table [V,D] in the compute dtype, split by its vocabulary alone; None where that cannot be.
 
     It is moved there once a step, before the chunks.
     """
     mesh = jax.sharding.get_abstract_mesh()
     table = model.output_table()
-    if mesh.empty or table is None or table.shape[0] % sharding.ways(mesh, sharding.RULES["loss_vocab"]):
+    if mesh.empty or table is None or table.shape[0] % sharding.ways(mesh, sharding.RULES[vocab_axis]):
         return None
-    return sharding.constrain(table.astype(model.dtype), "loss_vocab", None)
+    return sharding.constrain(table.astype(model.dtype), vocab_axis, None)
 
 
 def _chunk_length(rows: int, length: int, vocab_size: int, devices: int = 1) -> int:
