@@ -1,5 +1,7 @@
 """The same run on every mesh; the same gradients whatever is computed again."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ from flax import nnx
 from helpers import data, metrics, model
 
 import specjax as sj
+from specjax import sharding
 from specjax.models.decoder import POLICIES
+from specjax.train import losses as losses_lib
 from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 
@@ -42,6 +46,24 @@ def test_ten_steps_on_a_mesh_are_those_of_one_device(alone, method, axes, tmp_pa
     assert found[-1][0] < found[0][0] - 0.05
     np.testing.assert_allclose([loss for loss, _ in found], [loss for loss, _ in alone[method]], rtol=1e-5)
     np.testing.assert_allclose([norm for _, norm in found], [norm for _, norm in alone[method]], rtol=1e-3)
+
+
+@pytest.mark.parametrize("rows, wanted", [(4, ("loss_batch", "loss_vocab")), (16, ("batch", "vocab"))])
+def test_the_vocabulary_or_the_rows_are_split_whichever_is_less_to_gather(rows, wanted):
+    """Few rows are gathered, and the words split over tensor x fsdp; many rows stay, and the table is gathered."""
+    found = []
+    for axes in ({"fsdp": 4, "tensor": 2}, None):
+        mesh = sj.make_mesh(**axes) if axes else None
+        batch = data(batch_size=rows, length=32, vocab_size=520, answers=True).batch(0)
+        graph, params, frozen = split(model(vocab_size=520, mesh=mesh), nnx.Param)
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            assert losses_lib._axes(rows, 32, 520) == (wanted if mesh else ("batch", "vocab"))
+            held = sharding.put_batch(batch, mesh, rows)
+            gradient = jax.jit(jax.value_and_grad(lambda p, b, g=graph, f=frozen: token_sums(merge(g, p, f), b)["nll"]))
+            found.append(gradient(params, held))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+    for name, value in found[1][1].items():
+        np.testing.assert_allclose(found[0][1][name], value, rtol=0, atol=1e-6 * np.abs(value).max(), err_msg=name)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def make(config: ConfigDict, devices: list[Any]) -> Job:
     step = steps_lib.make_train_step(graph, optimizer, seed=config.seed)
     with jax.set_mesh(mesh):
         lowered = steps_lib.lower(step, trainable, opt_state, frozen, batch)
-    options = steps_lib.compiler_options(devices[0].platform, model.dtype)
+    options = steps_lib.compiler_options(devices[0].platform, model.dtype, sizes.num_experts)
     return Job(mesh, model.config, trainable, opt_state, frozen, batch, lowered, options)
 
 

@@ -349,7 +349,7 @@ class _Run:
         """Ahead of time, once: a second compilation cannot happen unseen, for a change of shape raises."""
         began = time.perf_counter()
         lowered = steps_lib.lower(self._train_step, self.trainable, self.opt_state, self.frozen, batch)
-        options = steps_lib.compiler_options(jax.default_backend(), self.source.dtype)
+        options = steps_lib.compiler_options(jax.default_backend(), self.source.dtype, self.source.config.num_experts)
         length = batch["tokens"].shape[-1]
         count = flops.of_step(self.source.config, self.trainable, rows=1, length=length)
         self._flops_per_token = count / length

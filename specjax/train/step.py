@@ -115,15 +115,19 @@ def lower(train_step: Callable[..., Any], trainable: Any, opt_state: Any, frozen
     return jitted.lower(trainable, opt_state, frozen, batch, jax.ShapeDtypeStruct((), np.int32))
 
 
-def compiler_options(platform: str, dtype: Any) -> dict[str, Any]:
-    """What a platform's compiler is told of the step, in a compute dtype."""
+def compiler_options(platform: str, dtype: Any, experts: int = 0) -> dict[str, Any]:
+    """What a platform's compiler is told of the step, in a compute dtype, of a model with so many experts."""
     if platform == "cpu" and dtype != np.float32:
         # XLA:CPU multiplies bfloat16 as float32 and would convert all layers' weights before the loop over them:
         # twice the model again in memory.
         return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
     if platform == "tpu":
         # XLA:TPU would break gathered products into loops over pieces that neighbours pass on, and hold them all.
-        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20}
+        options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20}
+        if experts:
+            # Its kernel for grouped products tiles a LoRA factor's gradient beyond its own limit of 16 MiB.
+            options["xla_tpu_scoped_vmem_limit_kib"] = 48 << 10
+        return options
     return {}
 
 
