@@ -38,6 +38,7 @@ generate: --model=DIR|HUB_NAME, --adapter=[NAME=]DIR (repeatable), --prompt=TEXT
   --max_new_tokens, --temperature (0: greedy), --top_k, --top_p, --min_p, --repetition_penalty: default what the model's
   generation_config.json says (--generation_config=false leaves it out), else 128 tokens, greedy
 plan: --target=FAMILY:SHAPE (repeatable): v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, 2*v5e:4x4 for two slices, cpu:8;
+  v5e alone: its smallest slice that holds the job; --search (meshes, remat and micro-batches tried and ranked);
   --json (an object a target), --price_per_chip_hour=X
 train: --profile (a trace of three steps, in the workdir)
 train, eval, export, generate: --distributed (this process is one of several, as `specjax launch` starts them)
@@ -69,7 +70,7 @@ VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "export": (("workdir", "out"), ("merge", "dequantise", "step", "overwrite", "dtype", "distributed")),
     "data": (("config",), ()),
     "compare": (("config", "workdir"), ()),
-    "plan": (("config", "target"), ("json", "price_per_chip_hour")),
+    "plan": (("config", "target"), ("json", "search", "price_per_chip_hour")),
     "launch": (("on", "config", "workdir"), ("dry_run", *LAUNCH)),
     "families": ((), ()),
 }
@@ -258,7 +259,7 @@ def _flag_values() -> flags.FlagValues:
         flags.DEFINE_string(name, "", "", flag_values=values)
     for name in ("adapter", "prompt", "stop", "target"):
         flags.DEFINE_multi_string(name, [], "", flag_values=values)
-    for name in ("raw", "merge", "dequantise", "overwrite", "json", "distributed", "profile", "dry_run"):
+    for name in ("raw", "merge", "dequantise", "overwrite", "json", "search", "distributed", "profile", "dry_run"):
         flags.DEFINE_bool(name, False, "", flag_values=values)
     flags.DEFINE_enum("dtype", None, ("bfloat16", "float32", "float16"), "", flag_values=values)
     flags.DEFINE_integer("step", None, "", lower_bound=0, flag_values=values)

@@ -329,6 +329,5 @@ def _relay(stream: TextIO | None, out: TextIO, prefix: str) -> None:
     assert stream is not None
     with stream:
         for line in stream:
-            if not line.startswith("[Gloo] Rank "):  # which its collectives on CPU print, for each group of devices
-                out.write(prefix + line.rstrip("\n") + "\n")
-                out.flush()
+            out.write(prefix + line.rstrip("\n") + "\n")
+            out.flush()

@@ -141,7 +141,7 @@ def test_a_mistake_is_one_sentence(argv, said, capsys, monkeypatch):
 def test_output_has_the_process_before_each_line_and_the_first_failure_ends_all(capfd):
     began = time.monotonic()
     dies = "time.sleep(0.5); print('dying', file=sys.stderr); sys.exit(3)"
-    hangs = "signal.signal(signal.SIGTERM, lambda *a: None); print('hangs'); print('[Gloo] Rank 1 is'); time.sleep(600)"
+    hangs = "signal.signal(signal.SIGTERM, lambda *a: None); print('hangs'); time.sleep(600)"
     assert launch.run_all(stand_ins(dies, hangs), grace=0.5) == 3
     out, err = capfd.readouterr()
     assert (out, err) == ("[1] hangs\n", "[0] dying\n")

@@ -13,7 +13,7 @@ from specjax import flops
 from specjax.cli import main, read_config
 from specjax.errors import UserError
 from specjax.models import ModelConfig
-from specjax.plan import hlo, job, targets
+from specjax.plan import compiled, hlo, job, search, targets
 
 KEYS = {
     "target",
@@ -38,6 +38,14 @@ TINY = {
     "num_key_value_heads": 4,
     "head_dim": 64,
 }
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    """Not the user's."""
+    path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
+    return path / "specjax" / "plan"
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +102,93 @@ def test_the_table_for_people_says_the_verdict(folder, capsys):
     assert "cpu:4: needs" in out and "fsdp 4 (4 devices)" in out and "no run is faster" in " ".join(out.split())
 
 
+def test_a_program_is_compiled_once(folder, capsys, cache, monkeypatch):
+    (first,) = planned(capsys, *flags(folder), "--target=cpu:2")
+    [kept] = cache.iterdir()
+    monkeypatch.setattr(compiled, "_compile", lambda made: pytest.fail("compiled again"))
+    # A learning rate's place in the schedule is no part of the program's shape; its peak is a number in it.
+    (again,) = planned(capsys, *flags(folder, **{"data.train": "other.jsonl"}), "--target=cpu:2")
+    assert (first["cached"], again["cached"]) == (False, True)
+    assert first | {"cached": True} == again
+    kept.write_text("{torn")
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent))
+    (other,) = planned(capsys, *flags(folder), "--target=cpu:2")
+    assert not other["cached"] and other["bytes_per_device"] == first["bytes_per_device"]
+
+
+def test_a_search_ranks_what_it_tried(folder, capsys):
+    tried = planned(capsys, *flags(folder, batch_size=4), "--target=v5e:2x2", "--search")
+    assert all(found["fits"] for found in tried) and len(tried) > 1
+    bounds = [found["step_seconds_bound"] for found in tried]
+    assert bounds == sorted(bounds)
+    meshes = [tuple(found["mesh"].items()) for found in tried]
+    assert len(set(meshes)) == len(meshes)  # each fits without rematerialisation: no more is tried there
+    assert {found["changes"]["model.remat"] for found in tried} == {"none"}
+    assert main(["plan", *flags(folder, batch_size=4), "--target=v5e:2x2", "--search"]) == 0
+    assert f"{len(tried)} tries" in (out := capsys.readouterr().out) and "--config.mesh.data=1" in out
+
+
+def test_a_family_alone_is_its_smallest_slice_that_holds_the_job(folder, capsys):
+    (found,) = planned(capsys, *flags(folder), "--target=v5e")
+    assert (found["target"], found["devices"], found["fits"]) == ("v5e:1x1", 1, True)
+
+
+def stand_in(sizes_):
+    """A plan that needs `sizes_[remat]` on one device and less on more, and is slower the more it computes again."""
+    asked = []
+
+    def one(config, target):
+        count = targets.count(target)
+        if config.batch_size // config.accumulate % count:
+            raise UserError("the batch does not divide")
+        asked.append((target.name, config.model.remat, config.accumulate))
+        fits = sizes_[config.model.remat] / count / config.accumulate <= 1
+        return {"fits": fits, "step_seconds_bound": len(config.model.remat) * config.accumulate / count}
+
+    return one, asked
+
+
+def test_no_more_is_computed_again_than_must_be(folder):
+    config = config_of(folder, "lora", batch_size=8)
+    one, asked = stand_in({"none": 16, "attention": 8, "full": 4})
+    found = search.search(config, targets.parse("v5e:1x1"), one)
+    assert [name for _, *name in asked] == [["none", 1], ["attention", 1], ["full", 1], ["full", 2], ["full", 4]]
+    assert found[0]["changes"] == {
+        **{f"mesh.{axis}": 1 for axis in ("data", "fsdp", "expert", "context", "tensor")},
+        "model.remat": "full",
+        "accumulate": 4,
+    }
+    assert [each["fits"] for each in found] == [True] + [False] * 4
+
+
+def test_slices_are_tried_from_the_smallest(folder):
+    config = config_of(folder, "lora", batch_size=8)
+    one, asked = stand_in({"full": 5})
+    (found,) = search.smallest(config, "v5e", one, None)
+    assert found["fits"] and [name for name, *_ in asked] == ["v5e:1x1", "v5e:2x2", "v5e:2x4"]
+    one, asked = stand_in({"full": 99})
+    (found,) = search.smallest(config, "v5e", one, None)
+    assert not found["fits"] and asked[-1][0] == "v5e:2x4"  # eight rows are on no more devices
+
+
+def test_devices_are_counted_as_the_compiler_has_them():
+    for name in ("v5e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"):
+        target = targets.parse(name)
+        targets.prepare([target])
+        assert targets.count(target) == len(targets.devices(target)), name
+
+
+def test_what_no_mesh_divides_is_said(folder, capsys):
+    assert main(["plan", *flags(folder, batch_size=3, **{"data.length": 255}), "--target=cpu:8", "--search"]) == 2
+    assert "no mesh of 8 devices divides this job" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("target", "said"),
     [
         ("v5x:4x4", "is no target: give one such as v5e:4x4"),
-        ("v5e", "is no target"),
+        ("v5", "is no target"),
         ("v5e:4x4x4", "the shape of v5e is NxN"),
         ("v5p:4x4", "the shape of v5p is NxNxN"),
         ("2*cpu:4", "the shape of cpu is N"),

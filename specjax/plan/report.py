@@ -1,7 +1,5 @@
 """What a compiled step needs and how fast it can be at best: in words, and as JSON."""
 
-import re
-import time
 from collections.abc import Sequence
 from json import dumps
 from typing import Any
@@ -12,7 +10,8 @@ from rich.table import Table
 
 from specjax import flops
 from specjax.config import validate
-from specjax.plan import hlo, job, targets
+from specjax.plan import compiled, job, targets
+from specjax.plan import search as search_lib
 
 ASSUMPTIONS = (
     "The bound is the longest of three: the step's FLOPs at the chip's peak, or the compiler's own cycle estimates "
@@ -22,38 +21,55 @@ ASSUMPTIONS = (
 
 
 def plan(
-    config: ConfigDict, target: Sequence[str], json: bool = False, price_per_chip_hour: float = 0.0
+    config: ConfigDict,
+    target: Sequence[str],
+    json: bool = False,
+    search: bool = False,
+    price_per_chip_hour: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Compiles a config's training step for each target and prints what was found.
 
     Args:
       config: of `train`; its model's path may be a folder with a config.json and nothing else.
-      target: names, see `targets.parse`.
+      target: names, see `targets.parse`; a family alone, such as v5e, is its smallest slice that holds the job.
       json: one object a line and a target, and nothing else, on stdout.
+      search: try meshes, rematerialisation and micro-batches on each target, and rank them.
       price_per_chip_hour: of a chip for an hour, in any currency; 0: unknown.
 
     Returns:
-      An object a target, with the keys of `--json`.
+      An object a target, with the keys of `--json`; with `search` an object a try, the best first.
 
     Raises:
       UserError: no such target, a compiler that is not installed, or a config that cannot be on it.
     """
-    parsed = [targets.parse(name) for name in target]
-    targets.prepare(parsed)
-    found = []
-    for one in parsed:
-        one_found = _one(config, one, price_per_chip_hour)
-        found.append(one_found)
-        if json:
-            print(dumps(one_found), flush=True)
+    parsed = [name if name in search_lib.SLICES else targets.parse(name) for name in target]
+    targets.prepare([one for one in parsed if not isinstance(one, str)])
+
+    def one(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
+        # Where several are tried, those whose arguments alone are too large need no compiler.
+        return _one(config, target, price_per_chip_hour, quick=search or target.name not in {*given})
+
+    given, found = set(target), []
+    for each in parsed:
+        within = search_lib.search if search else None
+        if isinstance(each, str):
+            tried = search_lib.smallest(config, each, one, within)
         else:
-            _show(one_found)
+            tried = within(config, each, one) if within else [one(config, each)]
+        found += tried
+        if json:
+            for each_found in tried:
+                print(dumps(each_found), flush=True)
+            continue
+        if len(tried) > 1:
+            _rank(tried)
+        _show(tried[0])
     if not json:
         Console().print(ASSUMPTIONS, style="dim")
     return found
 
 
-def _one(config: ConfigDict, target: targets.Target, price: float) -> dict[str, Any]:
+def _one(config: ConfigDict, target: targets.Target, price: float, *, quick: bool = False) -> dict[str, Any]:
     devices = targets.devices(target)
     validate(config, len(devices))
     made = job.make(config, devices)
@@ -82,64 +98,61 @@ def _one(config: ConfigDict, target: targets.Target, price: float) -> dict[str, 
         "collective_bytes": None,
         "mfu_ceiling": None,
         "compile_seconds": None,
+        "cached": False,
     }
-    began = time.perf_counter()
-    try:
-        compiled = made.lowered.compile(compiler_options=made.options)
-    except Exception as error:  # jaxlib's own, of several kinds
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        found |= {"fits": False, "compile_seconds": time.perf_counter() - began}
-        found["bytes_per_device"]["total"] = _needed(str(error))
+    arguments = sum(held.values())
+    if quick and limit is not None and arguments > limit:
+        found["bytes_per_device"]["total"] = arguments
+        return found | {"fits": False, "compile_seconds": 0.0}
+    known = compiled.facts(made, target.name)
+    found |= {"fits": known["fits"], "compile_seconds": known["seconds"], "cached": known["cached"]}
+    found["bytes_per_device"]["total"] = total = known["total"]
+    if not known["fits"]:
         return found
-    found["compile_seconds"] = time.perf_counter() - began
-    total = _peak(compiled, sum(held.values()))
-    found["bytes_per_device"] |= {"temporaries": max(0, total - sum(held.values())), "total": total}
+    found["bytes_per_device"]["temporaries"] = max(0, total - arguments)
     found["fits"] = limit is None or total <= limit
-    slices = {number: getattr(device, "slice_index", 0) for number, device in enumerate(made.mesh.devices.flat)}
-    walked = hlo.walk(compiled.as_text(), slices)
-    found["collectives"] = hlo.as_json(walked)
+    found["collectives"] = known["collectives"]
     found["collective_bytes"] = sum(one["bytes"] for one in found["collectives"].values())
     if target.chip:
-        _bound(found, target.chip, walked, total)
+        _bound(found, target.chip, known)
         if price:
             hours = found["step_seconds_bound"] / 3600
             found["price_per_million_tokens"] = price * len(devices) * hours / tokens * 1e6
     return found
 
 
-def _peak(compiled: Any, arguments: int) -> int:
-    """Bytes that the program has at once, its arguments included."""
-    memory = compiled.memory_analysis()
-    peak = int(getattr(memory, "peak_memory_in_bytes", 0))
-    # TPU's `temp_size_in_bytes` counts more than is there at once: programs that it puts above the limit compile.
-    return peak if peak >= arguments else arguments + int(memory.temp_size_in_bytes)
-
-
-def _needed(error: str) -> int | None:
-    """What a compiler that ran out of memory says that the program wants."""
-    hit = re.search(r"(?:Used|requires?|needs?)\s+([\d.]+)\s*([KMG])", error)
-    return int(float(hit[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[hit[2]]) if hit else None
-
-
-def _bound(found: dict[str, Any], chip: targets.Chip, walked: hlo.Walk, total: int) -> None:
+def _bound(found: dict[str, Any], chip: targets.Chip, known: dict[str, Any]) -> None:
     """Fills in the bound on a step's time, what sets it, and the share of the chips' peak that it leaves."""
     compute = found["flops_per_step"] / found["devices"] / chip.flops
     if chip.hertz:
-        compute = max(compute, walked.cycles / chip.hertz)
-    within = found["collective_bytes"] - walked.between_slices
+        compute = max(compute, known["cycles"] / chip.hertz)
+    within = found["collective_bytes"] - known["between_slices"]
     held = sum(found["bytes_per_device"][name] for name in ("frozen", "trained", "optimizer"))
     bounds = {
         "compute": compute,
         "memory": held / chip.bandwidth,
         "links": within / chip.links,
-        "network": walked.between_slices / chip.between_slices,
+        "network": known["between_slices"] / chip.between_slices,
     }
     name = max(bounds, key=lambda key: bounds[key])
     seconds = bounds[name]
     found |= {"step_seconds_bound": seconds, "bound_by": name, "bounds": bounds}
     found["mfu_ceiling"] = found["flops_per_step"] / found["devices"] / chip.flops / seconds
     found["tokens_per_second_bound"] = found["tokens_per_step"] / seconds
+
+
+def _rank(tried: list[dict[str, Any]]) -> None:
+    """A row a try, the best first."""
+    table = Table("try", "a device", "a step at least", "by", title=f"{tried[0]['target']}, {len(tried)} tries")
+    for found in tried:
+        total, seconds = found["bytes_per_device"]["total"], found["step_seconds_bound"]
+        need = "too much" if total is None else _size(total)
+        what = " ".join(f"{key}={value}" for key, value in found["changes"].items() if value != 1)
+        fits = "" if found["fits"] else " (does not fit)"
+        table.add_row(what, need + fits, f"{seconds:.3f} s" if seconds else "", found["bound_by"] or "")
+    Console().print(table)
+    best = tried[0]["changes"]
+    Console(soft_wrap=True, highlight=False).print(" ".join(f"--config.{key}={value}" for key, value in best.items()))
 
 
 def _show(found: dict[str, Any]) -> None:
@@ -160,7 +173,8 @@ def _show(found: dict[str, Any]) -> None:
         table.add_row("at most", rate)
     if "price_per_million_tokens" in found:
         table.add_row("a million tokens cost at least", f"{found['price_per_million_tokens']:.3f}")
-    table.add_row("compiled in", f"{found['compile_seconds']:.0f} s")
+    before = ", before now: the same program" if found["cached"] else ""
+    table.add_row("compiled in", f"{found['compile_seconds']:.0f} s{before}")
     Console().print(table)
 
 

@@ -86,6 +86,12 @@ def parse(name: str) -> Target:
     return Target(name, family, shape, slices, chip)
 
 
+def count(target: Target) -> int:
+    """How many devices it has."""
+    chips = math.prod(target.shape) * target.slices
+    return 2 * chips if target.family == "tpu7x" else chips  # two devices a chip
+
+
 def prepare(targets: list[Target]) -> None:
     """Settings that JAX and the compilers read when they start; before any device is asked for."""
     os.environ["JAX_PLATFORMS"] = "cpu"

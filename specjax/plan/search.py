@@ -1,0 +1,126 @@
+"""Which mesh, rematerialisation and micro-batches suit a target, and which slice of a family is large enough."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from specjax.errors import UserError
+from specjax.hf import load as hf_load
+from specjax.models import ModelConfig
+from specjax.plan import targets
+
+MESHES = 4  # tried for a target
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SLICES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _DEEP, "tpu7x": _DEEP}
+
+Found = dict[str, Any]
+One = Callable[[ConfigDict, targets.Target], Found]
+
+
+def search(config: ConfigDict, target: targets.Target, one: One) -> list[Found]:
+    """Plans of a job on one target, the best first: those that fit, by the bound on a step's time.
+
+    On each mesh the least rematerialisation that fits is taken (none, attention, full), then, with all of it, two and
+    four times the micro-batches: what recomputes more than it must is slower.
+
+    Args:
+      config: of the job; its mesh, `model.remat` and `accumulate` are set.
+      target: where to.
+      one: the plan of a config there.
+
+    Returns:
+      What `one` found, each with `changes`: the keys and values that were set.
+
+    Raises:
+      UserError: no mesh divides the job.
+    """
+    count = targets.count(target)
+    found, refused = [], ""
+    for mesh in meshes(config, count, target.slices):
+        for changes in _steps(config, mesh):
+            try:
+                found.append(one(changed(config, changes), target) | {"changes": changes})
+            except UserError as error:
+                refused = str(error)
+                break
+            if found[-1]["fits"]:
+                break
+    if not found:
+        raise UserError(f"--target={target.name}: no mesh of {count} devices divides this job; {refused}".rstrip("; "))
+    return sorted(found, key=lambda one: (not one["fits"], one["step_seconds_bound"] or math.inf))
+
+
+def smallest(config: ConfigDict, family: str, one: One, within: Callable[..., list[Found]] | None) -> list[Found]:
+    """The plans of a job on the smallest slice of a family that holds it.
+
+    Args:
+      config: of the job.
+      family: such as v5e.
+      one: the plan of a config on a target.
+      within: `search`, or None: the config as it is.
+
+    Returns:
+      What was found on that slice, or on the largest that was tried where none holds it.
+
+    Raises:
+      UserError: the job can be on no slice at all.
+    """
+    found, refused = [], ""
+    for shape in SLICES[family]:
+        target = targets.parse(f"{family}:{shape}")
+        try:
+            found = within(config, target, one) if within else [one(config, target)]
+        except UserError as error:
+            refused = str(error)
+            continue
+        if found[0]["fits"]:
+            return found
+    if not found:
+        raise UserError(refused)
+    return found
+
+
+def meshes(config: ConfigDict, count: int, slices: int) -> list[dict[str, int]]:
+    """Sizes of the mesh's axes that divide the job, those that cut layers and rows least first."""
+    sizes = ModelConfig.from_folder(hf_load.resolve(config.model.path, config.model.revision, weights=False))
+    rows, found = config.batch_size // config.accumulate, []
+    experts = [n for n in range(1, (sizes.num_experts or 1) + 1) if (sizes.num_experts or 1) % n == 0]
+    for tensor in _powers(count):
+        if any(n % tensor for n in (sizes.num_kv_heads, sizes.num_heads, sizes.mlp_dim or tensor, sizes.vocab_size)):
+            continue
+        for context in _powers(count):
+            for expert in experts:
+                fixed = tensor * context * expert * slices
+                if count % fixed or config.data.length % (tensor * context):
+                    continue
+                fsdp = count // fixed
+                if rows % (slices * fsdp * expert) == 0:
+                    axes = {"data": slices, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
+                    found.append(axes)
+    return sorted(found, key=lambda mesh: (mesh["tensor"] * mesh["context"], mesh["context"], -mesh["expert"]))[:MESHES]
+
+
+def _powers(most: int) -> list[int]:
+    return [2**n for n in range(most.bit_length()) if 2**n <= most]
+
+
+def _steps(config: ConfigDict, mesh: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """What to set on one mesh, the fastest first."""
+    on = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    for remat in ("none", "attention", "full"):
+        yield on | {"model.remat": remat, "accumulate": config.accumulate}
+    ways = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    for more in (2, 4):
+        if config.batch_size % (config.accumulate * more * ways) == 0:
+            yield on | {"model.remat": "full", "accumulate": config.accumulate * more}
+
+
+def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """A copy of a config with some keys set."""
+    made = copy.deepcopy(config)
+    made.update_from_flattened_dict(changes)
+    return made
