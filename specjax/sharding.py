@@ -159,21 +159,29 @@ def parts(axis: str, size: int) -> int:
     return 1 if size % count else count
 
 
-def cut(x: jax.Array, size: int, parts: int) -> jax.Array:
-    """[B,T,...] -> [T/(size*parts), B, size*parts, ...]: chunks that take `size` of each of the parts of T.
+def undivided() -> bool:
+    """Whether the program in hand is for one device: no mesh in context, or one of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.empty) or mesh.size == 1
+
+
+def cut(x: jax.Array, size: int, parts: int, axis: int = 1) -> jax.Array:
+    """[..., T, ...] -> [T/(size*parts), ..., size*parts, ...]: chunks that take `size` of each of the parts of `axis`.
 
     The parts are those that lie on different devices, so that each chunk lies on all of them and a scan over chunks
     moves nothing.
     """
-    split = x.reshape(x.shape[0], parts, -1, size, *x.shape[2:])
-    return jnp.moveaxis(split, 2, 0).reshape(-1, x.shape[0], parts * size, *x.shape[2:])
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    split = jnp.moveaxis(x.reshape(*before, parts, -1, size, *after), axis + 1, 0)
+    return split.reshape(-1, *before, parts * size, *after)
 
 
-def uncut(chunks: jax.Array, parts: int) -> jax.Array:
+def uncut(chunks: jax.Array, parts: int, axis: int = 1) -> jax.Array:
     """The inverse of `cut`."""
-    count, rows, size, *rest = chunks.shape
-    split = jnp.moveaxis(chunks.reshape(count, rows, parts, size // parts, *rest), 0, 2)
-    return split.reshape(rows, count * size, *rest)
+    count, *before = chunks.shape[: axis + 1]
+    size, *after = chunks.shape[axis + 1 :]
+    split = jnp.moveaxis(chunks.reshape(count, *before, parts, size // parts, *after), 0, axis + 1)
+    return split.reshape(*before, count * size, *after)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -45,6 +45,40 @@ def plain(inputs, **how):
     return lambda q, k, v: attention.attend(q, k, v, scale=0.3, **where, **how)
 
 
+def by_definition(inputs, *, window=None, softcap=None):
+    """All scores at once, and JAX's own gradients of them."""
+    _, _, segments, positions = inputs
+    distance = positions[:, :, None] - positions[:, None, :]
+    seen = (distance >= 0) & (segments[:, :, None] == segments[:, None, :]) & (distance < (window or T))
+
+    def attend(q, k, v):
+        k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) * 0.3
+        scores = scores if softcap is None else jnp.tanh(scores / softcap) * softcap
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+    return attend
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 4])
+@pytest.mark.parametrize("how", [{}, {"window": 50}, {"softcap": 5.0}], ids=["all", "window", "soft cap"])
+def test_the_plain_attention_and_its_gradients_are_the_definition(inputs, monkeypatch, how, pieces):
+    qkv, dy, *_ = inputs
+    monkeypatch.setattr(attention, "PIECES", pieces)
+    found, wanted = both(plain(inputs, **how), qkv, dy), both(by_definition(inputs, **how), qkv, dy)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, wanted)
+
+
+def test_no_key_behind_a_piece_of_queries_is_looked_at(inputs, monkeypatch):
+    qkv, dy, *_ = inputs
+    text = {}
+    for pieces in (1, 4):
+        monkeypatch.setattr(attention, "PIECES", pieces)
+        text[pieces] = jax.jit(plain(inputs)).lower(*qkv).as_text()
+    assert f"{T}x{T}x" in text[1] and f"{T}x{T}x" not in text[4]
+
+
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("how", [{}, {"window": 50}, {"softcap": 5.0}], ids=["all", "window", "soft cap"])
 def test_the_splash_kernel_equals_the_plain_attention(inputs, how, mesh):
@@ -84,3 +118,26 @@ def test_on_a_tpu_the_kernel_takes_over_with_the_window_of_each_layer(inputs, mo
     for which, expected in enumerate(wanted):
         found = both(plain(inputs, window=attention.OneOf((None, 50), jnp.int32(which))), qkv, dy)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
+
+
+@pytest.mark.parametrize("how", [{}, {"window": 50}, {"window": attention.OneOf((None, 50), jnp.int32(1))}])
+def test_what_cudnn_is_asked_equals_the_plain_attention(inputs, how):
+    """The kernel itself runs on GPUs alone; here XLA does what it is asked for."""
+    qkv, dy, segments, _ = inputs
+    given = {"q_segments": segments, "k_segments": segments, "scale": 0.3, "implementation": "xla"}
+    ours = lambda q, k, v: attention._cudnn(q, k, v, how.get("window"), **given)  # noqa: E731
+    found, wanted = both(ours, qkv, dy), both(plain(inputs, **how), qkv, dy)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, wanted)
+
+
+def test_cudnn_is_asked_on_a_gpu_for_what_it_knows(monkeypatch):
+    q = jnp.zeros((1, 64, 4, 32), jnp.bfloat16)
+    assert not attention._cudnn_takes(q, q, None)
+    monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+    assert not attention._cudnn_takes(q, q, None)  # compiled for, and not here
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention._cudnn_takes(q, q, None)
+    assert not attention._cudnn_takes(q, q, 30.0)
+    assert not attention._cudnn_takes(q.astype(jnp.float32), q, None)
+    assert not attention._cudnn_takes(q[:, :63], q[:, :63], None)
+    assert not attention._cudnn_takes(q[:, :8], q, None)

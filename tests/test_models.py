@@ -266,7 +266,8 @@ def jaxpr(of, batch):
 def test_rematerialised_layers_have_the_gradients_of_kept_ones(batch):
     kept, again = model(), model()
     again.remat = "full"
-    assert "remat" in jaxpr(again, batch) and "remat" not in jaxpr(kept, batch)
+    products = [jaxpr(one, batch).count("dot_general") for one in (again, kept)]
+    assert products[0] > products[1]
     assert_same_gradients(loss_and_gradient(again, batch), loss_and_gradient(kept, batch))
 
 

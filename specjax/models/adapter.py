@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from specjax import sharding
+
 
 class PerLayer(nnx.Variable):
     """A constant of an adapter that differs by layer, float32 [L]: part of the state, because layers are scanned."""
@@ -66,8 +68,8 @@ class LoRA(nnx.Module):
             dropped = True
             keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
-        low = contract(contract(x, self.a[...], in_dims), self.b[...], 1)
-        update = low * jnp.asarray(scale, low.dtype)
+        low = contract(x, self.a[...], in_dims)  # scaled here, where it is small
+        update = _expand(low * jnp.asarray(scale, low.dtype), self.b[...])
         if self.magnitude is None:
             return update
         assert y is not None and kernel is not None
@@ -118,8 +120,34 @@ class Adaptable(nnx.Module):
 
 def contract(x: jax.Array, kernel: jax.Array, in_dims: int, out_dtype: Any = None) -> jax.Array:
     """[..., *in] and [*out, *in] -> [..., *out], over `in_dims` axes, in x's dtype; the result in `out_dtype`."""
-    axes = tuple(range(-in_dims, 0))
-    return jnp.tensordot(x, kernel.astype(x.dtype), (axes, axes), preferred_element_type=out_dtype)
+    axes, lead = tuple(range(-in_dims, 0)), x.shape[: x.ndim - in_dims]
+    if sharding.undivided():
+        # One axis of tokens: of more, XLA:CPU transposes a copy of the output's gradient to make the kernel's.
+        x = x.reshape(-1, *x.shape[x.ndim - in_dims :])
+    y = jnp.tensordot(x, kernel.astype(x.dtype), (axes, axes), preferred_element_type=out_dtype)
+    return y.reshape(*lead, *y.shape[y.ndim - kernel.ndim + in_dims :])
+
+
+@jax.custom_vjp
+def _expand(low: jax.Array, b: jax.Array) -> jax.Array:
+    """[B,T,R] and [*out, R] -> [B,T,*out]: `contract`, whose gradient of b transposes the small side alone."""
+    return contract(low, b, 1)
+
+
+def _expand_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
+    return contract(low, b, 1), (low, b)
+
+
+def _expand_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    low, b = kept
+    out = tuple(range(-(b.ndim - 1), 0))
+    dlow = jnp.tensordot(dy, b.astype(dy.dtype), (out, tuple(range(b.ndim - 1))))
+    # [R,*out], then transposed: XLA would turn it into a product that transposes the many tokens' dy instead.
+    db = jax.lax.optimization_barrier(jnp.tensordot(low, dy, ((0, 1), (0, 1))))
+    return dlow, jnp.moveaxis(db, 0, -1).astype(b.dtype)
+
+
+_expand.defvjp(_expand_forward, _expand_backward)
 
 
 def update_norm(

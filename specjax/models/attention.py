@@ -1,7 +1,9 @@
 """Causal grouped-query attention: one entry point for every family and platform.
 
-On a TPU a row of tokens that sees itself goes through the splash kernel (`specjax.models.splash`); everything else is
-computed here, a chunk of queries at a time where there are many.
+On a TPU a row of tokens that sees itself goes through the splash kernel (`specjax.models.splash`), on a GPU through
+cuDNN's; everything else is computed here, a chunk of queries at a time where there are many. The backward pass makes
+the scores again from the queries, the keys and each query's log-sum-exp, as flash attention does (Dao et al. 2022,
+arXiv:2205.14135): no array of T x S outlives its chunk.
 
 B batch, T query length, S key length, K kv heads, G query heads per kv head, H head_dim, L layers.
 """
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from specjax import sharding
 
@@ -20,6 +23,7 @@ NAME = "attention"  # what a layer's rematerialisation may keep of it
 NO_WINDOW = 2**30  # wider than any text: beside layers with a window, those without have this one
 SPLASH_FROM = 128  # tokens, a block of the kernel
 QUERY_CHUNK = 1024  # above this many queries, scores are made a chunk of queries at a time: memory linear in length
+PIECES, SMALLEST_PIECE = 4, 64  # of the queries of a row that sees itself, each with the keys up to its end alone
 
 
 class OneOf(NamedTuple):
@@ -60,47 +64,201 @@ def attend(
 
     Returns:
       [B,T,N,H] in q's dtype. Scores and softmax are float32. A padding query reads padding keys and stays finite.
+      Without a cache and with T = S, a row sees itself, in order: what stands behind a query is not looked at.
     """
     if not cached and q.shape[1] == k.shape[1] >= SPLASH_FROM and _platform() == "tpu":
         return _splash(q, k, v, window, q_segments=q_segments, k_segments=k_segments, scale=scale, softcap=softcap)
+    if not cached and _cudnn_takes(q, k, softcap):
+        return _cudnn(q, k, v, window, q_segments=q_segments, k_segments=k_segments, scale=scale)
     width: Any = window
     if isinstance(window, OneOf):
         width = jnp.array([NO_WINDOW if w is None else w for w in window.widths], jnp.int32)[window.which]
-    if not cached:  # queries may be split by length; each device then needs the keys of its rows whole
-        k, v = (sharding.constrain(x, "batch", None, "kv_heads", None) for x in (k, v))
-    k_axes, v_axes = ("BKHS", "BKSH") if cached else ("BSKH", "BSKH")
-    kv_heads = k.shape[k_axes.index("K")]
-    if cached:  # in this layout XLA's CPU backend knows no product of bfloat16 that accumulates in float32
-        q_dtype, k = jnp.float32, k.astype(jnp.float32)
+    seen = _Seen(q_positions, k_positions, q_segments, k_segments, width)
+    if cached:
+        return _from_cache(q, k, v, seen, scale, softcap)
+    # Queries may be split by length; each device then needs the keys of its rows whole.
+    k, v = (sharding.constrain(x, "batch", None, "kv_heads", None).swapaxes(1, 2) for x in (k, v))
+    grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[3]).transpose(0, 2, 3, 1, 4)
+    return _attention(scale, softcap, grouped, k, v, seen).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+class _Seen(NamedTuple):
+    """Which keys a query sees; the arguments of `attend`."""
+
+    q_positions: jax.Array
+    k_positions: jax.Array
+    q_segments: jax.Array
+    k_segments: jax.Array
+    width: Any
+
+    def piece(self, at: slice) -> "_Seen":
+        """Of some queries, and the keys up to their end."""
+        queries = {name: getattr(self, name)[:, at] for name in ("q_positions", "q_segments")}
+        keys = {name: getattr(self, name)[:, : at.stop] for name in ("k_positions", "k_segments")}
+        return self._replace(**queries, **keys)
+
+    def mask(self) -> jax.Array:
+        """Bool [B,1,1,T,S]."""
+        distance = self.q_positions[:, :, None] - self.k_positions[:, None, :]
+        seen = (distance >= 0) & (self.q_segments[:, :, None] == self.k_segments[:, None, :])
+        return (seen if self.width is None else seen & (distance < self.width))[:, None, None]
+
+
+def _scores(q: jax.Array, k: jax.Array, k_axes: str, seen: _Seen, scale: float, softcap: float | None) -> jax.Array:
+    """Float32 [B,K,G,T,S]; a key that is not seen has the lowest number."""
+    scores = jnp.einsum(f"BKGTH,{k_axes}->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = jnp.tanh(scores / softcap) * softcap
+    return jnp.where(seen.mask(), scores, jnp.finfo(jnp.float32).min)
+
+
+def _from_cache(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, scale: float, softcap: float | None
+) -> jax.Array:
+    """`attend` for a cache's layout. There XLA:CPU knows no product of bfloat16 that accumulates in float32."""
+    grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[3]).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
+    scores = _scores(grouped, k.astype(jnp.float32), "BKHS", seen, scale, softcap)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(q.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen) -> jax.Array:
+    """[B,K,G,T,H], [B,K,S,H] twice -> [B,K,G,T,H] in q's dtype."""
+    return _forward(scale, softcap, q, k, v, seen)[0]
+
+
+def _pieces(q: jax.Array, k: jax.Array) -> list[slice]:
+    """Pieces of the queries, each of which sees no key behind its own end: a part of the triangle is never computed."""
+    length = q.shape[3]
+    count = 1
+    if length == k.shape[2] and sharding.parts("length", length) == 1:
+        count = max(1, min(PIECES, length // SMALLEST_PIECE))
+    bounds = [length * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def _forward(
+    scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen
+) -> tuple[jax.Array, Any]:
+    """The output, and what the backward pass needs."""
+    pieces = _pieces(q, k)
+    if len(pieces) == 1:
+        out, lse = _forward_piece(scale, softcap, q, k, v, seen)
     else:
-        q_dtype = q.dtype
+        found = [
+            _forward_piece(scale, softcap, q[:, :, :, at], k[:, :, : at.stop], v[:, :, : at.stop], seen.piece(at))
+            for at in pieces
+        ]
+        out, lse = (jnp.concatenate(parts, axis=3) for parts in zip(*found, strict=True))
+    out, lse = checkpoint_name(out, NAME), checkpoint_name(lse, NAME)
+    return out, (q, k, v, seen, out, lse)
 
-    def block(q: jax.Array, q_positions: jax.Array, q_segments: jax.Array) -> jax.Array:
-        batch, length, heads, dim = q.shape
-        grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim).astype(q_dtype)
-        scores = jnp.einsum(f"BTKGH,{k_axes}->BKGTS", grouped, k, preferred_element_type=jnp.float32) * scale
-        if softcap is not None:
-            scores = jnp.tanh(scores / softcap) * softcap
-        distance = q_positions[:, :, None] - k_positions[:, None, :]
-        seen = (distance >= 0) & (q_segments[:, :, None] == k_segments[:, None, :])
-        if width is not None:
-            seen &= distance < width
-        scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum(f"BKGTS,{v_axes}->BTKGH", weights, v).reshape(q.shape)
 
-    length, queries = q.shape[1], (q, q_positions, q_segments)
+def _forward_piece(
+    scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen
+) -> tuple[jax.Array, jax.Array]:
+    """The output, and each query's log-sum-exp, float32 [B,K,G,T]."""
+
+    def block(part: Any) -> tuple[jax.Array, jax.Array]:
+        (q,), where = part
+        scores = _scores(q, k, "BKSH", seen._replace(**where), scale, softcap)
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / total).astype(q.dtype), (highest + jnp.log(total))[..., 0]
+
+    length = q.shape[3]
     if length <= QUERY_CHUNK:
-        return block(*queries)
+        return block(((q,), {}))
+    return _uncut(jax.lax.map(block, _cut(length, (q,), seen)), length)
+
+
+def _backward(scale: float, softcap: float | None, kept: Any, dout: jax.Array) -> tuple[Any, ...]:
+    """The gradients of q, k and v."""
+    q, k, v, seen, out, lse = kept
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    parts, pieces = (q, dout, lse, delta), _pieces(q, k)
+    if len(pieces) == 1:
+        dq, dk, dv = _backward_piece(scale, softcap, parts, k, v, seen)
+    else:
+        found = []
+        for at in pieces:
+            mine = tuple(x[:, :, :, at] for x in parts)
+            found.append(_backward_piece(scale, softcap, mine, k[:, :, : at.stop], v[:, :, : at.stop], seen.piece(at)))
+        dqs, dks, dvs = zip(*found, strict=True)
+        dq, dk, dv = jnp.concatenate(dqs, axis=3), *(functools.reduce(_add_first, x[::-1]) for x in (dks, dvs))
+    return dq, dk.swapaxes(2, 3).astype(k.dtype), dv.swapaxes(2, 3).astype(v.dtype), None
+
+
+def _add_first(sums: jax.Array, part: jax.Array) -> jax.Array:
+    """[...,S] and [...,P] -> [...,S]: the part added to the first P."""
+    first = part.shape[-1]
+    return jnp.concatenate([sums[..., :first] + part, sums[..., first:]], axis=-1)
+
+
+def _backward_piece(
+    scale: float, softcap: float | None, parts: tuple[jax.Array, ...], k: jax.Array, v: jax.Array, seen: _Seen
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of some queries, and their share of those of keys and values, float32 [B,K,H,S].
+
+    With the keys last, the scores are the right-hand side of each product: XLA:CPU transposes a left-hand side that is
+    contracted over its rows, and the queries are the smaller of the two.
+    """
+
+    def product(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(axes, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def block(part: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        (q, dout, lse, delta), where = part
+        mine = seen._replace(**where)
+        scores = _scores(q, k, "BKSH", mine, scale, softcap)
+        weights = jnp.exp(scores - lse[..., None])
+        dv = product("BKGTH,BKGTS->BKHS", dout, weights)
+        dweights = jnp.einsum("BKGTH,BKSH->BKGTS", dout, v, preferred_element_type=jnp.float32)
+        dscores = weights * (dweights - delta[..., None]) * scale
+        if softcap is not None:  # where nothing is seen the weights are 0
+            dscores *= 1 - jnp.where(mine.mask(), scores / softcap, 0) ** 2
+        dscores = dscores.astype(q.dtype)
+        dq = jnp.einsum("BKGTS,BKSH->BKGTH", dscores, k, preferred_element_type=jnp.float32).astype(q.dtype)
+        return dq, product("BKGTH,BKGTS->BKHS", q, dscores), dv
+
+    length = parts[0].shape[3]
+    if length <= QUERY_CHUNK:
+        return block((parts, {}))
+
+    def add(sums: Any, part: Any) -> Any:
+        dq, dk, dv = block(part)
+        return (sums[0] + dk, sums[1] + dv), dq
+
+    zeros = jnp.zeros(k.swapaxes(2, 3).shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(add, (zeros, zeros), _cut(length, parts, seen))
+    return _uncut(dq, length), dk, dv
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _cut(length: int, parts: Any, seen: _Seen) -> tuple[Any, dict[str, jax.Array]]:
+    """Chunks of all queries, on a new axis in front: of `parts`, [B,K,G,T,...] each, and of what the queries see."""
     ways = sharding.parts("length", length)
     size = _chunk(length // ways)
     spare = -(length // ways) % size if ways == 1 else 0
-    if spare:
-        queries = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, spare), *((0, 0),) * (x.ndim - 2))), queries)
-    # Recomputed in the backward pass: keeping each chunk's scores would bring the quadratic memory back.
-    chunks = jax.tree.map(lambda x: sharding.cut(x, size, ways), queries)
-    out = jax.lax.map(lambda xs: jax.checkpoint(block)(*xs), chunks)
-    return sharding.uncut(out, ways)[:, :length]
+
+    def cut(x: jax.Array, axis: int) -> jax.Array:
+        if spare:
+            x = jnp.pad(x, [(0, spare if i == axis else 0) for i in range(x.ndim)])
+        return sharding.cut(x, size, ways, axis)
+
+    where = {name: cut(getattr(seen, name), 1) for name in ("q_positions", "q_segments")}
+    return tuple(cut(x, 3) for x in parts), where
+
+
+def _uncut(chunks: Any, length: int) -> Any:
+    """The inverse of `_cut`, of arrays [C,B,K,G,T,...]."""
+    ways = sharding.parts("length", length)
+    return jax.tree.map(lambda x: sharding.uncut(x, ways, 3)[:, :, :, :length], chunks)
 
 
 def store(cache: Cache, k: jax.Array, v: jax.Array, layer: jax.Array | int, slot: jax.Array | int) -> Cache:
@@ -126,6 +284,41 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, window: int | OneOf | None
     widths = tuple(dict.fromkeys(window.widths))  # the kernel wants to know it when it is compiled
     which = jnp.array([widths.index(width) for width in window.widths], jnp.int32)[window.which]
     return jax.lax.switch(which, [functools.partial(splash.attend, window=width, **given) for width in widths], q, k, v)
+
+
+def _cudnn_takes(q: jax.Array, k: jax.Array, softcap: float | None) -> bool:
+    """Whether cuDNN's kernel knows this case; it is there where a GPU is, and not where one is only compiled for."""
+    if _platform() != "gpu" or jax.default_backend() != "gpu" or softcap is not None or q.dtype == jnp.float32:
+        return False
+    length, dim = q.shape[1], q.shape[3]
+    whole = sharding.parts("length", length) == 1
+    return whole and length == k.shape[1] and length % 2 == 0 and dim % 8 == 0 and dim <= 128
+
+
+def _cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int | OneOf | None,
+    *,
+    q_segments: jax.Array,
+    k_segments: jax.Array,
+    scale: float,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """`attend` for a row that sees itself, where later is what stands later in the row (as in the splash kernel)."""
+    mask = (q_segments[:, :, None] == k_segments[:, None, :])[:, None]
+
+    def of(width: int | None) -> Any:
+        local = None if width is None else (width - 1, 0)
+        how: dict[str, Any] = {"is_causal": True, "local_window_size": local, "implementation": implementation}
+        return lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, **how)
+
+    if not isinstance(window, OneOf):
+        return checkpoint_name(of(window)(q, k, v, mask), NAME)
+    widths = tuple(dict.fromkeys(window.widths))
+    which = jnp.array([widths.index(width) for width in window.widths], jnp.int32)[window.which]
+    return checkpoint_name(jax.lax.switch(which, [of(width) for width in widths], q, k, v, mask), NAME)
 
 
 def _platform() -> str:

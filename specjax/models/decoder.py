@@ -15,6 +15,7 @@ from flax import nnx
 
 from specjax import sharding
 from specjax.models import rope
+from specjax.models.adapter import contract
 from specjax.models.attention import NAME, Cache, OneOf
 from specjax.models.config import ModelConfig
 from specjax.models.layers import MLP, Attention, Embed, Keys, Kind, Linear, RMSNorm
@@ -285,8 +286,7 @@ class Decoder(nnx.Module):
         if head is not None:
             logits = jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
         elif table is not None or self.lm_head is None:
-            table = (self.embed_tokens.output() if table is None else table).astype(hidden.dtype)
-            logits = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+            logits = contract(hidden, self.embed_tokens.output() if table is None else table, 1, jnp.float32)
         else:
             logits = self.lm_head(hidden, accumulate=jnp.float32)
         if c.logits_divisor != 1:

@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from specjax.models.adapter import Adaptable, contract
-from specjax.models.attention import NAME, Cache, attend, store
+from specjax.models.attention import Cache, attend, store
 from specjax.models.config import ModelConfig
 from specjax.models.quantised import Quantised
 from specjax.models.rope import rotate
@@ -122,7 +121,9 @@ class RMSNorm(Adaptable):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *shape] -> the same in x's dtype, normed over all axes of `shape` together."""
-        scale = self.used("scale")
+        return jax.checkpoint(self._normed, prevent_cse=False)(x, self.used("scale"))
+
+    def _normed(self, x: jax.Array, scale: jax.Array) -> jax.Array:
         over = tuple(range(-scale.ndim, 0))
         scale = scale[(None,) * (x.ndim - scale.ndim)]
         y = x.astype(jnp.float32)
@@ -211,7 +212,7 @@ class Attention(nnx.Module):
                 k, v = (jax.lax.dynamic_index_in_dim(part, where["layer"], keepdims=False) for part in cache)
                 sees["cached"] = True
         scale, softcap = self.config.query_scale, self.config.attention_softcap
-        heads = checkpoint_name(attend(q, k, v, window=window, scale=scale, softcap=softcap, **sees), NAME)
+        heads = attend(q, k, v, window=window, scale=scale, softcap=softcap, **sees)
         return self.o_proj(heads, keys[3]), cache
 
 
@@ -245,4 +246,5 @@ class MLP(nnx.Module):
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
             gate, up = self.gate_proj(x, keys[0]), self.up_proj(x, keys[1])
-        return self.down_proj(activate(gate, self.activation) * up, keys[2])
+        gated = jax.checkpoint(lambda gate, up: activate(gate, self.activation) * up, prevent_cse=False)
+        return self.down_proj(gated(gate, up), keys[2])
