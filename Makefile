@@ -10,7 +10,7 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 	bash tests/newest.sh
 
 # Three methods on a small base and the documentation of this very Python; ends with a table.
@@ -51,4 +51,5 @@ $(VENV)/.run: pyproject.toml | $(BIN)/python
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@echo "Installing specjax and its tests' tools into $(VENV): some minutes, the first time."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(BIN)/python tests/cuda_compiler.py $(VENV)/cuda
 	@touch $@ $(VENV)/.run

@@ -26,9 +26,9 @@ from specjax.train.step import split
 SEED_MODEL, SEED_LORA = 0, 1  # offsets of config.seed, so that no two draws share a key
 
 
-def tokenizer_of(config: ConfigDict) -> tuple[Path, Any]:
-    """The model's folder and its tokenizer, after the length is known to fit."""
-    folder = hf_load.resolve(config.model.path, config.model.revision)
+def tokenizer_of(config: ConfigDict, *, weights: bool = True) -> tuple[Path, Any]:
+    """The model's folder and its tokenizer, after the length is known to fit; without `weights` it needs none there."""
+    folder = hf_load.resolve(config.model.path, config.model.revision, weights=weights)
     check_length(config.data.length, ModelConfig.from_folder(folder).max_positions)
     tokenizer = hf_load.load_tokenizer(folder)
     if tokenizer is None:
@@ -111,6 +111,7 @@ def optimizer_of(config: ConfigDict, steps: int) -> optim.Optimizer:
         final_fraction=c.final_fraction,
     )
     common = {"weight_decay": c.weight_decay, "b1": c.b1, "b2": c.b2, "clip_norm": c.clip_norm}
+    common |= {"moments": c.moments, "offload": c.offload}
     return optim.adamw(rate, eps=c.eps, **common) if c.name == "adamw" else optim.lion(rate, **common)
 
 

@@ -24,6 +24,7 @@ CHOICES = {
     "data.overlong": ("drop", "truncate", "keep_end", "split"),
     "optimizer.name": ("adamw", "lion"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
+    "optimizer.moments": ("float32", "bfloat16", "8bit"),
 }
 AT_LEAST = {
     **dict.fromkeys(("batch_size", "accumulate", "eval.max_new_tokens", "log.every"), 1),

@@ -81,6 +81,10 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.clip_norm = 1.0  # of all gradients together; 0: off
+    # How moments are stored between steps: float32 | bfloat16 | 8bit, rounded at random; and where: offload=True keeps
+    # them in the host's memory (on TPU and GPU).
+    config.optimizer.moments = "float32"
+    config.optimizer.offload = False
 
     config.eval = ConfigDict()
     config.eval.every = 0  # steps; 0: at the start and at the end only

@@ -1,8 +1,10 @@
 """Plans: the very step of a config, compiled for devices that are not here."""
 
 import dataclasses
+import importlib.util
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +16,8 @@ from specjax.cli import main, read_config
 from specjax.errors import UserError
 from specjax.models import ModelConfig
 from specjax.plan import compiled, hlo, job, search, targets
+from specjax.train import losses
+from specjax.train import moments as moments_lib
 
 KEYS = {
     "target",
@@ -38,6 +42,11 @@ TINY = {
     "num_key_value_heads": 4,
     "head_dim": 64,
 }
+
+CUDA = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="the CUDA compiler is an extra of its own: pip install 'specjax[cuda]'",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +94,23 @@ def test_a_plan_says_what_a_config_needs_there(folder, capsys, target):
     assert found["collective_bytes"] > 0 and "all-gather" in found["collectives"]
     if target != "cpu:8":
         assert found["bound_by"] in found["bounds"] and 0 < found["mfu_ceiling"] <= 1
-        assert found["price_per_million_tokens"] > 0
+        a_step = 2 * 4 * found["step_seconds_bound"] / 3600
+        assert found["price_per_million_tokens"] == pytest.approx(a_step / (8 * 256) * 1e6)
+        assert found["price_per_epoch"] is None and "has no tokenizer files" in found["epoch_unknown"]
+
+
+def test_an_epoch_of_the_users_own_data_has_a_price(capsys, tmp_path):
+    """The demo's base has a tokenizer; its weights are not needed."""
+    base = Path(__file__).parent.parent / "demo" / "base"
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((base / name).read_bytes())
+    pairs = [{"instruction": f"What is {n}?", "response": "A number. " * 20} for n in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    changes = {"data.train": tmp_path / "pairs.jsonl", "data.length": 128, "model.path": tmp_path}
+    (found,) = planned(capsys, *flags(None, **changes), "--target=v5e:1x1", "--price-per-chip-hour=1.2")
+    a_step = 1.2 * found["step_seconds_bound"] / 3600
+    assert found["steps_per_epoch"] > 3
+    assert found["price_per_epoch"] == pytest.approx(found["steps_per_epoch"] * a_step)
 
 
 def test_a_job_that_does_not_fit_is_an_answer_and_no_failure(folder, capsys, tmp_path):
@@ -191,7 +216,8 @@ def test_what_no_mesh_divides_is_said(folder, capsys):
         ("v5", "is no target"),
         ("v5e:4x4x4", "the shape of v5e is NxN"),
         ("v5p:4x4", "the shape of v5p is NxNxN"),
-        ("2*cpu:4", "the shape of cpu is N"),
+        ("2*cpu:4", "cpu is one machine's"),
+        ("h100:16", "h100 is one machine's: give one such as h100:8"),
         ("v5e:3x5", "the TPU compiler knows no such slice"),
     ],
 )
@@ -201,10 +227,18 @@ def test_a_target_that_is_none_is_one_sentence(folder, capsys, target, said):
     assert said in err.splitlines()[-1]
 
 
-def test_without_the_tpu_compiler_the_extra_is_named(monkeypatch):
+@pytest.mark.parametrize(("target", "extra"), [("v5e:2x2", "tpu"), ("h100:8", "cuda")])
+def test_without_the_compiler_the_extra_is_named(monkeypatch, target, extra):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install 'specjax\\[tpu\\]'"):
-        targets.devices(targets.parse("v5e:2x2"))
+    with pytest.raises(UserError, match=rf"pip install 'specjax\[{extra}\]'"):
+        targets.devices(targets.parse(target))
+
+
+@CUDA
+def test_gpus_are_planned_without_cudnn_and_it_is_said(folder, capsys):
+    (found,) = planned(capsys, *flags(folder), "--target=h100:2")
+    assert found["fits"] and found["attention"] == "chunked: cuDNN's kernel does not compile without the GPU"
+    assert found["bound_by"] in found["bounds"] and found["collective_bytes"] > 0
 
 
 def test_a_mesh_that_does_not_fit_the_target_is_one_sentence(folder, capsys):
@@ -212,11 +246,23 @@ def test_a_mesh_that_does_not_fit_the_target_is_one_sentence(folder, capsys):
     assert "does not fit 4 devices" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("target", "method"), [("v5e:2x2", "lora"), ("v5p:2x2x1", "full")])
-def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(folder, target, method):
+@pytest.mark.parametrize(
+    ("target", "method"),
+    [
+        ("v5e:2x2", "lora"),
+        ("v5p:2x2x1", "full"),
+        pytest.param("h100:4", "lora", marks=CUDA),
+        pytest.param("h100:4", "full", marks=CUDA),
+    ],
+)
+def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(tmp_path, monkeypatch, target, method):
+    (tmp_path / "config.json").write_text(json.dumps(sizes(**TINY, vocab_size=8192)))
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 2**18)
     parsed = targets.parse(target)
     targets.prepare([parsed])
-    config = config_of(folder, method, **{"mesh.tensor": 2, "mesh.fsdp": 2, "lora.rank": 4} if method == "lora" else {})
+    config = config_of(
+        tmp_path, method, **{"mesh.tensor": 2, "mesh.fsdp": 2, "lora.rank": 4} if method == "lora" else {}
+    )
     made = job.make(config, targets.devices(parsed))
     compiled = made.lowered.compile(compiler_options=made.options)
     memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -226,12 +272,51 @@ def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(folder,
     held = job.device_bytes((made.trainable, made.opt_state, made.frozen, made.batch))
     assert held <= memory.argument_size_in_bytes < 1.35 * held
     # No gradient of a kernel is summed over devices where it is frozen; where it trains, it is.
-    shape = r"[^=]*\[(?:1,)?(?:512|256),(?:256|512|128)\][^=]* (?:all-reduce|reduce-scatter)(?:-start)?\("
-    assert bool(re.search(rf"= [^\n]*?{shape}", text)) == (method == "full")
-    # [B,T,V] is on no device.
-    rows = 8 * 256 * 1024 // len(made.mesh.devices.flat)
-    logits = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
-    assert max(logits) <= max(rows, 1024 * 256)
+    reduced = re.findall(r"= (.*) (?:all-reduce|reduce-scatter)(?:-start)?\(", text)
+    summed = [dims for kinds in reduced for dims in re.findall(r"\[([\d,]+)\]", kinds)]
+    kernels = [dims for dims in summed if re.fullmatch(r"(?:1,)?(?:512|256),(?:256|512|128)", dims)]
+    assert bool(kernels) == (method == "full")
+    # [B,T,V] is on no device, nor a device's part of it: nothing is as large as that but the output's table.
+    part = 8 * 256 * made.model.vocab_size // len(made.mesh.devices.flat)
+    arrays = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    assert max(arrays) <= made.model.vocab_size * made.model.embed_dim < part
+
+
+@pytest.mark.parametrize("what", [{"model.remat": "offload"}, {"optimizer.offload": True}], ids=str)
+def test_what_waits_in_the_hosts_memory_is_none_of_the_devices(folder, tmp_path, what):
+    """Compiled for a TPU: bytes leave the device, and are the host's."""
+    parsed = targets.parse("v5e:2x2")
+    targets.prepare([parsed])
+    changes = {"model.remat": "attention"} | what
+    made = job.make(config_of(folder, "full", **changes), targets.devices(parsed))
+    compiled = made.lowered.compile(compiler_options=made.options)
+    memory, moments = compiled.memory_analysis(), job.device_bytes(made.opt_state, host=True)
+    if "optimizer.offload" in what:
+        assert moments > 1.9 * job.device_bytes(made.trainable) and job.device_bytes(made.opt_state) < 100
+        assert moments <= memory.host_argument_size_in_bytes < 1.35 * moments
+        assert moments <= memory.host_alias_size_in_bytes
+        held = job.device_bytes((made.trainable, made.frozen, made.batch))
+        assert memory.argument_size_in_bytes < 1.35 * held
+    else:
+        layers_output = 2 * 8 * 256 * 256 * 2 // 4
+        assert moments == 0 and memory.host_temp_size_in_bytes >= layers_output
+    with pytest.raises(UserError, match="a CPU has no memory apart from the host's"):
+        job.make(config_of(folder, "full", **changes), jax.devices()[:4])
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "8bit"])
+def test_moments_in_fewer_bits_are_fewer_bytes_of_a_device(folder, monkeypatch, kind):
+    monkeypatch.setattr(moments_lib, "SMALL", 1)
+    parsed = targets.parse("v5e:2x2")
+    targets.prepare([parsed])
+    made = {
+        each: job.make(config_of(folder, "full", **{"optimizer.moments": each}), targets.devices(parsed))
+        for each in ("float32", kind)
+    }
+    taken = {each: job.device_bytes(one.opt_state) for each, one in made.items()}
+    assert taken[kind] / taken["float32"] == pytest.approx({"bfloat16": 0.5, "8bit": 0.25}[kind], rel=0.08)
+    peaks = {each: compiled.peak(one.lowered.compile(), taken[each]) for each, one in made.items()}
+    assert peaks["float32"] - peaks[kind] > 0.8 * (taken["float32"] - taken[kind])
 
 
 def test_a_step_counts_the_flops_that_xla_counts_of_the_products():
@@ -288,3 +373,23 @@ def test_a_program_is_walked_with_the_trips_of_its_loops():
     assert hlo.walk(known).collectives["all-gather"].count == 5
     named = PROGRAM.replace("replica_groups=[2,4]<=[8]", "replica_groups=mesh['a'=2,'b'=4] {'a'}")
     assert hlo.walk(named).collectives["all-gather"].bytes == 12 / 2 * 8 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        (
+            "((bf16[8]{0}, bf16[8,512]{1,0}), (bf16[2]{0}, /*index=5*/bf16[2,512]{1,0})) reduce-scatter-start(%a, %b)",
+            3 / 4 * (8 + 8 * 512) * 2,
+        ),
+        ("((f32[2]{0}, f32[4]{0}), (f32[8]{0}, f32[16]{0})) all-gather-start(%a, %b)", 3 / 4 * 24 * 4),
+        ("(f32[8]{0}, f32[16]{0}) all-reduce-start(%a, %b)", 2 * 3 / 4 * 24 * 4),
+        ("(f32[8]{0}, f32[]) all-reduce(%a, %b)", 2 * 3 / 4 * 9 * 4),
+        ("(f32[2]{0}, f32[4]{0}) reduce-scatter(%a, %b)", 3 / 4 * 6 * 4 * 4),
+        ("(f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%a)", 8 * 4),
+    ],
+)
+def test_arrays_that_go_together_are_all_counted(line, moved):
+    text = f"ENTRY %main (a: f32[8]) -> f32[8] {{\n  %c = {line}, channel_id=1, replica_groups=[1,4]<=[4]\n}}\n"
+    (one,) = hlo.walk(text).collectives.values()
+    assert one.bytes == pytest.approx(moved)

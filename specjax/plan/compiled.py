@@ -11,7 +11,7 @@ from typing import Any
 
 from specjax.plan import hlo, job
 
-_FORM = "1"  # of what is kept: another one where this file or `hlo` finds other things in the same program
+_FORM = "2"  # of what is kept: another one where this file or `hlo` finds other things in the same program
 
 
 def facts(made: job.Job, target: str) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def facts(made: job.Job, target: str) -> dict[str, Any]:
 
 
 def _digest(made: job.Job, target: str) -> str:
-    versions = [f"{one.name} {one.version}" for one in metadata.distributions() if one.name in ("jaxlib", "libtpu")]
+    compilers = ("jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
+    versions = [f"{one.name} {one.version}" for one in metadata.distributions() if one.name in compilers]
     devices = [[device.id for device in made.mesh.devices.flat], list(made.mesh.shape.items())]
     settings = [_FORM, target, devices, sorted(map(str, made.options.items())), sorted(versions)]
     return hashlib.sha256((json.dumps(settings) + made.lowered.as_text()).encode()).hexdigest()[:32]
@@ -67,10 +68,10 @@ def _compile(made: job.Job) -> dict[str, Any]:
     slices = {number: getattr(device, "slice_index", 0) for number, device in enumerate(made.mesh.devices.flat)}
     walked = hlo.walk(compiled.as_text(), slices)
     found |= {"collectives": hlo.as_json(walked), "between_slices": walked.between_slices, "cycles": walked.cycles}
-    return found | {"total": _peak(compiled, arguments)}
+    return found | {"total": peak(compiled, arguments)}
 
 
-def _peak(compiled: Any, arguments: int) -> int:
+def peak(compiled: Any, arguments: int) -> int:
     """Bytes that the program has at once, its arguments included."""
     memory = compiled.memory_analysis()
     peak = int(getattr(memory, "peak_memory_in_bytes", 0))

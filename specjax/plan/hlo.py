@@ -121,9 +121,11 @@ def _count(line: str, times: int, found: Walk, slice_of: dict[int, int], seen: s
     group = _group(line)
     if len(group) < 2 and hit[2] != "collective-permute":
         return
-    sizes = [_bytes(kind, dims) for kind, dims in _ARRAY.findall(hit[1])]
-    # A start's result holds its operand too; the larger of both is the whole of a gather, and of a scatter's operand.
-    size, ways = max(sizes, default=0.0), max(2, len(group))
+    sizes = [_bytes(kind, dims) for kind, dims in _ARRAY.findall(hit[1]) if dims or hit[2] == "all-reduce"]
+    # Several arrays may go together. A start's result holds its operands before its results (but an all-reduce's): the
+    # larger of both is the whole of a gather, and of what is scattered.
+    half = len(sizes) // 2 if hit[3] and hit[2] != "all-reduce" else 0
+    size, ways = max(sum(sizes[:half]), sum(sizes[half:])), max(2, len(group))
     share = (ways - 1) / ways
     if hit[2] == "all-reduce":
         moved = 2 * share * size

@@ -56,6 +56,7 @@ def make(config: ConfigDict, devices: list[Any]) -> Job:
     graph, trainable, frozen = nnx.split(model, build.filter_of(config), ...)
     trainable, frozen = _placed(trainable, mesh, "float32"), _placed(frozen, mesh)
     optimizer = build.optimizer_of(config, steps=1000)  # how many there are changes nothing of a step
+    steps_lib.check_host_memory(devices[0].platform, model.remat, optimizer)
     shapes = jax.eval_shape(optimizer.init, trainable)
     opt_state = jax.tree.map(_struct, shapes, steps_lib.opt_shardings(optimizer, trainable, mesh))
     rows = (config.accumulate, config.batch_size // config.accumulate, config.data.length)
@@ -100,10 +101,12 @@ def _struct(shape: Any, place: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
 
 
-def device_bytes(tree: Any) -> int:
-    """What one device holds of some placed shapes."""
+def device_bytes(tree: Any, *, host: bool = False) -> int:
+    """What one device holds of some placed shapes, or (`host`) what waits for it in the host's memory."""
     total = 0
     for leaf in jax.tree.leaves(tree):
+        if (leaf.sharding.memory_kind == "pinned_host") != host:
+            continue
         shape = leaf.sharding.shard_shape(leaf.shape)
         size = leaf.dtype.itemsize
         for n in shape:

@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from specjax import flops
+from specjax import build, flops
 from specjax.config import validate
+from specjax.errors import UserError
 from specjax.plan import compiled, job, targets
 from specjax.plan import search as search_lib
 
@@ -34,7 +35,8 @@ def plan(
       target: names, see `targets.parse`; a family alone, such as v5e, is its smallest slice that holds the job.
       json: one object a line and a target, and nothing else, on stdout.
       search: try meshes, rematerialisation and micro-batches on each target, and rank them.
-      price_per_chip_hour: of a chip for an hour, in any currency; 0: unknown.
+      price_per_chip_hour: of a chip for an hour, in any currency; 0: unknown. Adds what a million tokens cost, and an
+        epoch of the config's data, where it and the model's tokenizer are there to count.
 
     Returns:
       An object a target, with the keys of `--json`; with `search` an object a try, the best first.
@@ -47,8 +49,10 @@ def plan(
 
     def one(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
         # Where several are tried, those whose arguments alone are too large need no compiler.
-        return _one(config, target, price_per_chip_hour, quick=search or target.name not in {*given})
+        found = _one(config, target, quick=search or target.name not in given)
+        return _priced(found, price_per_chip_hour * targets.chips(target), epoch) if price_per_chip_hour else found
 
+    epoch = _epoch(config) if price_per_chip_hour else {}
     given, found = set(target), []
     for each in parsed:
         within = search_lib.search if search else None
@@ -69,7 +73,26 @@ def plan(
     return found
 
 
-def _one(config: ConfigDict, target: targets.Target, price: float, *, quick: bool = False) -> dict[str, Any]:
+def _epoch(config: ConfigDict) -> dict[str, Any]:
+    """The steps that one pass over the config's data makes, which wants the data and a tokenizer; else why not."""
+    try:
+        _, tokenizer = build.tokenizer_of(config, weights=False)
+        return {"steps_per_epoch": build.train_data_of(config, tokenizer).steps_per_epoch}
+    except UserError as error:
+        return {"steps_per_epoch": None, "epoch_unknown": str(error)}
+
+
+def _priced(found: dict[str, Any], price: float, epoch: dict[str, Any]) -> dict[str, Any]:
+    """Adds what a million tokens and an epoch cost at least, at a price of all chips for an hour."""
+    seconds = found["step_seconds_bound"]
+    if not seconds:
+        return found
+    a_step, steps = price * seconds / 3600, epoch["steps_per_epoch"]
+    costs = {"price_per_million_tokens": a_step / found["tokens_per_step"] * 1e6}
+    return found | costs | epoch | {"price_per_epoch": steps and steps * a_step}
+
+
+def _one(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> dict[str, Any]:
     devices = targets.devices(target)
     validate(config, len(devices))
     made = job.make(config, devices)
@@ -100,6 +123,8 @@ def _one(config: ConfigDict, target: targets.Target, price: float, *, quick: boo
         "compile_seconds": None,
         "cached": False,
     }
+    if waiting := job.device_bytes(made.opt_state, host=True):
+        found["host_bytes_per_device"] = waiting
     arguments = sum(held.values())
     if quick and limit is not None and arguments > limit:
         found["bytes_per_device"]["total"] = arguments
@@ -113,11 +138,10 @@ def _one(config: ConfigDict, target: targets.Target, price: float, *, quick: boo
     found["fits"] = limit is None or total <= limit
     found["collectives"] = known["collectives"]
     found["collective_bytes"] = sum(one["bytes"] for one in found["collectives"].values())
+    if target.family == "h100":
+        found["attention"] = "chunked: cuDNN's kernel does not compile without the GPU"
     if target.chip:
         _bound(found, target.chip, known)
-        if price:
-            hours = found["step_seconds_bound"] / 3600
-            found["price_per_million_tokens"] = price * len(devices) * hours / tokens * 1e6
     return found
 
 
@@ -163,6 +187,8 @@ def _show(found: dict[str, Any]) -> None:
     for name, size in found["bytes_per_device"].items():
         if size is not None:
             table.add_row(f"{name} a device", _size(size))
+    if "host_bytes_per_device" in found:
+        table.add_row("optimizer in the host's memory", f"{_size(found['host_bytes_per_device'])} a device")
     table.add_row("tokens a step", f"{found['tokens_per_step']:,}")
     table.add_row("FLOPs a step", f"{found['flops_per_step']:.3g}")
     for kind, one in found.get("collectives", {}).items():
@@ -171,8 +197,15 @@ def _show(found: dict[str, Any]) -> None:
         table.add_row("a step takes at least", f"{found['step_seconds_bound']:.3f} s, by {found['bound_by']}")
         rate = f"{found['tokens_per_second_bound']:,.0f} tokens/s, MFU {found['mfu_ceiling']:.0%}"
         table.add_row("at most", rate)
+    if "attention" in found:
+        table.add_row("attention", found["attention"])
     if "price_per_million_tokens" in found:
         table.add_row("a million tokens cost at least", f"{found['price_per_million_tokens']:.3f}")
+        if found["price_per_epoch"] is None:
+            table.add_row("an epoch", f"not known: {found['epoch_unknown']}")
+        else:
+            steps = f"{found['steps_per_epoch']:,} steps"
+            table.add_row("an epoch costs at least", f"{found['price_per_epoch']:.2f} ({steps})")
     before = ", before now: the same program" if found["cached"] else ""
     table.add_row("compiled in", f"{found['compile_seconds']:.0f} s{before}")
     Console().print(table)

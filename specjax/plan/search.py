@@ -15,7 +15,7 @@ from specjax.plan import targets
 MESHES = 4  # tried for a target
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-SLICES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _DEEP, "tpu7x": _DEEP}
+SLICES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _DEEP, "tpu7x": _DEEP, "h100": ("1", "2", "4", "8")}
 
 Found = dict[str, Any]
 One = Callable[[ConfigDict, targets.Target], Found]

@@ -1,6 +1,7 @@
 """Hardware that is not here: its chips' figures, and its devices as the compiler sees them.
 
-A target is `FAMILY:SHAPE`, such as v5e:4x4 or v5p:2x2x4, with `N*` before it for several slices, or cpu:8.
+A target is `FAMILY:SHAPE`, such as v5e:4x4 or v5p:2x2x4, with `N*` before it for several slices; h100:8, the GPUs of
+one machine; or cpu:8.
 """
 
 import dataclasses
@@ -42,13 +43,45 @@ class Chip:
 
 # Sources: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} (FLOPs, bandwidth), jax-ml.github.io/scaling-book/tpus (links,
 # one way, and the data centre's network), the compiler's own "out of memory" (memory). tpu7x has two devices a chip.
+# NVIDIA's H100 SXM5 data sheet (dense FLOPs, bandwidth, half of NVLink's both ways); of a GPU's memory JAX takes three
+# quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 CHIPS = {
     "v5e": Chip(int(15.75 * GIB), 1.97e14, 8.1e11, 4 * 4.5e10, 1.5e9, 2),
     "v5p": Chip(int(95.74 * GIB), 4.59e14, 2.765e12, 6 * 9e10, 1.75e9, 3),
     "v6e": Chip(int(31.25 * GIB), 9.18e14, 1.64e12, 4 * 9e10, 1.75e9, 2),
     "tpu7x": Chip(int(94.75 * GIB), 1.1535e15, 3.69e12, 6 * 9e10, 0, 3),
+    "h100": Chip(84942979072 * 3 // 4, 9.89e14, 3.35e12, 4.5e11, 0, 1),
 }
-FORMS = "v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1 (2*v5e:4x4: two slices) or cpu:8"
+FORMS = "v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1 (2*v5e:4x4: two slices), h100:8 or cpu:8"
+GPUS = 8  # of one machine
+
+# What XLA's GPU compiler asks of a device: NVIDIA's figures for compute capability 9.0 (CUDA C++ Programming Guide,
+# technical specifications) and for the H100 SXM5. It has no cuDNN here, whose kernels it could try.
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +111,9 @@ def parse(name: str) -> Target:
         raise UserError(f"--target={name} is no target: give one such as {FORMS}.{guess}")
     slices, family, shape = int(hit[1] or 1), hit[2], tuple(map(int, hit[3].split("x")))
     chip = CHIPS.get(family)
-    if min(*shape, slices) < 1 or len(shape) != (chip.dimensions if chip else 1) or (chip is None and slices > 1):
+    if family in ("h100", "cpu") and (slices > 1 or (family == "h100" and len(shape) == 1 and shape[0] > GPUS)):
+        raise UserError(f"--target={name}: {family} is one machine's: give one such as {family}:{GPUS}.")
+    if min(*shape, slices) < 1 or len(shape) != (chip.dimensions if chip else 1):
         wanted = "x".join("N" * chip.dimensions) if chip else "N"
         raise UserError(
             f"--target={name}: the shape of {family} is {wanted}, all at least 1: give one such as {FORMS}."
@@ -86,10 +121,14 @@ def parse(name: str) -> Target:
     return Target(name, family, shape, slices, chip)
 
 
+def chips(target: Target) -> int:
+    """How many chips it has, which is what is rented."""
+    return math.prod(target.shape) * target.slices
+
+
 def count(target: Target) -> int:
     """How many devices it has."""
-    chips = math.prod(target.shape) * target.slices
-    return 2 * chips if target.family == "tpu7x" else chips  # two devices a chip
+    return 2 * chips(target) if target.family == "tpu7x" else chips(target)  # two devices a chip
 
 
 def prepare(targets: list[Target]) -> None:
@@ -98,6 +137,8 @@ def prepare(targets: list[Target]) -> None:
     # Without a TPU the library would wait for a metadata server, and one stale lock file would stop other processes.
     for key, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}.items():
         os.environ.setdefault(key, value)
+    if any(target.family == "h100" for target in targets):
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # that there is no driver
     jax.config.update("jax_platforms", "cpu")
     cpus = [target.shape[0] for target in targets if target.family == "cpu"]
     if cpus and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -115,6 +156,8 @@ def devices(target: Target) -> list[Any]:
         if len(have) < target.shape[0]:
             raise UserError(f"--target={target.name}: this process has {len(have)} CPU devices: ask for fewer.")
         return have[: target.shape[0]]
+    if target.family == "h100":
+        return _gpus(target)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--target={target.name} needs the TPU compiler: pip install 'specjax[tpu]'.")
     from jax.experimental import topologies
@@ -129,3 +172,12 @@ def devices(target: Target) -> list[Any]:
         reason = str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise UserError(f"--target={target.name}: the TPU compiler knows no such slice ({reason}).") from error
     return list(found.devices)
+
+
+def _gpus(target: Target) -> list[Any]:
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise UserError(f"--target={target.name} needs the CUDA compiler: pip install 'specjax[cuda]'.")
+    from jax.experimental import topologies
+
+    given = {"target_config": _H100, "topology": f"1x1x{target.shape[0]}"}
+    return list(topologies.get_topology_desc(platform="cuda", topology_name="h100", **given).devices)

@@ -238,6 +238,7 @@ class _Run:
         adapters = {hit[1] for path in self.trainable if (hit := re.search(r"\.(?:lora|own)\.([^.]+)\.", path))}
         if len(adapters) > 1:
             raise UserError(f"adapters {', '.join(sorted(adapters))} are loaded: unload all but the one to train.")
+        steps_lib.check_host_memory(jax.default_backend(), model.remat, optimizer)
         self.mesh = sharding.mesh_of(next(iter(self.trainable.values())))
         self.checkpoints = Checkpoints(Path(workdir) / "checkpoints") if workdir else None
         self.best_loss, self.bad_evals, self.tokens, self.result = math.inf, 0, 0, Result()

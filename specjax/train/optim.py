@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from specjax.errors import UserError, nearest
+from specjax.train import moments as moments_lib
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -16,13 +17,15 @@ class Optimizer(NamedTuple):
     """An optax transformation that also tells the learning rate at a step (for the log), and the clip before it.
 
     The step clips, not the transformation: the clip and the mean over tokens are then one factor, applied where a
-    gradient is used, and no scaled copy of all gradients is in memory.
+    gradient is used, and no scaled copy of all gradients is in memory. With `offload` the state waits in the host's
+    memory between two steps (on TPU and GPU).
     """
 
     init: Callable[..., Any]
     update: Callable[..., Any]
     learning_rate: Callable[[Any], Any]
     clip_norm: float = 0.0
+    offload: bool = False
 
     def factor(self, norm: jax.Array) -> jax.Array:
         """What gradients of this global norm are multiplied by, to have the norm `clip_norm` at most (0: any)."""
@@ -73,8 +76,10 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
     clip_norm: float = 1.0,
+    moments: str = "float32",
+    offload: bool = False,
 ) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) as `torch.optim.AdamW` computes it; moments in float32.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) as `torch.optim.AdamW` computes it.
 
     Args:
       learning_rate: a number, or a function of the step (see `schedule`).
@@ -83,9 +88,14 @@ def adamw(
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       clip_norm: the gradient is scaled down to this global norm; 0: off.
+      moments: how they are stored between two steps, see `moments.KINDS`; other than float32 it is no longer torch's.
+      offload: keep them in the host's memory between two steps.
+
+    Raises:
+      UserError: no such kind of moments.
     """
     rule = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
-    return _finish(rule, learning_rate, clip_norm)
+    return _finish(rule, learning_rate, clip_norm, moments, offload)
 
 
 def lion(
@@ -95,12 +105,23 @@ def lion(
     b1: float = 0.9,
     b2: float = 0.99,
     clip_norm: float = 1.0,
+    moments: str = "float32",
+    offload: bool = False,
 ) -> Optimizer:
-    """Lion (Chen et al. 2023, arXiv:2302.06675): one moment, half of AdamW's state; wants a tenth of its rate."""
+    """Lion (Chen et al. 2023, arXiv:2302.06675): one moment, half of AdamW's state; wants a tenth of its rate.
+
+    The arguments are `adamw`'s.
+    """
     rule = optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays)
-    return _finish(rule, learning_rate, clip_norm)
+    return _finish(rule, learning_rate, clip_norm, moments, offload)
 
 
-def _finish(rule: optax.GradientTransformation, learning_rate: Any, clip_norm: float) -> Optimizer:
+def _finish(
+    rule: optax.GradientTransformation, learning_rate: Any, clip_norm: float, moments: str, offload: bool
+) -> Optimizer:
+    if moments not in moments_lib.KINDS:
+        offered = ", ".join(moments_lib.KINDS)
+        raise UserError(f"moments {moments!r}: choose one of {offered}.{nearest(moments, moments_lib.KINDS)}")
+    rule = moments_lib.store(rule, moments)
     rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
-    return Optimizer(rule.init, rule.update, rate, clip_norm)
+    return Optimizer(rule.init, rule.update, rate, clip_norm, offload)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax import sharding
+from specjax.errors import UserError
 from specjax.models import Decoder
 from specjax.train.losses import token_sums
 from specjax.train.optim import Optimizer
@@ -77,6 +78,8 @@ def make_train_step(graph: Any, optimizer: Optimizer, *, seed: int = 0) -> Calla
         norm = optax.tree.norm(grads) / count
         factor = optimizer.factor(norm) / count
         grads = jax.tree.map(lambda g: g * factor, grads)
+        if optimizer.offload:
+            opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
         metrics = {
             "loss": sums["nll"] / count,
@@ -93,16 +96,37 @@ def make_train_step(graph: Any, optimizer: Optimizer, *, seed: int = 0) -> Calla
 
 
 def opt_shardings(optimizer: Optimizer, trainable: Any, mesh: Mesh | None) -> Any:
-    """Where the optimizer's state lies: moments like their parameters, scalars everywhere; None without a mesh."""
-    if mesh is None:
+    """Where the optimizer's state lies: moments like their parameters, scalars everywhere.
+
+    The scales of a moment's blocks lie like it too, but for an axis that its devices do not divide. Offloaded, all but
+    scalars are in the host's memory. None: on the one device, without a mesh.
+    """
+    if mesh is None and not optimizer.offload:
         return None
-    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def place(path: Any, leaf: Any) -> Any:
         owners = [trainable[key.key] for key in path if getattr(key, "key", None) in trainable]
-        return owners[0].sharding if owners and owners[0].shape == leaf.shape else everywhere
+        if mesh is None:
+            spot: Any = next(iter(trainable.values())).sharding
+        elif not owners or owners[0].ndim != leaf.ndim:
+            spot = NamedSharding(mesh, PartitionSpec())
+        elif owners[0].shape == leaf.shape:
+            spot = owners[0].sharding
+        else:
+            spec = owners[0].sharding.spec
+            axes = zip((*spec, *(None,) * (leaf.ndim - len(spec))), leaf.shape, strict=True)
+            kept = [axis if size % sharding.ways(mesh, axis) == 0 else None for axis, size in axes]
+            spot = NamedSharding(mesh, PartitionSpec(*kept))
+        return spot.with_memory_kind("pinned_host") if optimizer.offload and leaf.ndim else spot
 
     return jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, trainable))
+
+
+def check_host_memory(platform: str, remat: str, optimizer: Optimizer) -> None:
+    """Raises `UserError` where something is to wait in the host's memory and the platform has no other."""
+    asked = "model.remat=offload" if remat == "offload" else "optimizer.offload" if optimizer.offload else ""
+    if asked and platform == "cpu":
+        raise UserError(f"{asked}: a CPU has no memory apart from the host's; leave it out, or use a TPU or GPU.")
 
 
 def lower(train_step: Callable[..., Any], trainable: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:

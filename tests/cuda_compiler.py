@@ -1,0 +1,20 @@
+"""Puts the CUDA compiler of the installed JAX, and nothing of CUDA itself, into a folder of its own.
+
+    python tests/cuda_compiler.py FOLDER
+
+Tests that compile for GPUs find it by PYTHONPATH; among the other packages it would complain, at every start without a
+GPU, that there is none. Where it is not to be had those tests are skipped.
+"""
+
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+
+folder, wanted = sys.argv[1], version("jaxlib")
+names = [f"{name}=={wanted}" for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt")]
+shutil.rmtree(folder, ignore_errors=True)
+install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+if subprocess.run([*install, "--target", folder, *names], stderr=subprocess.DEVNULL).returncode:
+    shutil.rmtree(folder, ignore_errors=True)
+    print("There is no CUDA compiler for this machine: the tests that need it are skipped.")
