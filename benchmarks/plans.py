@@ -1,10 +1,10 @@
-"""What real jobs need on TPU slices that are not here, by `specjax plan` from the shipped configs.
+"""What real jobs need on TPU slices and GPUs that are not here, by `specjax plan` from the shipped configs.
 
     python benchmarks/plans.py [--only=TEXT]
 
 Writes the shapes of Llama-3 8B and 70B and of Mixtral 8x7B, a config.json each and no weights, and compiles the
 training step of every job below for its target, a process a job. A minute or two each on two quiet cores and 2.5 GiB of
-host memory. `asked` is what the job was to stay within (GiB a device), or "fits". Nothing is run on a TPU.
+host memory. `asked` is what the job was to stay within (GiB a device), or "fits". Nothing is run on a TPU or a GPU.
 """
 
 import argparse
@@ -51,6 +51,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 JOBS: list[tuple[str, str, str, str, str, dict[str, Any]]] = [
     ("8B LoRA r16", "8b", "lora", "v5e:4x4", "3.5", {"batch_size": 16, "data.length": 2048}),
     ("8B full", "8b", "full", "v5p:2x2x4", "11.1", {"batch_size": 32, "data.length": 2048}),
+    ("8B LoRA r16", "8b", "lora", "h100:8", "fits", {"batch_size": 16, "data.length": 2048}),
+    ("8B full", "8b", "full", "h100:8", "fits", {"batch_size": 32, "data.length": 2048}),
     (
         "70B LoRA r16",
         "70b",

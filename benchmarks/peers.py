@@ -1,0 +1,346 @@
+"""Supervised fine-tuning and LoRA on this CPU, by specjax and by TRL with PEFT, side by side.
+
+    python benchmarks/peers.py [--pairs=2400] [--rounds=1] [--seeds=3] [--threads=1,2] [--only=NAME,...] [--json]
+
+Both train the same base (9.4M parameters, made here by `specjax train` on the standard library's prose) on the same
+question-and-answer pairs with the same masks, in the same number of steps of AdamW at one constant rate; float32 unless
+a name says otherwise. TRL packs as specjax does, into rows of as many tokens, or pads each micro-batch of 8 pairs, its
+default. Each run is a process of its own, in turns; the numbers of tokens and of loss tokens of an epoch must agree.
+
+`tokens/CPU s` counts tokens that are no padding, over the seconds of CPU time of the steps after the third: compiling
+and loading are in `start s` and in `wall s`, that of the whole process, alone. With one thread the process is bound to
+one core; with two to nothing. `held-out` is the loss in nats on pairs of modules never trained on, of the first round's
+weights, all judged by specjax; TRL's packed runs are made with several seeds, and so are ours. The C library is asked
+for huge pages in both, as `specjax train` does for itself (GLIBC_TUNABLES= runs both without).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+BEGAN = time.perf_counter()
+ROOT = Path(__file__).parent.parent
+WORK = ROOT / "runs" / "peers"
+LENGTH, ROWS, MICRO = 256, 8, 8
+SKIP = 3  # steps that are not timed
+RATES = {"lora": 2e-3, "sft": 3e-4}
+BASE_STEPS = 200
+CASES: dict[str, dict[str, Any]] = {
+    "specjax LoRA": {"who": "ours", "kind": "lora"},
+    "TRL LoRA, packed": {"who": "theirs", "kind": "lora", "packing": True},
+    "specjax SFT": {"who": "ours", "kind": "sft"},
+    "TRL SFT, packed": {"who": "theirs", "kind": "sft", "packing": True},
+    "TRL LoRA, padded": {"who": "theirs", "kind": "lora", "packing": False},
+    "specjax LoRA, bfloat16": {"who": "ours", "kind": "lora", "dtype": "bfloat16"},
+    "TRL LoRA, packed, bfloat16": {"who": "theirs", "kind": "lora", "packing": True, "dtype": "bfloat16"},
+}
+COLUMNS = {
+    "threads": lambda row: str(row["threads"]),
+    "tokens/CPU s": lambda row: f"{row['rate']:,.0f}",
+    "tokens/s": lambda row: f"{row['wall_rate']:,.0f}",
+    "start s": lambda row: f"{row['start']:.0f}",
+    "wall s": lambda row: f"{row['wall']:.0f}",
+    "peak memory": lambda row: f"{row['peak'] / 2**30:.2f} GiB",
+    "held-out": lambda row: " ".join(f"{loss:.4f}" for loss in row.get("losses", [])),
+}
+
+
+class Clock:
+    """Wall-clock and CPU seconds of this process at each step."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[float, float]] = []
+
+    def tick(self) -> None:
+        """Now."""
+        self.times.append((time.perf_counter(), time.process_time()))
+
+    def report(self, tokens: int) -> dict[str, float]:
+        """Of the steps after the first few, with so many tokens in all steps."""
+        (wall, cpu), (wall_end, cpu_end) = self.times[SKIP], self.times[-1]
+        timed = tokens * (len(self.times) - 1 - SKIP) / (len(self.times) - 1)
+        return {
+            "rate": timed / (cpu_end - cpu),
+            "wall_rate": timed / (wall_end - wall),
+            "start": self.times[0][0] - BEGAN,
+            "wall": time.perf_counter() - BEGAN,
+        }
+
+
+def rows_of(name: str, count: int | None = None) -> list[dict[str, str]]:
+    """The first so many pairs of the demo's data."""
+    path = ROOT / "runs" / "demo" / "data" / f"pairs_{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()[:count]]
+
+
+def peak_memory() -> int:
+    """Bytes of this process at most so far."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def our_data(pairs: int) -> tuple[Any, Any]:
+    """(tokenizer, packed rows) of the first so many pairs."""
+    import transformers
+
+    import specjax as sj
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(WORK / "base")
+    data = sj.data.load(rows_of("train", pairs), tokenizer, length=LENGTH, batch_size=ROWS, seed=0)
+    return tokenizer, data
+
+
+def totals(data: Any) -> dict[str, int]:
+    """Tokens and loss tokens of an epoch."""
+    return {"tokens": int(data.offsets[-1]), "loss_tokens": int(data.loss_mask.sum())}
+
+
+def ours(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -> dict[str, Any]:
+    """A run of `specjax.fit`; each step asks how many tokens it has just before the next one is put together."""
+    import specjax as sj
+
+    _, data = our_data(pairs)
+    model, tokenizer = sj.load(WORK / "base", dtype=case.get("dtype", "float32"))
+    lora = case["kind"] == "lora"
+    if lora:
+        sj.lora.inject(model, rank=8, alpha=16, targets="all-linear", seed=seed)
+    clock = Clock()
+
+    class Timed:
+        """The data, in an order of its own for each seed, with a clock."""
+
+        batch_size, fingerprint = data.batch_size, data.fingerprint
+
+        def batch(self, step: int, rows: Any) -> Any:
+            return data.batch(step + 1000 * seed * data.steps_per_epoch, rows)
+
+        def tokens_in(self, step: int) -> int:
+            clock.tick()
+            return int(data.tokens_in(step + 1000 * seed * data.steps_per_epoch))
+
+    optimizer = sj.adamw(RATES[case["kind"]], clip_norm=1.0)
+    result = sj.fit(model, Timed(), optimizer, steps=steps, trainable=sj.LORA if lora else sj.ALL, seed=seed)
+    found = clock.report(result.tokens) | {"peak": peak_memory(), "compile": result.compile_seconds} | totals(data)
+    sj.lora.save(model, out) if lora else sj.export(model, tokenizer, out)
+    return found
+
+
+def theirs(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -> dict[str, Any]:
+    """A run of `trl.SFTTrainer`."""
+    import peft
+    import torch
+    import transformers
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    if case["threads"] == 1:
+        torch.set_num_threads(1)
+    clock = Clock()
+
+    class Timed(transformers.TrainerCallback):
+        """A clock."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if not clock.times:
+                clock.tick()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            clock.tick()
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(WORK / "base")
+    dtype = case.get("dtype", "float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(WORK / "base", dtype=getattr(torch, dtype))
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["instruction"]}],
+            "completion": [{"role": "assistant", "content": row["response"]}],
+        }
+        for row in rows_of("train", pairs)
+    ]
+    packing = case["packing"]
+    config = SFTConfig(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=ROWS if packing else MICRO,
+        gradient_accumulation_steps=1 if packing else max(1, round(pairs / MICRO / steps)),
+        packing=packing,
+        max_length=LENGTH,
+        learning_rate=RATES[case["kind"]],
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=seed,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    lora = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model,
+        config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora if case["kind"] == "lora" else None,
+        callbacks=[Timed()],
+    )
+    data = trainer.train_dataset
+    tokens = sum(len(row) for row in data["input_ids"])
+    a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    trainer.train()
+    found = clock.report(round(tokens * steps * a_step / len(data))) | {"peak": peak_memory(), "compile": 0.0}
+    # A document's first token is no target, in neither.
+    found |= {"tokens": tokens, "loss_tokens": sum(label >= 0 for labels in data["labels"] for label in labels)}
+    trainer.save_model(str(out))
+    return found
+
+
+def judge(folders: list[tuple[str, str]]) -> list[float]:
+    """The held-out loss of each (kind, folder): an adapter of the base, or an exported model."""
+    import jax
+
+    import specjax as sj
+    from specjax.train import evaluate as evaluating
+    from specjax.train import step as steps_lib
+
+    losses = []
+    for kind, folder in folders:
+        model, tokenizer = sj.load(WORK / "base" if kind == "lora" else folder, dtype="float32")
+        if kind == "lora":
+            sj.lora.load(model, folder)
+        data = sj.data.load(rows_of("eval"), tokenizer, length=LENGTH, batch_size=ROWS)
+        graph, trainable, frozen = steps_lib.split(model, sj.ALL)
+        eval_step = jax.jit(steps_lib.make_eval_step(graph))
+        losses.append(evaluating.evaluate(eval_step, trainable, frozen, data, None)["loss"])
+    return losses
+
+
+def base() -> None:
+    """Trains the base, once."""
+    if (WORK / "base" / "config.json").exists():
+        return
+    if not (ROOT / "runs" / "demo" / "data" / "pairs_train.jsonl").exists():
+        subprocess.run([sys.executable, "demo/corpus.py", "--out", "runs/demo/data"], cwd=ROOT, check=True)
+    folder = WORK / "config"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (ROOT / "demo" / "base").iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 6, "num_attention_heads": 10}
+    config |= {"num_key_value_heads": 5, "dtype": "float32", "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    options = {
+        "model.path": folder,
+        "steps": BASE_STEPS,
+        "epochs": 1.0,
+        "optimizer.warmup_steps": 20,
+        "eval.every": 0,
+        "log.tensorboard": False,
+    }
+    given = [f"--config.{key}={value}" for key, value in options.items()]
+    command = [sys.executable, "-m", "specjax", "train", "--config=configs/demo_base.py", *given]
+    subprocess.run([*command, f"--workdir={WORK / 'base_run'}"], cwd=ROOT, check=True, stdout=sys.stderr)
+    (WORK / "base_run" / "export").rename(WORK / "base")
+
+
+def child(task: dict[str, Any], threads: int = 1) -> Any:
+    """The JSON that a process of its own prints last."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    if threads == 1:
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--child", json.dumps(task)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_child(task: dict[str, Any]) -> None:
+    """What a child does."""
+    sys.path.insert(0, str(ROOT))
+    if "judge" in task:
+        print(json.dumps(judge(task["judge"])))
+        return
+    if "steps_of" in task:
+        print(json.dumps(our_data(task["steps_of"])[1].steps_per_epoch))
+        return
+    if task["case"]["threads"] == 1:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    work = ours if task["case"]["who"] == "ours" else theirs
+    print(json.dumps(work(task["case"], task["steps"], task["pairs"], task["seed"], Path(task["out"]))))
+
+
+def measure(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a case and number of threads: the best of the rounds, the losses of all seeds."""
+    base()
+    steps = child({"steps_of": args.pairs})
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    folders: dict[tuple[str, int], list[tuple[str, str]]] = {}
+    for threads in [int(n) for n in args.threads.split(",")]:
+        first = threads == int(args.threads.split(",")[0])
+        for round_ in range(max(args.rounds, args.seeds if first else 1)):
+            for name in names:
+                timed, seeded = round_ < args.rounds, first and round_ < args.seeds and CASES[name].get("packing", True)
+                if not timed and not seeded:
+                    continue
+                out = WORK / "out" / f"{name}-{threads}-{round_}"
+                case = CASES[name] | {"threads": threads}
+                task = {"case": case, "steps": steps, "pairs": args.pairs, "seed": round_, "out": str(out)}
+                found = child(task, threads) | {"name": name, "threads": threads, "steps": steps}
+                print(f"{name}, {threads} threads, round {round_}: {found['rate']:.0f} tokens/CPU s", file=sys.stderr)
+                before = rows.get((name, threads))
+                if timed and (before is None or found["rate"] > before["rate"]):
+                    rows[name, threads] = found
+                if seeded or round_ == 0:
+                    folders.setdefault((name, threads), []).append((str(case["kind"]), str(out)))
+    for what in ("tokens", "loss_tokens"):
+        seen = {row[what] for row in rows.values()}
+        if len(seen) > 1:
+            raise SystemExit(f"not the same data: {what} of an epoch are {sorted(seen)}")
+    for key, made in folders.items():
+        rows[key]["losses"] = child({"judge": made})
+    return list(rows.values())
+
+
+def main() -> None:
+    """Prints a table, or JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=2400)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--only", default="", help="names, separated by semicolons")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return run_child(args.child)
+    names = args.only.split(";") if args.only else list(CASES)
+    if unknown := set(names) - set(CASES):
+        parser.error(f"no such run: {', '.join(sorted(unknown))}; there are {'; '.join(CASES)}")
+    rows = measure(names, args)
+    if args.json:
+        print("\n".join(json.dumps(row) for row in rows))
+        return None
+    print(f"{rows[0]['steps']} steps of {ROWS} x {LENGTH}, {rows[0]['tokens']} tokens an epoch\n")
+    print("| | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
+    for row in rows:
+        print(f"| {row['name']} | " + " | ".join(of(row) for of in COLUMNS.values()) + " |")
+    return None
+
+
+if __name__ == "__main__":
+    main()
