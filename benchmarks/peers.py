@@ -17,6 +17,7 @@ for huge pages in both, as `specjax train` does for itself (GLIBC_TUNABLES= runs
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -286,6 +287,7 @@ def run_child(task: dict[str, Any]) -> None:
 def measure(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a case and number of threads: the best of the rounds, the losses of all seeds."""
     base()
+    shutil.rmtree(WORK / "out", ignore_errors=True)
     steps = child({"steps_of": args.pairs})
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     folders: dict[tuple[str, int], list[tuple[str, str]]] = {}

@@ -37,9 +37,9 @@ generate: --model=DIR|HUB_NAME, --adapter=[NAME=]DIR (repeatable), --prompt=TEXT
   --prompt_file=F (a prompt a line), --system=TEXT, --raw (no chat template), --stop=TEXT (repeatable), --seed=0,
   --max_new_tokens, --temperature (0: greedy), --top_k, --top_p, --min_p, --repetition_penalty: default what the model's
   generation_config.json says (--generation_config=false leaves it out), else 128 tokens, greedy
-plan: --target=FAMILY:SHAPE (repeatable): v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, 2*v5e:4x4 for two slices, cpu:8;
-  v5e alone: its smallest slice that holds the job; --search (meshes, remat and micro-batches tried and ranked);
-  --json (an object a target), --price_per_chip_hour=X
+plan: --target=FAMILY:SHAPE (repeatable): v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, 2*v5e:4x4 for two slices, h100:8,
+  cpu:8; v5e alone: its smallest slice that holds the job; --search (meshes, remat and micro-batches tried and ranked);
+  --json (an object a target), --price_per_chip_hour=X (what a million tokens, and an epoch of the data, cost)
 train: --profile (a trace of three steps, in the workdir)
 train, eval, export, generate: --distributed (this process is one of several, as `specjax launch` starts them)
 launch: --dry_run (print, start nothing) and, of gcloud-tpu: --name, --zone, --project; of gke: --name, --image,
@@ -109,7 +109,7 @@ def entry() -> None:
 def _ask_for_huge_pages() -> None:
     """Starts this process anew with the C library asking Linux for huge pages, which it is told when it starts.
 
-    A step's temporaries are new memory at every step, on CPU hundreds of megabytes: by pages of 4 KiB, a fifth of the
+    A step's temporaries are new memory at every step, on CPU hundreds of megabytes: by pages of 4 KiB, a sixth of the
     step was spent on being given them (docs/log.md). GLIBC_TUNABLES, where it is set, is left as it is.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:

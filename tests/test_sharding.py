@@ -78,10 +78,10 @@ def test_a_run_on_a_mesh_resumes_bit_for_bit(tmp_path):
 
 
 def test_optimizer_moments_lie_like_their_parameters(tmp_path):
-    from specjax.train.fit import _Run
+    from specjax.train.state import Run
 
     mesh = sj.make_mesh(fsdp=4, tensor=2)
-    with _Run(model(mesh=mesh), data(), sj.adamw(1e-3), sj.ALL, None, 1, 0) as state:
+    with Run(model(mesh=mesh), data(), sj.adamw(1e-3), sj.ALL, None, 1, 0) as state:
         adam = next(
             part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
         )
