@@ -4,8 +4,9 @@
 
 Both train the same base (9.4M parameters, made here by `specjax train` on the standard library's prose) on the same
 question-and-answer pairs with the same masks, in the same number of steps of AdamW at one constant rate; float32 unless
-a name says otherwise. TRL packs as specjax does, into rows of as many tokens, or pads each micro-batch of 8 pairs, its
-default. Each run is a process of its own, in turns; the numbers of tokens and of loss tokens of an epoch must agree.
+a name says otherwise. TRL packs as specjax does, into rows of as many tokens, a row a micro-batch (of
+several rows it makes one long one, whose attention costs more: "all rows at once"), or pads each micro-batch of 8 pairs,
+its default. Each run is a process of its own, in turns; the numbers of tokens and of loss tokens of an epoch must agree.
 
 `tokens/CPU s` counts tokens that are no padding, over the seconds of CPU time of the steps after the third: compiling
 and loading are in `start s` and in `wall s`, that of the whole process, alone. With one thread the process is bound to
@@ -33,12 +34,20 @@ RATES = {"lora": 2e-3, "sft": 3e-4}
 BASE_STEPS = 200
 CASES: dict[str, dict[str, Any]] = {
     "specjax LoRA": {"who": "ours", "kind": "lora"},
-    "TRL LoRA, packed": {"who": "theirs", "kind": "lora", "packing": True},
+    "TRL LoRA, packed": {"who": "theirs", "kind": "lora", "packing": True, "micro": 1},
     "specjax SFT": {"who": "ours", "kind": "sft"},
-    "TRL SFT, packed": {"who": "theirs", "kind": "sft", "packing": True},
+    "TRL SFT, packed": {"who": "theirs", "kind": "sft", "packing": True, "micro": 1},
     "TRL LoRA, padded": {"who": "theirs", "kind": "lora", "packing": False},
-    "specjax LoRA, bfloat16": {"who": "ours", "kind": "lora", "dtype": "bfloat16"},
-    "TRL LoRA, packed, bfloat16": {"who": "theirs", "kind": "lora", "packing": True, "dtype": "bfloat16"},
+    "TRL LoRA, packed, all rows at once": {"who": "theirs", "kind": "lora", "packing": True, "once": True},
+    "specjax LoRA, bfloat16": {"who": "ours", "kind": "lora", "dtype": "bfloat16", "once": True},
+    "TRL LoRA, packed, bfloat16": {
+        "who": "theirs",
+        "kind": "lora",
+        "packing": True,
+        "micro": 1,
+        "dtype": "bfloat16",
+        "once": True,
+    },
 }
 COLUMNS = {
     "threads": lambda row: str(row["threads"]),
@@ -169,8 +178,10 @@ def theirs(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -
     config = SFTConfig(
         output_dir=str(out),
         max_steps=steps,
-        per_device_train_batch_size=ROWS if packing else MICRO,
-        gradient_accumulation_steps=1 if packing else max(1, round(pairs / MICRO / steps)),
+        per_device_train_batch_size=case.get("micro", ROWS) if packing else MICRO,
+        gradient_accumulation_steps=ROWS // case.get("micro", ROWS)
+        if packing
+        else max(1, round(pairs / MICRO / steps)),
         packing=packing,
         max_length=LENGTH,
         learning_rate=RATES[case["kind"]],
@@ -295,11 +306,12 @@ def measure(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
         first = threads == int(args.threads.split(",")[0])
         for round_ in range(max(args.rounds, args.seeds if first else 1)):
             for name in names:
-                timed, seeded = round_ < args.rounds, first and round_ < args.seeds and CASES[name].get("packing", True)
+                case = CASES[name] | {"threads": threads}
+                timed = round_ < (1 if case.get("once") else args.rounds)
+                seeded = first and round_ < args.seeds and case.get("packing", True) and not case.get("once")
                 if not timed and not seeded:
                     continue
                 out = WORK / "out" / f"{name}-{threads}-{round_}"
-                case = CASES[name] | {"threads": threads}
                 task = {"case": case, "steps": steps, "pairs": args.pairs, "seed": round_, "out": str(out)}
                 found = child(task, threads) | {"name": name, "threads": threads, "steps": steps}
                 print(f"{name}, {threads} threads, round {round_}: {found['rate']:.0f} tokens/CPU s", file=sys.stderr)

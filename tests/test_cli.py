@@ -78,6 +78,19 @@ def test_the_module_runs_as_the_command_does():
     )
 
 
+def test_train_starts_anew_with_huge_pages_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(cli.os, "execv", lambda *program: started.append(program))
+    monkeypatch.setattr(cli.sys, "platform", "linux")
+    monkeypatch.setattr(cli.sys, "orig_argv", ["python3", "-m", "specjax", "train"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.delenv("GLIBC_TUNABLES")  # what is set below goes with the test
+    cli._ask_for_huge_pages()
+    assert started == [(sys.executable, [sys.executable, "-m", "specjax", "train"])]
+    cli._ask_for_huge_pages()  # the environment has it now
+    assert len(started) == 1 and cli.os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+
+
 @pytest.mark.parametrize(
     ("argv", "name"),
     [(TRAIN, "train"), (("eval", *TRAIN[1:]), "evaluate"), (("compare", *TRAIN[1:]), "compare")],

@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 
 import specjax as sj
 from specjax.errors import UserError
+from specjax.train import fit, state
 from specjax.train.checkpoint import Checkpoints
 from specjax.train.step import split
 
@@ -388,6 +389,32 @@ def limit_files(workdir):
     while not (workdir / "checkpoints" / "9").is_dir():
         time.sleep(0.01)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
+
+
+def test_a_steps_numbers_are_read_once_the_next_one_was_given_to_the_device(monkeypatch):
+    """So the device never waits for the host: not in the steps between two evaluations or saves."""
+    events = []
+
+    class Number(float):
+        def __new__(cls, value, step):
+            made = super().__new__(cls, value)
+            made.step = step
+            return made
+
+        def __float__(self):
+            events.append(("read", self.step))
+            return super().__add__(0.0)
+
+    class Spied(state.Run):
+        def step(self, step):
+            events.append(("given", step + 1))
+            found = super().step(step)
+            return {k: v if k == "tokens" else Number(np.asarray(v).item(), step + 1) for k, v in found.items()}
+
+    monkeypatch.setattr(fit, "Run", Spied)
+    sj.fit(model(), data(), sj.adamw(1e-3), steps=6, log_every=1)
+    for step in range(1, 6):
+        assert events.index(("read", step)) > events.index(("given", step + 1))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def test_a_plan_says_what_a_config_needs_there(folder, capsys, target):
     assert parts["total"] == sum(size for kind, size in parts.items() if kind != "total")
     assert parts["optimizer"] >= 2 * parts["trained"] > 0  # AdamW's two moments
     assert parts["batch"] == 5 * 4 * 8 * 256 // devices
+    assert found["aliased_bytes"] >= parts["trained"] + parts["optimizer"]
     assert found["tokens_per_step"] == 8 * 256 and found["compile_seconds"] > 0
     assert found["collective_bytes"] > 0 and "all-gather" in found["collectives"]
     if target != "cpu:8":

@@ -209,6 +209,21 @@ def test_parameters_and_optimizer_state_are_donated(kind):
     assert not any(leaf.is_deleted() for leaf in frozen.values())
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_program_does_not_grow_with_the_number_of_layers(kind):
+    lines = []
+    for layers in (2, 12):
+        ours = model(num_hidden_layers=layers)
+        if kind == "lora":
+            sj.lora.inject(ours, rank=4)
+        graph, params, frozen = split(ours, sj.LORA if kind == "lora" else sj.ALL)
+        optimizer = sj.adamw(RATE)
+        args = (params, optimizer.init(params), frozen, micro(data().batch(0), 2), np.int32(0))
+        lowered = jax.jit(make_train_step(graph, optimizer)).lower(*args)
+        lines.append([len(text.splitlines()) for text in (lowered.as_text(), lowered.compile().as_text())])
+    assert lines[0] == pytest.approx(lines[1], rel=0.02)
+
+
 def reference_sums(ours, batch):
     """From the whole logits."""
     logits = ours(batch["tokens"], batch["positions"], batch["segment_ids"])

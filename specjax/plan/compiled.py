@@ -26,7 +26,8 @@ def facts(made: job.Job, target: str) -> dict[str, Any]:
 
     Returns:
       `total`, bytes that the program has at once, arguments included, or what it wants where it does not fit (None:
-      the compiler does not say); `fits` the compiler; `collectives` by kind; `between_slices`, bytes; `cycles`;
+      the compiler does not say); `aliased`, bytes of arguments that results are written over; `fits` the compiler;
+      `collectives` by kind; `between_slices`, bytes; `cycles`;
       `seconds` of compilation; `cached`.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specjax" / "plan"
@@ -68,7 +69,8 @@ def _compile(made: job.Job) -> dict[str, Any]:
     slices = {number: getattr(device, "slice_index", 0) for number, device in enumerate(made.mesh.devices.flat)}
     walked = hlo.walk(compiled.as_text(), slices)
     found |= {"collectives": hlo.as_json(walked), "between_slices": walked.between_slices, "cycles": walked.cycles}
-    return found | {"total": peak(compiled, arguments)}
+    aliased = int(compiled.memory_analysis().alias_size_in_bytes)
+    return found | {"total": peak(compiled, arguments), "aliased": aliased}
 
 
 def peak(compiled: Any, arguments: int) -> int:

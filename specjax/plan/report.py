@@ -135,6 +135,7 @@ def _one(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> 
     if not known["fits"]:
         return found
     found["bytes_per_device"]["temporaries"] = max(0, total - arguments)
+    found["aliased_bytes"] = known["aliased"]
     found["fits"] = limit is None or total <= limit
     found["collectives"] = known["collectives"]
     found["collective_bytes"] = sum(one["bytes"] for one in found["collectives"].values())
@@ -189,6 +190,8 @@ def _show(found: dict[str, Any]) -> None:
             table.add_row(f"{name} a device", _size(size))
     if "host_bytes_per_device" in found:
         table.add_row("optimizer in the host's memory", f"{_size(found['host_bytes_per_device'])} a device")
+    if "aliased_bytes" in found:
+        table.add_row("replaced in place", f"{_size(found['aliased_bytes'])} a device")
     table.add_row("tokens a step", f"{found['tokens_per_step']:,}")
     table.add_row("FLOPs a step", f"{found['flops_per_step']:.3g}")
     for kind, one in found.get("collectives", {}).items():
