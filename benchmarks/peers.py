@@ -4,15 +4,15 @@
 
 Both train the same base (9.4M parameters, made here by `specjax train` on the standard library's prose) on the same
 question-and-answer pairs with the same masks, in the same number of steps of AdamW at one constant rate; float32 unless
-a name says otherwise. TRL packs as specjax does, into rows of as many tokens, a row a micro-batch (of
-several rows it makes one long one, whose attention costs more: "all rows at once"), or pads each micro-batch of 8 pairs,
-its default. Each run is a process of its own, in turns; the numbers of tokens and of loss tokens of an epoch must agree.
+a name says otherwise. TRL packs as specjax does, into rows of as many tokens, a row a micro-batch (of several rows it
+makes one long one, whose attention costs more: "all rows at once"), or pads each micro-batch of 8 pairs, its default.
+Each run is a process of its own, in turns; the numbers of tokens and of loss tokens of an epoch must agree.
 
-`tokens/CPU s` counts tokens that are no padding, over the seconds of CPU time of the steps after the third: compiling
-and loading are in `start s` and in `wall s`, that of the whole process, alone. With one thread the process is bound to
-one core; with two to nothing. `held-out` is the loss in nats on pairs of modules never trained on, of the first round's
-weights, all judged by specjax; TRL's packed runs are made with several seeds, and so are ours. The C library is asked
-for huge pages in both, as `specjax train` does for itself (GLIBC_TUNABLES= runs both without).
+`tokens/CPU s` counts tokens that are no padding, over the seconds of CPU time of the steps after the third, the best of
+the rounds: compiling and loading are in `start s` and in `wall s`, that of the whole process, alone. With one thread
+the process is bound to one core; with two to nothing. `held-out` is the loss in nats on pairs of modules never trained
+on, all judged by specjax, of as many seeds as are asked for where the rows are packed. The C library is asked for huge
+pages in both, as `specjax train` does for itself (GLIBC_TUNABLES= runs both without).
 """
 
 import argparse
