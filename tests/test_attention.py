@@ -1,5 +1,7 @@
 """Attention's paths against the plain one: values and gradients."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,7 +138,13 @@ def test_cudnn_is_asked_on_a_gpu_for_what_it_knows(monkeypatch):
     monkeypatch.setattr(attention, "_platform", lambda: "gpu")
     assert not attention._cudnn_takes(q, q, None)  # compiled for, and not here
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert attention._cudnn_takes(q, q, None)
+    assert not attention._cudnn_takes(q, q, None)  # no GPU of NVIDIA's
+    for capability, widest in (("7.5", 0), ("8.0", 128), ("9.0", 256)):  # T4, A100, H100
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        for dim in (32, 128, 256):
+            wide = jnp.zeros((1, 64, 4, dim), jnp.bfloat16)
+            assert attention._cudnn_takes(wide, wide, None) == (dim <= widest)
     assert not attention._cudnn_takes(q, q, 30.0)
     assert not attention._cudnn_takes(q.astype(jnp.float32), q, None)
     assert not attention._cudnn_takes(q[:, :63], q[:, :63], None)

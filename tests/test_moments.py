@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_same_bits, data, metrics, model, weights
+from jax.sharding import NamedSharding, PartitionSpec
 
 import specjax as sj
 from specjax.errors import UserError
 from specjax.train import moments, optim
+from specjax.train.checkpoint import Checkpoints
 from specjax.train.step import opt_shardings, split
 
 LOW = ("bfloat16", "8bit")
@@ -130,6 +132,21 @@ def test_they_take_the_bytes_that_they_say(kind, bytes_each):
         assert taken / size == pytest.approx(bytes_each, rel=0.02)
         small = [leaf for name in params.keys() - big.keys() for leaf in jax.tree.leaves(moment[name])]
         assert small and all(leaf.dtype == np.float32 for leaf in small)
+
+
+def test_moments_in_the_hosts_memory_are_saved_and_read_back_there(tmp_path):
+    mesh = sj.make_mesh(fsdp=8)
+    place = NamedSharding(mesh, PartitionSpec("fsdp"))
+    there = place.with_memory_kind("pinned_host")
+    trained = {"w": jax.device_put(np.ones((8, 8), np.float32), place)}
+    state = {"mu": {"w": jax.device_put(np.arange(64, dtype=np.float32).reshape(8, 8), there)}}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, trained, state, {}, 0.0)
+    checkpoints.wait()
+    _, found = checkpoints.restore(1, trained, state)
+    checkpoints.close()
+    assert found["mu"]["w"].sharding == there
+    np.testing.assert_array_equal(found["mu"]["w"], state["mu"]["w"])
 
 
 def test_what_there_is_not_is_said():

@@ -9,6 +9,7 @@ B batch, T query length, S key length, K kv heads, G query heads per kv head, H 
 """
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -290,9 +291,15 @@ def _cudnn_takes(q: jax.Array, k: jax.Array, softcap: float | None) -> bool:
     """Whether cuDNN's kernel knows this case; it is there where a GPU is, and not where one is only compiled for."""
     if _platform() != "gpu" or jax.default_backend() != "gpu" or softcap is not None or q.dtype == jnp.float32:
         return False
-    length, dim = q.shape[1], q.shape[3]
-    whole = sharding.parts("length", length) == 1
-    return whole and length == k.shape[1] and length % 2 == 0 and dim % 8 == 0 and dim <= 128
+    length, dim, generation = q.shape[1], q.shape[3], _generation()
+    whole = sharding.parts("length", length) == 1 and length == k.shape[1] and length % 2 == 0
+    return whole and generation >= 8 and dim % 8 == 0 and dim <= (256 if generation >= 9 else 128)
+
+
+def _generation() -> int:
+    """Of NVIDIA's GPU here, the first number of its compute capability: 7 is Turing, 8 Ampere, 9 Hopper; else 0."""
+    hit = re.fullmatch(r"(\d+)\.\d+", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return int(hit[1]) if hit else 0
 
 
 def _cudnn(
