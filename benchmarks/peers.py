@@ -1,11 +1,12 @@
 """Supervised fine-tuning and LoRA on this CPU, by specjax and by TRL with PEFT, side by side.
 
-    python benchmarks/peers.py [--pairs=2400] [--rounds=1] [--seeds=3] [--threads=1,2] [--only=NAME,...] [--json]
+    python benchmarks/peers.py [--pairs=2400] [--whole] [--rounds=1] [--seeds=3] [--threads=1,2] [--only=NAME;...]
 
 Both train the same base (9.4M parameters, made here by `specjax train` on the standard library's prose) on the same
 question-and-answer pairs with the same masks, in the same number of steps of AdamW at one constant rate; float32 unless
-a name says otherwise. TRL packs as specjax does, into rows of as many tokens, a row a micro-batch (of several rows it
-makes one long one, whose attention costs more: "all rows at once"), or pads each micro-batch of 8 pairs, its default.
+a name says otherwise. Both pack into rows of as many tokens, and take a row a micro-batch, which is faster on a CPU than
+all rows of a step at once (of several packed rows TRL makes one long one, whose attention costs more). Padded, TRL takes
+micro-batches of 8 pairs, its default.
 Each run is a process of its own, in turns; the numbers of tokens and of loss tokens of an epoch must agree.
 
 `tokens/CPU s` counts tokens that are no padding, over the seconds of CPU time of the steps after the third, the best of
@@ -28,18 +29,27 @@ from typing import Any
 BEGAN = time.perf_counter()
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "runs" / "peers"
+WHOLE = WORK / "whole"
+DATA = ROOT / "runs" / "demo" / "data"
 LENGTH, ROWS, MICRO = 256, 8, 8
 SKIP = 3  # steps that are not timed
 RATES = {"lora": 2e-3, "sft": 3e-4}
 BASE_STEPS = 200
 CASES: dict[str, dict[str, Any]] = {
-    "specjax LoRA": {"who": "ours", "kind": "lora"},
+    "specjax LoRA": {"who": "ours", "kind": "lora", "accumulate": ROWS},
     "TRL LoRA, packed": {"who": "theirs", "kind": "lora", "packing": True, "micro": 1},
-    "specjax SFT": {"who": "ours", "kind": "sft"},
+    "specjax SFT": {"who": "ours", "kind": "sft", "accumulate": ROWS},
     "TRL SFT, packed": {"who": "theirs", "kind": "sft", "packing": True, "micro": 1},
     "TRL LoRA, padded": {"who": "theirs", "kind": "lora", "packing": False},
+    "specjax LoRA, all rows at once": {"who": "ours", "kind": "lora", "once": True},
     "TRL LoRA, packed, all rows at once": {"who": "theirs", "kind": "lora", "packing": True, "once": True},
-    "specjax LoRA, bfloat16": {"who": "ours", "kind": "lora", "dtype": "bfloat16", "once": True},
+    "specjax LoRA, bfloat16": {
+        "who": "ours",
+        "kind": "lora",
+        "accumulate": ROWS,
+        "dtype": "bfloat16",
+        "once": True,
+    },
     "TRL LoRA, packed, bfloat16": {
         "who": "theirs",
         "kind": "lora",
@@ -83,9 +93,32 @@ class Clock:
 
 
 def rows_of(name: str, count: int | None = None) -> list[dict[str, str]]:
-    """The first so many pairs of the demo's data."""
-    path = ROOT / "runs" / "demo" / "data" / f"pairs_{name}.jsonl"
+    """The first so many pairs, of the demo's data or (`--whole`) of whole docstrings."""
+    path = DATA / f"pairs_{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()[:count]]
+
+
+def whole_docstrings() -> None:
+    """Pairs whose lengths vary as those of instruction sets do: a question about each public name, its whole docstring.
+
+    Those that are longer than a row are left out; modules are held out as in the demo.
+    """
+    import transformers
+
+    sys.path.insert(0, str(ROOT))
+    from demo import corpus
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(WORK / "base")
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "eval": []}
+    found = [thing for file in corpus.source_files() for thing in corpus.things(*file)]
+    for thing in sorted(found, key=lambda thing: corpus.share(thing.name)):
+        row = {"instruction": f"What is `{thing.name}`?", "response": thing.doc}
+        if len(tokenizer(row["instruction"] + row["response"])["input_ids"]) <= LENGTH - 16:
+            rows["eval" if corpus.held_out(thing.module) else "train"].append(row)
+    WHOLE.mkdir(parents=True, exist_ok=True)
+    for name, these in rows.items():
+        these = these[:150] if name == "eval" else these
+        (WHOLE / f"pairs_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in these))
 
 
 def peak_memory() -> int:
@@ -134,7 +167,8 @@ def ours(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -> 
             return int(data.tokens_in(step + 1000 * seed * data.steps_per_epoch))
 
     optimizer = sj.adamw(RATES[case["kind"]], clip_norm=1.0)
-    result = sj.fit(model, Timed(), optimizer, steps=steps, trainable=sj.LORA if lora else sj.ALL, seed=seed)
+    options = {"accumulate": case.get("accumulate", 1), "trainable": sj.LORA if lora else sj.ALL, "seed": seed}
+    result = sj.fit(model, Timed(), optimizer, steps=steps, **options)
     found = clock.report(result.tokens) | {"peak": peak_memory(), "compile": result.compile_seconds} | totals(data)
     sj.lora.save(model, out) if lora else sj.export(model, tokenizer, out)
     return found
@@ -282,12 +316,18 @@ def child(task: dict[str, Any], threads: int = 1) -> Any:
 
 def run_child(task: dict[str, Any]) -> None:
     """What a child does."""
+    global DATA
     sys.path.insert(0, str(ROOT))
+    DATA = Path(task["data"])
     if "judge" in task:
         print(json.dumps(judge(task["judge"])))
         return
     if "steps_of" in task:
-        print(json.dumps(our_data(task["steps_of"])[1].steps_per_epoch))
+        rows = our_data(task["steps_of"])[1]
+        lengths = [end - start for start, end in zip(rows.offsets[:-1], rows.offsets[1:], strict=True)]
+        batches = [lengths[at : at + MICRO] for at in range(0, len(lengths) - MICRO + 1, MICRO)]
+        padded = sum(max(batch) * len(batch) for batch in batches)
+        print(json.dumps([rows.steps_per_epoch, float(sum(map(sum, batches)) / padded)]))
         return
     if task["case"]["threads"] == 1:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -299,7 +339,10 @@ def measure(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a case and number of threads: the best of the rounds, the losses of all seeds."""
     base()
     shutil.rmtree(WORK / "out", ignore_errors=True)
-    steps = child({"steps_of": args.pairs})
+    if args.whole:
+        whole_docstrings()
+    data = str(WHOLE if args.whole else DATA)
+    steps, share = child({"steps_of": args.pairs, "data": data})
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     folders: dict[tuple[str, int], list[tuple[str, str]]] = {}
     for threads in [int(n) for n in args.threads.split(",")]:
@@ -312,8 +355,15 @@ def measure(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
                 if not timed and not seeded:
                     continue
                 out = WORK / "out" / f"{name}-{threads}-{round_}"
-                task = {"case": case, "steps": steps, "pairs": args.pairs, "seed": round_, "out": str(out)}
-                found = child(task, threads) | {"name": name, "threads": threads, "steps": steps}
+                task = {
+                    "case": case,
+                    "steps": steps,
+                    "pairs": args.pairs,
+                    "seed": round_,
+                    "out": str(out),
+                    "data": data,
+                }
+                found = child(task, threads) | {"name": name, "threads": threads, "steps": steps, "share": share}
                 print(f"{name}, {threads} threads, round {round_}: {found['rate']:.0f} tokens/CPU s", file=sys.stderr)
                 before = rows.get((name, threads))
                 if timed and (before is None or found["rate"] > before["rate"]):
@@ -325,7 +375,7 @@ def measure(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
         if len(seen) > 1:
             raise SystemExit(f"not the same data: {what} of an epoch are {sorted(seen)}")
     for key, made in folders.items():
-        rows[key]["losses"] = child({"judge": made})
+        rows[key]["losses"] = child({"judge": made, "data": data})
     return list(rows.values())
 
 
@@ -337,6 +387,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--only", default="", help="names, separated by semicolons")
+    parser.add_argument("--whole", action="store_true", help="whole docstrings as answers, of very unequal lengths")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -349,7 +400,8 @@ def main() -> None:
     if args.json:
         print("\n".join(json.dumps(row) for row in rows))
         return None
-    print(f"{rows[0]['steps']} steps of {ROWS} x {LENGTH}, {rows[0]['tokens']} tokens an epoch\n")
+    steps, tokens, share = (rows[0][key] for key in ("steps", "tokens", "share"))
+    print(f"{steps} steps of {ROWS} x {LENGTH}, {tokens} tokens an epoch; of padded rows {share:.0%} are tokens\n")
     print("| | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
     for row in rows:
         print(f"| {row['name']} | " + " | ".join(of(row) for of in COLUMNS.values()) + " |")
