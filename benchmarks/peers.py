@@ -4,9 +4,9 @@
 
 Both train the same base (9.4M parameters, made here by `specjax train` on the standard library's prose) on the same
 question-and-answer pairs with the same masks, in the same number of steps of AdamW at one constant rate; float32 unless
-a name says otherwise. Both pack into rows of as many tokens, and take a row a micro-batch, which is faster on a CPU than
-all rows of a step at once (of several packed rows TRL makes one long one, whose attention costs more). Padded, TRL takes
-micro-batches of 8 pairs, its default.
+a name says otherwise. Both pack into rows of as many tokens, and take a row a micro-batch, which is faster on a CPU
+than all rows of a step at once (of several packed rows TRL makes one long one, whose attention costs more). Padded, TRL
+takes micro-batches of 8 pairs, its default.
 Each run is a process of its own, in turns; the numbers of tokens and of loss tokens of an epoch must agree.
 
 `tokens/CPU s` counts tokens that are no padding, over the seconds of CPU time of the steps after the third, the best of
