@@ -10,7 +10,8 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/test_plan.py -k h100
 	bash tests/newest.sh
 
 # Three methods on a small base and the documentation of this very Python; ends with a table.

@@ -2,8 +2,8 @@
 
     python tests/cuda_compiler.py FOLDER
 
-Tests that compile for GPUs find it by PYTHONPATH; among the other packages it would complain, at every start without a
-GPU, that there is none. Where it is not to be had those tests are skipped.
+Tests that compile for GPUs find it by PYTHONPATH, in a process of their own: it says on stderr, once a process, that
+there is no GPU. Where it is not to be had those tests are skipped.
 """
 
 import shutil
