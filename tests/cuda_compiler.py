@@ -11,10 +11,17 @@ import subprocess
 import sys
 from importlib.metadata import version
 
-folder, wanted = sys.argv[1], version("jaxlib")
-names = [f"{name}=={wanted}" for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt")]
-shutil.rmtree(folder, ignore_errors=True)
-install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-if subprocess.run([*install, "--target", folder, *names], stderr=subprocess.DEVNULL).returncode:
+
+def main(folder: str) -> None:
+    """Empties the folder and installs into it."""
+    wanted = version("jaxlib")
+    names = [f"{name}=={wanted}" for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt")]
     shutil.rmtree(folder, ignore_errors=True)
-    print("There is no CUDA compiler for this machine: the tests that need it are skipped.")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    if subprocess.run([*install, "--target", folder, *names], stderr=subprocess.DEVNULL).returncode:
+        shutil.rmtree(folder, ignore_errors=True)
+        print("There is no CUDA compiler for this machine: the tests that need it are skipped.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

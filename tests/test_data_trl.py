@@ -84,7 +84,7 @@ def test_a_token_that_joins_the_prompts_last_space_with_the_answer_trains_as_trl
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_where_a_turns_last_character_is_several_tokens_all_train_and_trl_trains_the_first(trl_labels, name):
+def test_where_a_turns_last_character_is_several_tokens_all_train_and_trl_may_train_the_first(trl_labels, name):
     tok = tokenizer("llama2", chat_template=CHATML_MARKED)
     rows = [{"messages": CONVERSATIONS[name]}]
     ((ids, labels),) = ours(rows, tok)
@@ -92,9 +92,8 @@ def test_where_a_turns_last_character_is_several_tokens_all_train_and_trl_trains
     assert ids == trl_ids
     more = [label for label, trl in zip(labels, trls, strict=True) if label != trl]
     answers = sum(turn["role"] == "assistant" for turn in CONVERSATIONS[name])
-    assert (
-        tok.convert_ids_to_tokens(more) == ["<0x0A>"] * answers
-    )  # after the end-of-turn token; its space is the first
+    # What follows the end-of-turn token, whose space is the first: transformers trains all of it since 5.24, as we do.
+    assert tok.convert_ids_to_tokens(more) in ([], ["<0x0A>"] * answers)
 
 
 @pytest.mark.parametrize("kind", ["llama3", "gpt2", "llama2"])

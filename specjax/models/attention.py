@@ -80,7 +80,9 @@ def attend(
     # Queries may be split by length; each device then needs the keys of its rows whole.
     k, v = (sharding.constrain(x, "batch", None, "kv_heads", None).swapaxes(1, 2) for x in (k, v))
     grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[3]).transpose(0, 2, 3, 1, 4)
-    return _attention(scale, softcap, grouped, k, v, seen).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    if _platform() == "cpu":  # which knows no product of bfloat16 that accumulates in float32 in every layout
+        grouped, k, v = (x.astype(jnp.float32) for x in (grouped, k, v))
+    return _attention(scale, softcap, grouped, k, v, seen).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 class _Seen(NamedTuple):
