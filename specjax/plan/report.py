@@ -86,7 +86,8 @@ def _priced(found: dict[str, Any], price: float, epoch: dict[str, Any]) -> dict[
     """Adds what a million tokens and an epoch cost at least, at a price of all chips for an hour."""
     seconds = found["step_seconds_bound"]
     if not seconds:
-        return found
+        why = "no speed of a CPU is known" if found["fits"] else "it does not fit"
+        return found | {"price_unknown": why}
     a_step, steps = price * seconds / 3600, epoch["steps_per_epoch"]
     costs = {"price_per_million_tokens": a_step / found["tokens_per_step"] * 1e6}
     return found | costs | epoch | {"price_per_epoch": steps and steps * a_step}
@@ -202,6 +203,8 @@ def _show(found: dict[str, Any]) -> None:
         table.add_row("at most", rate)
     if "attention" in found:
         table.add_row("attention", found["attention"])
+    if "price_unknown" in found:
+        table.add_row("a million tokens", f"not known: {found['price_unknown']}")
     if "price_per_million_tokens" in found:
         table.add_row("a million tokens cost at least", f"{found['price_per_million_tokens']:.3f}")
         if found["price_per_epoch"] is None:
