@@ -165,6 +165,13 @@ def undivided() -> bool:
     return bool(mesh.empty) or mesh.size == 1
 
 
+def platform() -> str:
+    """What the program in hand is for, "cpu", "gpu" or "tpu": the mesh's devices, which need not be here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    known = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if known is None else str(known.platform)
+
+
 def cut(x: jax.Array, size: int, parts: int, axis: int = 1) -> jax.Array:
     """[..., T, ...] -> [T/(size*parts), ..., size*parts, ...]: chunks that take `size` of each of the parts of `axis`.
 

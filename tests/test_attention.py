@@ -1,5 +1,7 @@
 """Attention's paths against the plain one: values and gradients."""
 
+import importlib
+import inspect
 from types import SimpleNamespace
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 import specjax as sj
+from specjax import sharding
 from specjax.models import attention, splash
 
 B, T, N, K, H = 2, 300, 4, 2, 32
@@ -115,7 +118,7 @@ def test_on_a_tpu_the_kernel_takes_over_with_the_window_of_each_layer(inputs, mo
     qkv, dy, *_ = inputs
     wanted = [both(plain(inputs, window=width), qkv, dy) for width in (None, 50)]
     kernel = splash.attend
-    monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     monkeypatch.setattr(splash, "attend", lambda *qkv, **how: kernel(*qkv, **how, interpret=True))
     for which, expected in enumerate(wanted):
         found = both(plain(inputs, window=attention.OneOf((None, 50), jnp.int32(which))), qkv, dy)
@@ -126,16 +129,62 @@ def test_on_a_tpu_the_kernel_takes_over_with_the_window_of_each_layer(inputs, mo
 def test_what_cudnn_is_asked_equals_the_plain_attention(inputs, how):
     """The kernel itself runs on GPUs alone; here XLA does what it is asked for."""
     qkv, dy, segments, _ = inputs
-    given = {"q_segments": segments, "k_segments": segments, "scale": 0.3, "implementation": "xla"}
+    given = {"segments": segments, "scale": 0.3, "implementation": "xla"}
     ours = lambda q, k, v: attention._cudnn(q, k, v, how.get("window"), **given)  # noqa: E731
     found, wanted = both(ours, qkv, dy), both(plain(inputs, **how), qkv, dy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, wanted)
 
 
+def test_one_document_a_row_needs_no_mask(inputs):
+    (q, k, v), dy, segments, positions = inputs
+    one = (segments == 1).astype(np.int32)
+    dy = dy * one[:, :, None, None]
+    asked = {"segments": one, "scale": 0.3, "implementation": "xla", "documents": 1}
+    found = both(lambda q, k, v: attention._cudnn(q, k, v, None, **asked), (q, k, v), dy)
+    wanted = both(plain(((q, k, v), dy, one, positions)), (q, k, v), dy)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, wanted)
+
+
+def test_where_documents_lie_is_told_row_by_row():
+    segments = jnp.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 3, 3], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], jnp.int32)
+    starts, sizes = attention._extents(segments, 4)
+    lie = [
+        [(at, size) for at, size in zip(row, each, strict=False) if size > 0]
+        for row, each in zip(starts.tolist(), sizes.tolist(), strict=True)
+    ]
+    assert lie == [[(0, 2), (2, 3), (5, 1)], [(0, 1), (1, 1), (2, 4)], [(0, 6)], [(0, 6)]]
+    for row, each in zip(starts.tolist(), sizes.tolist(), strict=True):  # and nothing else
+        used = sum(size > 0 for size in each)
+        assert row[used:] == [-1] * (6 - used) and each[used:] == [-1] * (5 - used)
+
+
+def test_cudnn_is_told_of_documents_where_they_are_few_and_it_is_new(monkeypatch):
+    asked = []
+    q, segments = jnp.zeros((1, 64, 4, 32), jnp.bfloat16), jnp.ones((1, 64), jnp.int32)
+    monkeypatch.setattr(attention, "_generation", lambda: 9)
+    monkeypatch.setattr(attention, "_cudnn_packed", lambda q, *rest: asked.append(rest[-1]) or q)
+    for documents in (None, 1, 2, 63, 64):
+        how = {"segments": segments, "scale": 1.0, "documents": documents, "implementation": "xla"}
+        attention._cudnn(q, q, q, None, **how)
+        attention._cudnn(q, q, q, 10, **how)
+        with jax.set_mesh(sj.make_mesh(fsdp=8)):  # of how several devices share them nothing was seen
+            attention._cudnn(q, q, q, None, **how)
+    assert asked == [2, 63]
+    monkeypatch.setattr(attention, "_generation", lambda: 8)
+    assert not attention._packed_is_known()
+
+
+def test_the_kernel_for_packed_rows_is_where_it_is_looked_for():
+    cudnn = importlib.import_module(attention.PACKED)
+    taken = inspect.signature(cudnn.dot_product_attention).parameters
+    assert {"q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "mask_type"} <= set(taken)
+    assert cudnn.MaskType.CAUSAL
+
+
 def test_cudnn_is_asked_on_a_gpu_for_what_it_knows(monkeypatch):
     q = jnp.zeros((1, 64, 4, 32), jnp.bfloat16)
     assert not attention._cudnn_takes(q, q, None)
-    monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     assert not attention._cudnn_takes(q, q, None)  # compiled for, and not here
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert not attention._cudnn_takes(q, q, None)  # no GPU of NVIDIA's

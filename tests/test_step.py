@@ -12,6 +12,7 @@ from helpers import data, model, prompts, torch_model, weights
 from safetensors.numpy import load_file
 
 import specjax as sj
+from specjax import sharding
 from specjax.errors import UserError
 from specjax.hf.export import tensors
 from specjax.hf.load import load
@@ -131,6 +132,28 @@ def descent(rate=1.0):
     """Plain gradient descent: its update is the gradient."""
     rule = optax.sgd(rate)
     return Optimizer(rule.init, rule.update, lambda step: rate)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_float32_is_multiplied_as_float32_where_that_must_be_asked_for(monkeypatch, method, dtype):
+    """A GPU would take TF32, a TPU bfloat16. A CPU needs no asking."""
+    made = model(dtype=dtype)
+    if method == "lora":
+        sj.lora.inject(made, rank=3, targets=["q_proj", "lm_head"], seed=0)
+    graph, params, frozen = split(made, sj.LORA if method == "lora" else sj.ALL)
+    optimizer = sj.adamw(RATE)
+    given = (params, optimizer.init(params), frozen, micro(data(batch_size=2).batch(0), 1), np.int32(0))
+    traced = lambda: str(jax.make_jaxpr(make_train_step(graph, optimizer))(*given))  # noqa: E731
+    asked = {}
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(sharding, "platform", lambda platform=platform: platform)
+        text = traced()
+        asked[platform] = (text.count("Precision.HIGHEST"), text.count("= dot_general["))
+    assert asked["cpu"][0] == 0
+    assert asked["gpu"][0] == (2 * asked["gpu"][1] if dtype == "float32" else 0), asked
+    with jax.default_matmul_precision("default"):  # who sets it is obeyed
+        assert "Precision.HIGHEST" not in traced()
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -32,6 +32,7 @@ class Data:
     Attributes:
         length, batch_size, seed: as given.
         num_rows: rows of the plan.
+        most_documents: in a row.
         steps_per_epoch: whole batches in one pass, at least 1.
         template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
         end_of_turn: id of the token that ends the assistant's turns there: generation must stop at it.
@@ -62,6 +63,7 @@ class Data:
         self.loss_mask[offsets[1:] - 1] = False
         self.plan: Plan = plan(offsets, length, packing)
         self.num_rows = len(self.plan.rows) - 1
+        self.most_documents = int(np.diff(self.plan.rows).max(initial=1))
         self._sizes = np.diff(np.append(0, np.cumsum(self.plan.sizes))[self.plan.rows])  # tokens a row
         self.steps_per_epoch = max(1, self.num_rows // batch_size)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))

@@ -9,6 +9,8 @@ B batch, T query length, S key length, K kv heads, G query heads per kv head, H 
 """
 
 import functools
+import importlib
+import importlib.util
 import re
 from typing import Any, NamedTuple
 
@@ -24,6 +26,8 @@ NAME = "attention"  # what a layer's rematerialisation may keep of it
 NO_WINDOW = 2**30  # wider than any text: beside layers with a window, those without have this one
 SPLASH_FROM = 128  # tokens, a block of the kernel
 QUERY_CHUNK = 1024  # above this many queries, scores are made a chunk of queries at a time: memory linear in length
+MOST_DOCUMENTS = 63  # in a row that cuDNN takes apart: it has room for each of them as long as the row
+PACKED = "jax._src.cudnn.fused_attention_stablehlo"
 PIECES, SMALLEST_PIECE = 4, 64  # of the queries of a row that sees itself, each with the keys up to its end alone
 
 
@@ -47,6 +51,7 @@ def attend(
     window: int | OneOf | None = None,
     softcap: float | None = None,
     cached: bool = False,
+    documents: int | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T) v over the keys of the same segment that are not later and inside the window.
 
@@ -62,15 +67,17 @@ def attend(
       window: a key is seen if q_position - k_position < window (Mistral's sliding window); None: all.
       softcap: c of c * tanh(scores / c) before the mask (Gemma 2, arXiv:2408.00118); None: none.
       cached: k and v are one layer's part of a cache.
+      documents: of a row that sees itself, at most so many segments, numbered from 1 with the padding behind them;
+        None: any. cuDNN is quicker where it knows.
 
     Returns:
       [B,T,N,H] in q's dtype. Scores and softmax are float32. A padding query reads padding keys and stays finite.
       Without a cache and with T = S, a row sees itself, in order: what stands behind a query is not looked at.
     """
-    if not cached and q.shape[1] == k.shape[1] >= SPLASH_FROM and _platform() == "tpu":
+    if not cached and q.shape[1] == k.shape[1] >= SPLASH_FROM and sharding.platform() == "tpu":
         return _splash(q, k, v, window, q_segments=q_segments, k_segments=k_segments, scale=scale, softcap=softcap)
     if not cached and _cudnn_takes(q, k, softcap):
-        return _cudnn(q, k, v, window, q_segments=q_segments, k_segments=k_segments, scale=scale)
+        return _cudnn(q, k, v, window, segments=q_segments, scale=scale, documents=documents)
     width: Any = window
     if isinstance(window, OneOf):
         width = jnp.array([NO_WINDOW if w is None else w for w in window.widths], jnp.int32)[window.which]
@@ -80,7 +87,7 @@ def attend(
     # Queries may be split by length; each device then needs the keys of its rows whole.
     k, v = (sharding.constrain(x, "batch", None, "kv_heads", None).swapaxes(1, 2) for x in (k, v))
     grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[3]).transpose(0, 2, 3, 1, 4)
-    if _platform() == "cpu":  # which knows no product of bfloat16 that accumulates in float32 in every layout
+    if sharding.platform() == "cpu":  # which knows no product of bfloat16 that accumulates in float32 in every layout
         grouped, k, v = (x.astype(jnp.float32) for x in (grouped, k, v))
     return _attention(scale, softcap, grouped, k, v, seen).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
@@ -291,7 +298,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, window: int | OneOf | None
 
 def _cudnn_takes(q: jax.Array, k: jax.Array, softcap: float | None) -> bool:
     """Whether cuDNN's kernel knows this case; it is there where a GPU is, and not where one is only compiled for."""
-    if _platform() != "gpu" or jax.default_backend() != "gpu" or softcap is not None or q.dtype == jnp.float32:
+    if sharding.platform() != "gpu" or jax.default_backend() != "gpu" or softcap is not None or q.dtype == jnp.float32:
         return False
     length, dim, generation = q.shape[1], q.shape[3], _generation()
     whole = sharding.parts("length", length) == 1 and length == k.shape[1] and length % 2 == 0
@@ -310,13 +317,21 @@ def _cudnn(
     v: jax.Array,
     window: int | OneOf | None,
     *,
-    q_segments: jax.Array,
-    k_segments: jax.Array,
+    segments: jax.Array,
     scale: float,
+    documents: int | None = None,
     implementation: Any = "cudnn",
 ) -> jax.Array:
-    """`attend` for a row that sees itself, where later is what stands later in the row (as in the splash kernel)."""
-    mask = (q_segments[:, :, None] == k_segments[:, None, :])[:, None]
+    """`attend` for a row that sees itself, where later is what stands later in the row (as in the splash kernel).
+
+    One document a row needs no mask. Of several, cuDNN is told where each begins, if there are few and it can be: it
+    then computes nothing between them. Else they are kept apart by a mask [B,1,T,T].
+
+    Nothing of it is named for `remat`: its backward pass needs what it keeps to itself, and makes it again either way.
+    """
+    if window is None and documents is not None and 1 < documents <= MOST_DOCUMENTS and _packed_is_known():
+        return _cudnn_packed(q, k, v, segments, scale, documents)
+    mask = None if documents == 1 else (segments[:, :, None] == segments[:, None, :])[:, None]
 
     def of(width: int | None) -> Any:
         local = None if width is None else (width - 1, 0)
@@ -324,17 +339,42 @@ def _cudnn(
         return lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, **how)
 
     if not isinstance(window, OneOf):
-        return checkpoint_name(of(window)(q, k, v, mask), NAME)
+        return of(window)(q, k, v, mask)
     widths = tuple(dict.fromkeys(window.widths))
     which = jnp.array([widths.index(width) for width in window.widths], jnp.int32)[window.which]
-    return checkpoint_name(jax.lax.switch(which, [of(width) for width in widths], q, k, v, mask), NAME)
+    return jax.lax.switch(which, [of(width) for width in widths], q, k, v, mask)
 
 
-def _platform() -> str:
-    """What the program is traced for: the mesh's devices, which need not be here."""
-    mesh = jax.sharding.get_abstract_mesh()
-    known = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if known is None else str(known.platform)
+def _packed_is_known() -> bool:
+    """Whether it takes packed rows: on Hopper and newer; how JAX shares them out to several devices was not seen."""
+    return sharding.undivided() and _generation() >= 9 and importlib.util.find_spec(PACKED) is not None
+
+
+def _cudnn_packed(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float, documents: int
+) -> jax.Array:
+    """Each document by itself; `jax.nn.dot_product_attention` does not pass on what says where they lie."""
+    cudnn = importlib.import_module(PACKED)
+    starts, sizes = _extents(segments, documents)
+    # JAX 0.11 counts where keys begin with the queries' number of heads: they are repeated to have as many.
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    lie = {"q_seqlen": sizes, "kv_seqlen": sizes, "q_offsets": starts, "kv_offsets": starts}
+    found: jax.Array = cudnn.dot_product_attention(q, k, v, scale=scale, mask_type=cudnn.MaskType.CAUSAL, **lie)
+    return found
+
+
+def _extents(segments: jax.Array, documents: int) -> tuple[jax.Array, jax.Array]:
+    """Where each document of a row begins and how long it is, int32 [B,M+1] and [B,M], then -1.
+
+    Segments are numbered from 1, and the padding behind them is a document of its own: M is `documents` + 1.
+    """
+    number = jnp.arange(1, documents + 2, dtype=jnp.int32)[None]
+    sizes = jnp.sum(segments[:, :, None] == number[None], axis=1, dtype=jnp.int32)
+    used = jnp.sum(sizes, axis=1, keepdims=True)
+    padding = jnp.where(number - 1 == jnp.max(segments, axis=1, keepdims=True), segments.shape[1] - used, 0)
+    sizes = sizes + padding
+    starts = jnp.where(sizes > 0, jnp.cumsum(sizes, axis=1) - sizes, -1)
+    return jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1), jnp.where(sizes > 0, sizes, -1)
 
 
 def _chunk(length: int) -> int:

@@ -6,6 +6,7 @@ B batch, T length, S cache length, D embed, V vocab, L layers, K kv heads, H hea
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -75,6 +76,17 @@ class DecoderLayer(nnx.Module):
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         y = y if self.residual_scale == 1 else y * self.residual_scale
         return sharding.constrain(x + y, "batch", "residual", None)
+
+
+def products(dtype: Any) -> AbstractContextManager[Any]:
+    """Within it, float32 computations multiply float32: a GPU would round factors to 10 bits (TF32), a TPU to 8.
+
+    So it is in PyTorch. `jax_default_matmul_precision`, where it is set, is left as it is.
+    """
+    rounds = sharding.platform() != "cpu" and jnp.dtype(dtype) == jnp.float32
+    if rounds and jax.default_matmul_precision.value is None:
+        return jax.default_matmul_precision("highest")
+    return nullcontext()
 
 
 def _experts(config: ModelConfig, layers: int | None, rngs: nnx.Rngs | None) -> MoE:
@@ -150,8 +162,12 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        documents: int | None = None,
     ) -> tuple[jax.Array, Stats | None]:
-        """`hidden`, and the sums of all layers' routers for `moe.load_balancing_loss` (None for a dense model)."""
+        """`hidden`, and the sums of all layers' routers for `moe.load_balancing_loss` (None for a dense model).
+
+        `documents`: at most so many in a row, numbered from 1 with the padding behind, which `attend` may use.
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
@@ -161,9 +177,11 @@ class Decoder(nnx.Module):
             "k_positions": positions,
             "q_segments": segment_ids,
             "k_segments": segment_ids,
+            "documents": documents,
         }
         lengths = _document_lengths(positions, segment_ids) if self._needs_lengths else None
-        hidden, _, stats = self._run(tokens, where, lengths, None, dropout_key)
+        with products(self.dtype):
+            hidden, _, stats = self._run(tokens, where, lengths, None, dropout_key)
         return hidden, stats
 
     @property
@@ -214,7 +232,8 @@ class Decoder(nnx.Module):
         }
         if lengths is None:
             lengths = jnp.max(positions, axis=1) + 1
-        hidden, cache, _ = self._run(tokens, where, lengths[:, None], cache, None, layers)
+        with products(self.dtype):
+            hidden, cache, _ = self._run(tokens, where, lengths[:, None], cache, None, layers)
         return hidden, cache
 
     def _run(
@@ -277,18 +296,19 @@ class Decoder(nnx.Module):
             return self.embed_tokens.output()
         return None if head.active is not None and head.active in head.lora else head.used("kernel")
 
-    def unembed(self, hidden: jax.Array, head: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
+    def unembed(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
         """[..., D] in the compute dtype -> float32 logits [..., V]; the product accumulates in float32.
 
-        `head`, [D,V], or `table`, [V,D], stands for `output_table`, where the caller has it at hand in another form.
+        `head`, [D,V], stands for `output_table`, where the caller has it at hand transposed.
         """
         c = self.config
-        if head is not None:
-            logits = jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
-        elif table is not None or self.lm_head is None:
-            logits = contract(hidden, self.embed_tokens.output() if table is None else table, 1, jnp.float32)
-        else:
-            logits = self.lm_head(hidden, accumulate=jnp.float32)
+        with products(self.dtype):
+            if head is not None:
+                logits = jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
+            elif self.lm_head is None:
+                logits = contract(hidden, self.embed_tokens.output(), 1, jnp.float32)
+            else:
+                logits = self.lm_head(hidden, accumulate=jnp.float32)
         if c.logits_divisor != 1:
             logits = logits / c.logits_divisor
         return logits if c.logits_softcap is None else jnp.tanh(logits / c.logits_softcap) * c.logits_softcap

@@ -83,7 +83,9 @@ class Run:
         self.checkpoints = Checkpoints(Path(workdir) / "checkpoints") if workdir else None
         self.best_loss, self.bad_evals, self.tokens, self.result = math.inf, 0, 0, Result()
         self.result.trainable_parameters = sum(value.size for value in self.trainable.values())
-        self._train_step = steps_lib.make_train_step(self.graph, optimizer, seed=seed)
+        self._train_step = steps_lib.make_train_step(
+            self.graph, optimizer, seed=seed, documents=getattr(data, "most_documents", None)
+        )
         self._eval_step = jax.jit(steps_lib.make_eval_step(self.graph))
         self._compiled: Any = None
         self._saved: int | None = None

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from specjax import sharding
 from specjax.errors import UserError
 from specjax.models import Decoder
+from specjax.models.decoder import products
 from specjax.train.losses import token_sums
 from specjax.train.optim import Optimizer
 
@@ -40,11 +41,13 @@ def _flat(state: Any) -> Params:
     return {sharding.path_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
-def make_train_step(graph: Any, optimizer: Optimizer, *, seed: int = 0) -> Callable[..., Any]:
+def make_train_step(
+    graph: Any, optimizer: Optimizer, *, seed: int = 0, documents: int | None = None
+) -> Callable[..., Any]:
     """The function (trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics), to be compiled.
 
     The batch is [k,b,T]: k micro-batches whose gradients of the summed loss are added and divided once by the loss
-    tokens of all, so that k micro-batches of b rows equal one batch of k*b.
+    tokens of all, so that k micro-batches of b rows equal one batch of k*b. `documents`: at most so many in a row.
 
     Metrics are float32 scalars: `loss` (nats a loss token), `loss_tokens`, `accuracy`, `grad_norm` (before the clip),
     `lr`; of a mixture of experts also `router_loss`, which is not part of `loss` and trains times `router_aux_coef`.
@@ -54,22 +57,27 @@ def make_train_step(graph: Any, optimizer: Optimizer, *, seed: int = 0) -> Calla
         trainable: Params, opt_state: Any, frozen: Params, batch: Batch, step: jax.Array
     ) -> tuple[Params, Any, Batch]:
         base_key = jax.random.fold_in(jax.random.key(seed), step)
-        config = merge(graph, trainable, frozen).config
+        model = merge(graph, trainable, frozen)
+        config = model.config
 
         def loss(trainable: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
-            sums = token_sums(merge(graph, trainable, frozen), micro, key)
+            sums = token_sums(merge(graph, trainable, frozen), micro, key, documents)
             return sums["nll"] + config.router_aux_coef * sums["router"] if config.router_aux_coef else sums[
                 "nll"
             ], sums
 
+        def gradient(*given: Any) -> tuple[Any, Any]:
+            with products(model.dtype):  # those of the backward pass too
+                return jax.grad(loss, has_aux=True)(*given)
+
         def accumulate(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            grads, sums = jax.grad(loss, has_aux=True)(trainable, *micro)
+            grads, sums = gradient(trainable, *micro)
             return jax.tree.map(jnp.add, total, (grads, sums)), None
 
         parts = batch["tokens"].shape[0]
         keys = jax.random.split(base_key, parts)
         if parts == 1:
-            grads, sums = jax.grad(loss, has_aux=True)(trainable, jax.tree.map(lambda x: x[0], batch), keys[0])
+            grads, sums = gradient(trainable, jax.tree.map(lambda x: x[0], batch), keys[0])
         else:
             zeros = jax.tree.map(jnp.zeros_like, trainable)
             start = (zeros, dict.fromkeys(("nll", "correct", "count", "router"), jnp.zeros((), jnp.float32)))
