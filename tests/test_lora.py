@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from specjax.errors import UserError
 from specjax.hf.load import load
 from specjax.lora.targets import match
 from specjax.models.adapter import LoRA
+from specjax.models.layers import beside
 from specjax.train.losses import token_sums
+from specjax.train.step import merge, split
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
 
@@ -400,6 +403,36 @@ def test_dropout_acts_in_training_alone():
         found[dropout] = [float(nll(key)) for key in (None, jax.random.key(0), jax.random.key(1))]
     np.testing.assert_allclose(found[0.0], found[0.9][0], rtol=1e-6)
     assert len(set(found[0.9])) == 3
+
+
+@pytest.mark.parametrize(
+    ("targets", "products"),
+    [("all-linear", 4), (["q_proj", "v_proj", "up_proj"], 2), (["q_proj", "o_proj"], 2)],
+    ids=["five maps that share two inputs, and two", "two that share one, and one", "none that share"],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_factors_of_maps_that_share_an_input_are_multiplied_together(targets, products, dropout):
+    made = model(hidden_size=48)
+    ranks = {"k_proj": 2, "up_proj": 5} if targets == "all-linear" else {}
+    sj.lora.inject(made, rank=3, targets=targets, dropout=dropout, rank_pattern=ranks, seed=1)
+    shake(made)
+    layer = nnx.merge(*jax.tree.map(lambda x: x[0] if isinstance(x, jax.Array) else x, nnx.split(made.layers)))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 48)), jnp.float32)
+    for maps in (
+        (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+        (layer.mlp.gate_proj, layer.mlp.up_proj),
+    ):
+        for key in (None, jax.random.key(0)):
+            keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+            found = beside(x, maps, keys)
+            wanted = [each(x, key) for each, key in zip(maps, keys, strict=False)]
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, wanted)
+    graph, params, frozen = split(made, sj.LORA)
+    batch = data(batch_size=2).batch(0)
+    run = lambda p: token_sums(merge(graph, p, frozen), batch)["nll"]  # noqa: E731
+    text = str(jax.make_jaxpr(run)(params))
+    narrow = [shape for shape in re.findall(r"f32\[\d+,(\d+)\] = dot_general", text) if int(shape) < 16]
+    assert len(narrow) == products, narrow
 
 
 def test_factors_lie_on_the_mesh_of_their_map_and_give_the_same_logits(base, adapter):

@@ -52,6 +52,7 @@ class LoRA(nnx.Module):
         dropout_key: jax.Array | None,
         y: jax.Array | None = None,
         kernel: jax.Array | None = None,
+        low: jax.Array | None = None,
     ) -> jax.Array:
         """[B,T,*in_dims] -> what is added to y, [B,T,*out_dims]; dropout only where a key is given.
 
@@ -61,6 +62,7 @@ class LoRA(nnx.Module):
           dropout_key: None: no dropout.
           y: W x, for DoRA alone.
           kernel: W, for DoRA alone.
+          low: A x, where it was made together with that of other maps.
         """
         scale = self.scale[...] if isinstance(self.scale, PerLayer) else self.scale
         dropped = False
@@ -68,7 +70,7 @@ class LoRA(nnx.Module):
             dropped = True
             keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
-        low = contract(x, self.a[...], in_dims)  # scaled here, where it is small
+        low = contract(x, self.a[...], in_dims) if low is None else low  # scaled here, where it is small
         update = _expand(low * jnp.asarray(scale, low.dtype), self.b[...])
         if self.magnitude is None:
             return update
@@ -121,11 +123,16 @@ class Adaptable(nnx.Module):
 def contract(x: jax.Array, kernel: jax.Array, in_dims: int, out_dtype: Any = None) -> jax.Array:
     """[..., *in] and [*out, *in] -> [..., *out], over `in_dims` axes, in x's dtype; the result in `out_dtype`."""
     axes, lead = tuple(range(-in_dims, 0)), x.shape[: x.ndim - in_dims]
-    if sharding.undivided():
-        # One axis of tokens: of more, XLA:CPU transposes a copy of the output's gradient to make the kernel's.
-        x = x.reshape(-1, *x.shape[x.ndim - in_dims :])
-    y = jnp.tensordot(x, kernel.astype(x.dtype), (axes, axes), preferred_element_type=out_dtype)
-    return y.reshape(*lead, *y.shape[y.ndim - kernel.ndim + in_dims :])
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if sharding.undivided():
+            # One axis of tokens: of more, XLA:CPU transposes a copy of the output's gradient to make the kernel's.
+            x = x.reshape(-1, *x.shape[x.ndim - in_dims :])
+        y = jnp.tensordot(x, kernel.astype(x.dtype), (axes, axes), preferred_element_type=out_dtype)
+        return y.reshape(*lead, *y.shape[y.ndim - kernel.ndim + in_dims :])
+
+    # For the backward pass x itself is kept, once for all maps that share it, and neither its reshaping nor a cast.
+    return jax.checkpoint(product, prevent_cse=False)(x, kernel)
 
 
 @jax.custom_vjp

@@ -8,10 +8,12 @@ modules' methods see one layer's slice.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from specjax.models.adapter import Adaptable, contract
@@ -75,26 +77,45 @@ class Linear(Adaptable):
         self.in_dims = len(in_shape)
         self.lora = nnx.Dict()
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None, accumulate: Any = None) -> jax.Array:
-        """[...,*in_shape] -> [...,*out_shape] in x's dtype, or in `accumulate` (the logits' float32)."""
+    def __call__(
+        self,
+        x: jax.Array,
+        dropout_key: jax.Array | None = None,
+        accumulate: Any = None,
+        low: jax.Array | None = None,
+    ) -> jax.Array:
+        """[...,*in_shape] -> [...,*out_shape] in x's dtype, or in `accumulate` (the logits' float32); `low`: A x."""
         if not isinstance(self.kernel, Quantised):
-            return self._apply(x, dropout_key, accumulate)
+            return self._apply(x, dropout_key, accumulate, low)
         # The backward pass dequantises again: kept, all layers' floats would be in memory at once.
         graph, state = nnx.split(self)
 
-        def again(state: Any, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-            return nnx.merge(graph, state)._apply(x, dropout_key, accumulate)
+        def again(state: Any, x: jax.Array, dropout_key: jax.Array | None, low: jax.Array | None) -> jax.Array:
+            return nnx.merge(graph, state)._apply(x, dropout_key, accumulate, low)
 
-        return jax.checkpoint(again, prevent_cse=False)(state, x, dropout_key)
+        return jax.checkpoint(again, prevent_cse=False)(state, x, dropout_key, low)
 
-    def _apply(self, x: jax.Array, dropout_key: jax.Array | None, accumulate: Any) -> jax.Array:
+    def _apply(self, x: jax.Array, dropout_key: jax.Array | None, accumulate: Any, low: jax.Array | None) -> jax.Array:
         kernel = self.used("kernel")
         y = plain = contract(x, kernel, self.in_dims, accumulate)
         if self.bias is not None:
             y += jnp.broadcast_to(self.used("bias").astype(y.dtype), y.shape)
         if self.active is not None and self.active in self.lora:
-            y += self.lora[self.active](x, self.in_dims, dropout_key, plain, kernel)
+            y += self.lora[self.active](x, self.in_dims, dropout_key, plain, kernel, low)
         return y
+
+
+def beside(x: jax.Array, maps: Sequence[Linear], keys: Keys) -> list[jax.Array]:
+    """The outputs of maps that share an input; their factors A, small each, are multiplied by it together."""
+    worn = [each.lora[each.active] if each.active is not None and each.active in each.lora else None for each in maps]
+    together = [lora for lora in worn if lora is not None]
+    if len(together) < 2 or any(lora.dropout > 0 for lora in together) and keys[0] is not None:
+        return [each(x, key) for each, key in zip(maps, keys, strict=False)]
+    low = contract(x, jnp.concatenate([lora.a[...] for lora in together]), 1)
+    ends = np.cumsum([lora.a.shape[0] for lora in together])[:-1].tolist()
+    lows = iter(jnp.split(low, ends, axis=-1))
+    parts = [None if lora is None else next(lows) for lora in worn]
+    return [each(x, key, low=part) for each, key, part in zip(maps, keys, parts, strict=False)]
 
 
 class RMSNorm(Adaptable):
@@ -184,7 +205,7 @@ class Attention(nnx.Module):
             fused = self.qkv_proj(x, keys[0])
             q, k, v = fused[:, :, :last_q], fused[:, :, last_q:last_k], fused[:, :, last_k:]
         else:
-            q, k, v = self.q_proj(x, keys[0]), self.k_proj(x, keys[1]), self.v_proj(x, keys[2])
+            q, k, v = beside(x, (self.q_proj, self.k_proj, self.v_proj), keys)
         return self.q_norm(q) if self.q_norm else q, self.k_norm(k) if self.k_norm else k, v
 
     def __call__(
@@ -245,6 +266,11 @@ class MLP(nnx.Module):
             both = self.gate_up_proj(x, keys[0])
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
-            gate, up = self.gate_proj(x, keys[0]), self.up_proj(x, keys[1])
-        gated = jax.checkpoint(lambda gate, up: activate(gate, self.activation) * up, prevent_cse=False)
-        return self.down_proj(gated(gate, up), keys[2])
+            gate, up = beside(x, (self.gate_proj, self.up_proj), keys)
+        # The backward pass makes down's input again, which is as large as both of these and quickly made.
+        graph, state = nnx.split(self.down_proj)
+
+        def down(state: Any, gate: jax.Array, up: jax.Array, key: jax.Array | None) -> jax.Array:
+            return nnx.merge(graph, state)(activate(gate, self.activation) * up, key)
+
+        return jax.checkpoint(down, prevent_cse=False)(state, gate, up, keys[2])
