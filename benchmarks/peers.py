@@ -127,14 +127,14 @@ def peak_memory() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def our_data(pairs: int) -> tuple[Any, Any]:
-    """(tokenizer, packed rows) of the first so many pairs."""
+def our_data(pairs: int, seed: int = 0) -> tuple[Any, Any]:
+    """(tokenizer, packed rows) of the first so many pairs, in a seed's order."""
     import transformers
 
     import specjax as sj
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(WORK / "base")
-    data = sj.data.load(rows_of("train", pairs), tokenizer, length=LENGTH, batch_size=ROWS, seed=0)
+    data = sj.data.load(rows_of("train", pairs), tokenizer, length=LENGTH, batch_size=ROWS, seed=seed)
     return tokenizer, data
 
 
@@ -145,9 +145,12 @@ def totals(data: Any) -> dict[str, int]:
 
 def ours(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -> dict[str, Any]:
     """A run of `specjax.fit`; each step asks how many tokens it has just before the next one is put together."""
+    from specjax import cli
+
+    cli.leave_torch_out()  # as `specjax train` does
     import specjax as sj
 
-    _, data = our_data(pairs)
+    _, data = our_data(pairs, seed)
     model, tokenizer = sj.load(WORK / "base", dtype=case.get("dtype", "float32"))
     lora = case["kind"] == "lora"
     if lora:
@@ -155,16 +158,16 @@ def ours(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -> 
     clock = Clock()
 
     class Timed:
-        """The data, in an order of its own for each seed, with a clock."""
+        """The data, with a clock."""
 
         batch_size, fingerprint = data.batch_size, data.fingerprint
 
         def batch(self, step: int, rows: Any) -> Any:
-            return data.batch(step + 1000 * seed * data.steps_per_epoch, rows)
+            return data.batch(step, rows)
 
         def tokens_in(self, step: int) -> int:
             clock.tick()
-            return int(data.tokens_in(step + 1000 * seed * data.steps_per_epoch))
+            return int(data.tokens_in(step))
 
     optimizer = sj.adamw(RATES[case["kind"]], clip_norm=1.0)
     options = {"accumulate": case.get("accumulate", 1), "trainable": sj.LORA if lora else sj.ALL, "seed": seed}
