@@ -196,7 +196,7 @@ def shapes(jaxpr):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_frozen_weight_has_no_gradient_and_no_optimizer_state(kind, parts):
     ours = model(intermediate_size=80, vocab_size=136)  # no activation has a weight's shape
-    sj.lora.inject(ours, rank=4)
+    sj.lora.inject(ours, rank=3)
     graph, params, frozen = split(ours, sj.LORA if kind == "lora" else nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
     optimizer, batch = sj.adamw(RATE), micro(data(vocab_size=136).batch(0), parts)
     state = optimizer.init(params)
