@@ -3,7 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -189,6 +192,16 @@ def test_no_more_is_computed_again_than_must_be(folder):
         "accumulate": 4,
     }
     assert [each["fits"] for each in found] == [True] + [False] * 4
+
+
+def test_the_tpus_compiler_says_nothing_beside_the_plan(folder):
+    """It talks once a process, of a host and a TPU that it does not find."""
+    left_out = {"TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "XLA_FLAGS"}
+    place = {name: value for name, value in os.environ.items() if name not in left_out}
+    command = [sys.executable, "-m", "specjax", "plan", *flags(folder), "--target=v5e:1x1", "--json"]
+    done = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["target"] == "v5e:1x1"
 
 
 def test_slices_are_tried_from_the_smallest(folder):

@@ -135,7 +135,10 @@ def prepare(targets: list[Target]) -> None:
     """Settings that JAX and the compilers read when they start; before any device is asked for."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Without a TPU the library would wait for a metadata server, and one stale lock file would stop other processes.
-    for key, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}.items():
+    # What it then does not know of a host it would say on stderr, though no topology asked for here depends on it.
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
+    settings |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    for key, value in settings.items():
         os.environ.setdefault(key, value)
     if any(target.family == "h100" for target in targets):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # that there is no driver
