@@ -274,7 +274,8 @@ def test_a_mesh_that_does_not_fit_the_target_is_one_sentence(folder, capsys):
 )
 def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(tmp_path, monkeypatch, target, method):
     (tmp_path / "config.json").write_text(json.dumps(sizes(**TINY, vocab_size=8192)))
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 2**18)
+    for name in ("CHUNK_ELEMENTS", "GPU_CHUNK_ELEMENTS"):
+        monkeypatch.setattr(losses, name, 2**18)
     parsed = targets.parse(target)
     targets.prepare([parsed])
     config = config_of(
