@@ -25,21 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 SKIP = 3  # steps that are not timed
 RANK, RATE = 16, 1e-4
-LLAMA_1B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-}
+HEAD = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 CASES: dict[str, dict[str, Any]] = {
     "specjax LoRA": {"who": "ours", "kind": "lora"},
     "transformers + PEFT LoRA, 2 rows at once": {"who": "theirs", "kind": "lora", "micro": 2},
@@ -63,9 +49,10 @@ COLUMNS = {
 
 def sizes(folder: Path, changes: dict[str, Any]) -> Any:
     """The model's sizes, by way of the file that both read."""
+    from benchmarks.checkpoint_path import LLAMA_1B
     from specjax.models import ModelConfig
 
-    (folder / "config.json").write_text(json.dumps(LLAMA_1B | changes))
+    (folder / "config.json").write_text(json.dumps(HEAD | LLAMA_1B | changes))
     return ModelConfig.from_folder(folder)
 
 
@@ -164,7 +151,8 @@ def theirs(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         settings = {"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": 0.0, "target_modules": "all-linear"}
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     if case.get("checkpointing"):
-        model.enable_input_require_grads() if lora else None
+        if lora:
+            model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -231,8 +219,8 @@ def run_child(case: dict[str, Any]) -> None:
     print(json.dumps(found | {"mfu": count / found["seconds"] / peak, "flops": count}))
 
 
-def main() -> None:
-    """Prints a table, or JSON lines."""
+def main() -> str | None:
+    """Prints a table, or JSON lines; what failed, where something did."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rows", type=int, default=4)
@@ -243,11 +231,12 @@ def main() -> None:
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return run_child(args.child)
+        run_child(args.child)
+        return None
     names = args.only.split(";") if args.only else list(CASES)
     if unknown := set(names) - set(CASES):
         parser.error(f"no such run: {', '.join(sorted(unknown))}; there are {'; '.join(CASES)}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in names:
         task = {"steps": args.steps, "rows": args.rows, "length": args.length, "changes": args.config} | CASES[name]
         done = subprocess.run(
@@ -260,12 +249,18 @@ def main() -> None:
         print(name, {k: rows[-1][k] for k in ("ms", "mfu", "peak", "compile", "loss")}, file=sys.stderr, flush=True)
     if args.json:
         print("\n".join(json.dumps(row) for row in rows))
-        return None
+    else:
+        show(rows)
+    return f"{len(names) - len(rows)} of {len(names)} runs failed" if len(rows) < len(names) else None
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table, under the name of the device."""
+    print(", ".join(sorted({row["device"] for row in rows})), end="\n\n")
     print("| | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
     for row in rows:
         print(f"| {row['name']} | " + " | ".join(of(row) for of in COLUMNS.values()) + " |")
-    return None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -17,6 +17,7 @@ from specjax.checks import FREE, KINDS, nearest_key
 from specjax.config import get_config, load_config_file
 from specjax.errors import UserError, nearest
 from specjax.launch import ENGINES, launch
+from specjax.torchless import leave_torch_out
 
 HELP = """specjax specialises a pretrained language model to a domain: full fine-tuning, SFT and LoRA, in JAX.
 
@@ -116,15 +117,6 @@ def _ask_for_huge_pages() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def leave_torch_out() -> None:
-    """Keeps transformers from loading torch, where it is installed, for a tokenizer and a config, which need none.
-
-    That is 0.27 GiB and seconds at start. Only a process that is specjax's own may do so: in it there is no torch.
-    """
-    sys.modules.setdefault("torch", cast(Any, None))
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that models of its own need torch
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from specjax.config import get_config, merge, methods, resolved, validate
 from specjax.errors import UserError
+from specjax.torchless import leave_torch_out
 
 
 def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def _run(settings: dict[str, Any], workdir: Path) -> None:
 
 
 def _train(settings: dict[str, Any], workdir: str) -> None:
+    leave_torch_out()  # this process begins anew, without what its parent's command did
     from specjax import run
 
     try:

@@ -69,6 +69,31 @@ def test_help_and_a_users_mistake_take_less_than_a_second_and_import_nothing_hea
     assert min(seconds) < 1
 
 
+def test_a_command_of_ours_loads_no_torch(tmp_path):
+    """Neither does a method of `specjax compare`, which trains in a process of its own."""
+    (tmp_path / "pairs.jsonl").write_text('{"instruction": "What?", "response": "That."}\n')
+    asked = [
+        "data",
+        "--config=configs/lora.py",
+        f"--config.data.train={tmp_path}/pairs.jsonl",
+        "--config.data.eval_fraction=0.0",
+    ]
+    code = (
+        f"import atexit, sys; sys.argv = ['specjax', *{asked}]; from specjax.cli import entry;"
+        "atexit.register(lambda: print('transformers' in sys.modules, 'torch.nn' in sys.modules)); entry()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("True False\n")
+    code = (
+        "import sys; from specjax import compare, torchless; from specjax.errors import UserError\n"
+        "try: compare._train({}, 'nowhere')\n"
+        "except SystemExit: print('transformers' in sys.modules, 'torch.nn' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("True False\n")
+
+
 def test_the_module_runs_as_the_command_does():
     done = subprocess.run([sys.executable, "-m", "specjax", "trian"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2

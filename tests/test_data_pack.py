@@ -65,6 +65,7 @@ def test_every_token_and_every_target_is_there_exactly_once(case):
     assert sorted(zip(rows["tokens"][counted], rows["targets"][counted], strict=True)) == sorted(wanted)
     assert set(np.unique(rows["loss_mask"])) <= {0.0, 1.0}
     assert loaded.report["loss_tokens"] == len(wanted)
+    assert loaded.most_documents == rows["segment_ids"].max()
 
 
 @given(sizes_and_length)

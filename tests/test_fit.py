@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 
 import specjax as sj
 from specjax.errors import UserError
+from specjax.models import layers
 from specjax.train import fit, state
 from specjax.train.checkpoint import Checkpoints
 from specjax.train.step import split
@@ -422,3 +423,11 @@ if __name__ == "__main__":
     hooked = Hooked(data(), 10, lambda: limit_files(Path(workdir))) if limit else None
     _, trained = job(workdir, kind, hooked)
     np.savez(Path(workdir) / "weights.npz", **trained)
+
+
+def test_the_step_is_told_how_many_documents_a_row_has(monkeypatch):
+    told, plain = set(), layers.attend
+    monkeypatch.setattr(layers, "attend", lambda *qkv, **how: told.add(how["documents"]) or plain(*qkv, **how))
+    rows = data()
+    sj.fit(model(), rows, sj.adamw(1e-3), steps=1, tensorboard=False)
+    assert told == {rows.most_documents} and rows.most_documents > 1

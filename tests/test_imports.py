@@ -15,6 +15,7 @@ ALLOWED = {
     "sharding": {"errors"},
     "models": {"sharding", "errors"},
     "launch": {"errors"},
+    "torchless": set(),
     "processes": {"errors", "files", "launch"},
     "flops": {"models"},
     "hf": {"models", "sharding", "errors", "files", "processes"},
@@ -29,17 +30,32 @@ ALLOWED = {
     "build": {"config", "train", "generate", "hf", "lora", "data", "models", "errors"},
     "plan": {"build", "config", "flops", "train", "hf", "lora", "models", "sharding", "errors"},
     "run": {"build", "config", "train", "generate", "hf", "lora", "data", "sharding", "errors", "processes"},
-    "compare": {"run", "config", "errors"},
+    "compare": {"run", "config", "errors", "torchless"},
     "parity": set(),
-    "cli": {"run", "plan", "compare", "parity", "processes", "launch", "config", "checks", "errors", "__init__"},
+    "cli": {
+        *(
+            "run",
+            "plan",
+            "compare",
+            "parity",
+            "processes",
+            "launch",
+            "config",
+            "checks",
+            "errors",
+            "torchless",
+            "__init__",
+        )
+    },
     "__main__": {"cli"},
 }
+NO_JAX = {"data", "parity", "errors", "files", "launch", "torchless", "config", "checks", "cli", "__main__"}
 # foreign library -> the parts that may import it
 FOREIGN = {
     "ml_collections": {"config", "checks", "cli", "build", "plan", "run", "compare"},
     "absl": {"cli"},
-    "jax": set(ALLOWED) - {"data", "parity", "errors", "files", "launch", "config", "checks", "cli", "__main__"},
-    "flax": set(ALLOWED) - {"data", "parity", "errors", "files", "launch", "config", "checks", "cli", "__main__"},
+    "jax": set(ALLOWED) - NO_JAX,
+    "flax": set(ALLOWED) - NO_JAX,
     "torch": set(),
     "peft": set(),
     "trl": set(),

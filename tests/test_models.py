@@ -11,6 +11,7 @@ from flax import nnx
 from helpers import PROMPT, data, model, prompts, sizes, torch_logits, torch_model
 from parity import LLAMA3
 
+import specjax as sj
 from specjax.errors import UserError
 from specjax.hf.load import load
 from specjax.models import ModelConfig, attention, rope
@@ -261,6 +262,21 @@ def batch():
 def jaxpr(of, batch):
     graph, params, _ = split(of, nnx.Param)
     return str(jax.make_jaxpr(jax.grad(lambda params: token_sums(merge(graph, params), batch)["nll"]))(params))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_layer_keeps_each_input_once(batch, method):
+    """Of width 48: its input and that of attention's maps, the MLP's residual and its input; of width 80 gate and up."""
+    made = model(hidden_size=48, intermediate_size=80, head_dim=10)
+    if method == "lora":
+        sj.lora.inject(made, rank=3, targets="all-linear", seed=0)
+    graph, params, frozen = split(made, sj.LORA if method == "lora" else sj.ALL)
+    run = lambda params: token_sums(merge(graph, params, frozen), batch)["nll"]  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(run))(params).jaxpr
+    forward = next(each for each in program.eqns if each.primitive.name == "scan" and not each.params["reverse"])
+    kept = [out.aval for out in forward.outvars[forward.params["num_carry"] :]]
+    tokens = made.config.num_layers * batch["tokens"].size
+    assert {width: sum(each.size == tokens * width for each in kept) for width in (48, 80)} == {48: 4, 80: 2}
 
 
 def test_rematerialised_layers_have_the_gradients_of_kept_ones(batch):

@@ -286,6 +286,42 @@ def test_the_loss_by_chunks_is_the_loss_of_the_whole_logits(monkeypatch, tied):
             np.testing.assert_allclose(gradient[name], value, rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
+@pytest.mark.parametrize(("method", "products"), [("lora", 2), ("full", 3)])
+def test_no_logits_are_made_twice(monkeypatch, method, products):
+    """Logits, the hidden states' gradient and, where it trains, the table's: each once a chunk."""
+    ours = model(vocab_size=131)
+    sj.lora.inject(ours, rank=3)
+    graph, params, frozen = split(ours, sj.LORA if method == "lora" else nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    batch = data(vocab_size=131, batch_size=4).batch(0)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 4 * 131 * 16)
+    program = jax.make_jaxpr(jax.grad(lambda p: token_sums(merge(graph, p, frozen), batch)["nll"]))(params)
+    assert sum(131 in shape for shape in products_of(program.jaxpr)) == products
+
+
+def products_of(jaxpr):
+    """The sizes that each matrix product of a jaxpr takes and makes, inner ones included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield {n for value in (*equation.invars, *equation.outvars) for n in value.aval.shape}
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                    yield from products_of(inner)
+
+
+def test_the_tables_gradient_is_summed_over_chunks_in_float32(monkeypatch):
+    ours = model(vocab_size=131, dtype="bfloat16")
+    graph, params, _ = split(ours, sj.ALL)
+    batch = data(vocab_size=131, batch_size=4).batch(0)
+    found = []
+    for elements in (2**25, 4 * 131):  # all at once, and a token of each row at a time
+        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", elements)
+        gradient = jax.jit(jax.grad(lambda p: token_sums(merge(graph, p), batch)["nll"]))(params)
+        found.append(np.asarray(gradient["lm_head.kernel"], np.float64))
+    # 2e-3 of it is the rounding of the result; summed in bfloat16 it would be 1e-2.
+    assert np.linalg.norm(found[1] - found[0]) < 5e-3 * np.linalg.norm(found[0])
+
+
 def test_evaluation_is_weighted_by_tokens_and_sees_every_row_once():
     ours, rows = model(), data(documents=23, answers=True)  # the last batch is not full
     graph, params, frozen = split(ours, sj.ALL)
