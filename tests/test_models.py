@@ -266,7 +266,7 @@ def jaxpr(of, batch):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_layer_keeps_each_input_once(batch, method):
-    """Of width 48: its input and that of attention's maps, the MLP's residual and its input; of width 80 gate and up."""
+    """Of width 48: its input and that of attention's maps, the MLP's residual and input; of width 80 gate and up."""
     made = model(hidden_size=48, intermediate_size=80, head_dim=10)
     if method == "lora":
         sj.lora.inject(made, rank=3, targets="all-linear", seed=0)
