@@ -11,7 +11,7 @@ import pytest
 
 import specjax as sj
 from specjax import sharding
-from specjax.models import attention, splash
+from specjax.models import attention, cudnn, splash
 
 B, T, N, K, H = 2, 300, 4, 2, 32
 MESHES = {"one device": None, "fsdp 2 x tensor 2 x context 2": {"fsdp": 2, "tensor": 2, "context": 2}}
@@ -125,12 +125,32 @@ def test_on_a_tpu_the_kernel_takes_over_with_the_window_of_each_layer(inputs, mo
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
 
 
-@pytest.mark.parametrize("how", [{}, {"window": 50}, {"window": attention.OneOf((None, 50), jnp.int32(1))}])
+def test_on_a_gpu_cudnn_takes_over_with_the_window_of_each_layer(inputs, monkeypatch):
+    qkv, dy, *_ = inputs
+    wanted = [both(plain(inputs, window=width), qkv, dy) for width in (None, 50)]
+    kernel, asked = cudnn.attend, []
+
+    def on_xla(*qkv, **how):
+        asked.append(how["documents"])
+        return kernel(*qkv, **how, implementation="xla")
+
+    monkeypatch.setattr(cudnn, "takes", lambda *_: True)
+    monkeypatch.setattr(cudnn, "attend", on_xla)
+    for which, expected in enumerate(wanted):
+        one = attention.OneOf((None, 50), jnp.int32(which))
+        found = both(plain(inputs, window=one, documents=4), qkv, dy)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
+    assert set(asked) == {None}
+    plain(inputs, documents=4)(*qkv)
+    assert asked[-1] == 4
+
+
+@pytest.mark.parametrize("how", [{}, {"window": 50}])
 def test_what_cudnn_is_asked_equals_the_plain_attention(inputs, how):
     """The kernel itself runs on GPUs alone; here XLA does what it is asked for."""
     qkv, dy, segments, _ = inputs
-    given = {"segments": segments, "scale": 0.3, "implementation": "xla"}
-    ours = lambda q, k, v: attention._cudnn(q, k, v, how.get("window"), **given)  # noqa: E731
+    given = {"segments": segments, "scale": 0.3, "implementation": "xla", "window": None} | how
+    ours = lambda q, k, v: cudnn.attend(q, k, v, **given)  # noqa: E731
     found, wanted = both(ours, qkv, dy), both(plain(inputs, **how), qkv, dy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, wanted)
 
@@ -139,15 +159,15 @@ def test_one_document_a_row_needs_no_mask(inputs):
     (q, k, v), dy, segments, positions = inputs
     one = (segments == 1).astype(np.int32)
     dy = dy * one[:, :, None, None]
-    asked = {"segments": one, "scale": 0.3, "implementation": "xla", "documents": 1}
-    found = both(lambda q, k, v: attention._cudnn(q, k, v, None, **asked), (q, k, v), dy)
+    asked = {"segments": one, "scale": 0.3, "implementation": "xla", "documents": 1, "window": None}
+    found = both(lambda q, k, v: cudnn.attend(q, k, v, **asked), (q, k, v), dy)
     wanted = both(plain(((q, k, v), dy, one, positions)), (q, k, v), dy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, wanted)
 
 
 def test_where_documents_lie_is_told_row_by_row():
     segments = jnp.array([[1, 1, 2, 2, 2, 0], [1, 2, 3, 3, 3, 3], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], jnp.int32)
-    starts, sizes = attention._extents(segments, 4)
+    starts, sizes = cudnn._extents(segments, 4)
     lie = [
         [(at, size) for at, size in zip(row, each, strict=False) if size > 0]
         for row, each in zip(starts.tolist(), sizes.tolist(), strict=True)
@@ -161,40 +181,40 @@ def test_where_documents_lie_is_told_row_by_row():
 def test_cudnn_is_told_of_documents_where_they_are_few_and_it_is_new(monkeypatch):
     asked = []
     q, segments = jnp.zeros((1, 64, 4, 32), jnp.bfloat16), jnp.ones((1, 64), jnp.int32)
-    monkeypatch.setattr(attention, "_generation", lambda: 9)
-    monkeypatch.setattr(attention, "_cudnn_packed", lambda q, *rest: asked.append(rest[-1]) or q)
+    monkeypatch.setattr(cudnn, "_generation", lambda: 9)
+    monkeypatch.setattr(cudnn, "_packed", lambda q, *rest: asked.append(rest[-1]) or q)
     for documents in (None, 1, 2, 63, 64):
         how = {"segments": segments, "scale": 1.0, "documents": documents, "implementation": "xla"}
-        attention._cudnn(q, q, q, None, **how)
-        attention._cudnn(q, q, q, 10, **how)
+        cudnn.attend(q, q, q, window=None, **how)
+        cudnn.attend(q, q, q, window=10, **how)
         with jax.set_mesh(sj.make_mesh(fsdp=8)):  # of how several devices share them nothing was seen
-            attention._cudnn(q, q, q, None, **how)
+            cudnn.attend(q, q, q, window=None, **how)
     assert asked == [2, 63]
-    monkeypatch.setattr(attention, "_generation", lambda: 8)
-    assert not attention._packed_is_known()
+    monkeypatch.setattr(cudnn, "_generation", lambda: 8)
+    assert not cudnn._packed_is_known()
 
 
 def test_the_kernel_for_packed_rows_is_where_it_is_looked_for():
-    cudnn = importlib.import_module(attention.PACKED)
-    taken = inspect.signature(cudnn.dot_product_attention).parameters
+    beneath = importlib.import_module(cudnn.PACKED)
+    taken = inspect.signature(beneath.dot_product_attention).parameters
     assert {"q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "mask_type"} <= set(taken)
-    assert cudnn.MaskType.CAUSAL
+    assert beneath.MaskType.CAUSAL
 
 
 def test_cudnn_is_asked_on_a_gpu_for_what_it_knows(monkeypatch):
     q = jnp.zeros((1, 64, 4, 32), jnp.bfloat16)
-    assert not attention._cudnn_takes(q, q, None)
+    assert not cudnn.takes(q, q, None)
     monkeypatch.setattr(sharding, "platform", lambda: "gpu")
-    assert not attention._cudnn_takes(q, q, None)  # compiled for, and not here
+    assert not cudnn.takes(q, q, None)  # compiled for, and not here
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert not attention._cudnn_takes(q, q, None)  # no GPU of NVIDIA's
+    assert not cudnn.takes(q, q, None)  # no GPU of NVIDIA's
     for capability, widest in (("7.5", 0), ("8.0", 128), ("9.0", 256)):  # T4, A100, H100
         device = SimpleNamespace(compute_capability=capability)
         monkeypatch.setattr(jax, "devices", lambda device=device: [device])
         for dim in (32, 128, 256):
             wide = jnp.zeros((1, 64, 4, dim), jnp.bfloat16)
-            assert attention._cudnn_takes(wide, wide, None) == (dim <= widest)
-    assert not attention._cudnn_takes(q, q, 30.0)
-    assert not attention._cudnn_takes(q.astype(jnp.float32), q, None)
-    assert not attention._cudnn_takes(q[:, :63], q[:, :63], None)
-    assert not attention._cudnn_takes(q[:, :8], q, None)
+            assert cudnn.takes(wide, wide, None) == (dim <= widest)
+    assert not cudnn.takes(q, q, 30.0)
+    assert not cudnn.takes(q.astype(jnp.float32), q, None)
+    assert not cudnn.takes(q[:, :63], q[:, :63], None)
+    assert not cudnn.takes(q[:, :8], q, None)

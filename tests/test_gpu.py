@@ -15,7 +15,7 @@ from helpers import KINDS, data, model
 import specjax as sj
 from specjax.generate import generate_tokens
 from specjax.hf.quantise import convert
-from specjax.models import attention
+from specjax.models import attention, cudnn
 from specjax.train import losses
 from specjax.train.step import make_train_step, merge, split
 
@@ -62,7 +62,7 @@ def test_cudnns_attention_is_the_plain_one(documents, how, dim, kv_heads):
 
         return jax.jit(run)(*(x.astype(dtype) for x in (q, k, v)))
 
-    assert attention._cudnn_takes(q, k, None)
+    assert cudnn.takes(q, k, None)
     found = both(jnp.bfloat16, **({"documents": documents} if "known" in how else {}))
     with jax.set_mesh(sj.make_mesh(fsdp=1, devices=[on_cpu()])):
         q, k, v, dy, segments = jax.device_put((q, k, v, dy, segments), on_cpu())

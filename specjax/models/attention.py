@@ -1,17 +1,15 @@
 """Causal grouped-query attention: one entry point for every family and platform.
 
 On a TPU a row of tokens that sees itself goes through the splash kernel (`specjax.models.splash`), on a GPU through
-cuDNN's; everything else is computed here, a chunk of queries at a time where there are many. The backward pass makes
-the scores again from the queries, the keys and each query's log-sum-exp, as flash attention does (Dao et al. 2022,
-arXiv:2205.14135): no array of T x S outlives its chunk.
+cuDNN's (`specjax.models.cudnn`); everything else is computed here, a chunk of queries at a time where there are many.
+The backward pass makes the scores again from the queries, the keys and each query's log-sum-exp, as flash attention
+does (Dao et al. 2022, arXiv:2205.14135): no array of T x S outlives its chunk.
 
 B batch, T query length, S key length, K kv heads, G query heads per kv head, H head_dim, L layers.
 """
 
 import functools
-import importlib
-import importlib.util
-import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from specjax import sharding
+from specjax.models import cudnn
 
 Cache = tuple[jax.Array, jax.Array]  # of all layers: keys [L,B,K,H,S], values [L,B,K,S,H]
 
@@ -26,8 +25,6 @@ NAME = "attention"  # what a layer's rematerialisation may keep of it
 NO_WINDOW = 2**30  # wider than any text: beside layers with a window, those without have this one
 SPLASH_FROM = 128  # tokens, a block of the kernel
 QUERY_CHUNK = 1024  # above this many queries, scores are made a chunk of queries at a time: memory linear in length
-MOST_DOCUMENTS = 63  # in a row that cuDNN takes apart: it has room for each of them as long as the row
-PACKED = "jax._src.cudnn.fused_attention_stablehlo"
 PIECES, SMALLEST_PIECE = 4, 64  # of the queries of a row that sees itself, each with the keys up to its end alone
 
 
@@ -75,9 +72,15 @@ def attend(
       Without a cache and with T = S, a row sees itself, in order: what stands behind a query is not looked at.
     """
     if not cached and q.shape[1] == k.shape[1] >= SPLASH_FROM and sharding.platform() == "tpu":
-        return _splash(q, k, v, window, q_segments=q_segments, k_segments=k_segments, scale=scale, softcap=softcap)
-    if not cached and _cudnn_takes(q, k, softcap):
-        return _cudnn(q, k, v, window, segments=q_segments, scale=scale, documents=documents)
+        from specjax.models import splash  # here, because it takes a quarter of a second that only a TPU's user owes
+
+        given: dict[str, Any] = {"q_segments": q_segments, "k_segments": k_segments, "scale": scale, "softcap": softcap}
+        return _of_width(window, functools.partial(splash.attend, **given), q, k, v)
+    if not cached and cudnn.takes(q, k, softcap):
+        if isinstance(window, OneOf) and documents != 1:
+            documents = None  # packed rows were not seen to run in a branch
+        given = {"segments": q_segments, "scale": scale, "documents": documents}
+        return _of_width(window, functools.partial(cudnn.attend, **given), q, k, v)
     width: Any = window
     if isinstance(window, OneOf):
         width = jnp.array([NO_WINDOW if w is None else w for w in window.widths], jnp.int32)[window.which]
@@ -286,95 +289,13 @@ def store(cache: Cache, k: jax.Array, v: jax.Array, layer: jax.Array | int, slot
     )
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, window: int | OneOf | None, **given: Any) -> jax.Array:
-    from specjax.models import splash  # here, because it takes a quarter of a second that only a TPU's user owes
-
+def _of_width(window: int | OneOf | None, kernel: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """A kernel that wants to know its window when it is compiled: one for each width there is, of which one runs."""
     if not isinstance(window, OneOf):
-        return splash.attend(q, k, v, window=window, **given)
-    widths = tuple(dict.fromkeys(window.widths))  # the kernel wants to know it when it is compiled
-    which = jnp.array([widths.index(width) for width in window.widths], jnp.int32)[window.which]
-    return jax.lax.switch(which, [functools.partial(splash.attend, window=width, **given) for width in widths], q, k, v)
-
-
-def _cudnn_takes(q: jax.Array, k: jax.Array, softcap: float | None) -> bool:
-    """Whether cuDNN's kernel knows this case; it is there where a GPU is, and not where one is only compiled for."""
-    if sharding.platform() != "gpu" or jax.default_backend() != "gpu" or softcap is not None or q.dtype == jnp.float32:
-        return False
-    length, dim, generation = q.shape[1], q.shape[3], _generation()
-    whole = sharding.parts("length", length) == 1 and length == k.shape[1] and length % 2 == 0
-    return whole and generation >= 8 and dim % 8 == 0 and dim <= (256 if generation >= 9 else 128)
-
-
-def _generation() -> int:
-    """Of NVIDIA's GPU here, the first number of its compute capability: 7 is Turing, 8 Ampere, 9 Hopper; else 0."""
-    hit = re.fullmatch(r"(\d+)\.\d+", str(getattr(jax.devices()[0], "compute_capability", "")))
-    return int(hit[1]) if hit else 0
-
-
-def _cudnn(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    window: int | OneOf | None,
-    *,
-    segments: jax.Array,
-    scale: float,
-    documents: int | None = None,
-    implementation: Any = "cudnn",
-) -> jax.Array:
-    """`attend` for a row that sees itself, where later is what stands later in the row (as in the splash kernel).
-
-    One document a row needs no mask. Of several, cuDNN is told where each begins, if there are few and it can be: it
-    then computes nothing between them. Else they are kept apart by a mask [B,1,T,T].
-
-    Nothing of it is named for `remat`: its backward pass needs what it keeps to itself, and makes it again either way.
-    """
-    if window is None and documents is not None and 1 < documents <= MOST_DOCUMENTS and _packed_is_known():
-        return _cudnn_packed(q, k, v, segments, scale, documents)
-    mask = None if documents == 1 else (segments[:, :, None] == segments[:, None, :])[:, None]
-
-    def of(width: int | None) -> Any:
-        local = None if width is None else (width - 1, 0)
-        how: dict[str, Any] = {"is_causal": True, "local_window_size": local, "implementation": implementation}
-        return lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, **how)
-
-    if not isinstance(window, OneOf):
-        return of(window)(q, k, v, mask)
+        return kernel(*arrays, window=window)
     widths = tuple(dict.fromkeys(window.widths))
     which = jnp.array([widths.index(width) for width in window.widths], jnp.int32)[window.which]
-    return jax.lax.switch(which, [of(width) for width in widths], q, k, v, mask)
-
-
-def _packed_is_known() -> bool:
-    """Whether it takes packed rows: on Hopper and newer; how JAX shares them out to several devices was not seen."""
-    return sharding.undivided() and _generation() >= 9 and importlib.util.find_spec(PACKED) is not None
-
-
-def _cudnn_packed(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float, documents: int
-) -> jax.Array:
-    """Each document by itself; `jax.nn.dot_product_attention` does not pass on what says where they lie."""
-    cudnn = importlib.import_module(PACKED)
-    starts, sizes = _extents(segments, documents)
-    # JAX 0.11 counts where keys begin with the queries' number of heads: they are repeated to have as many.
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-    lie = {"q_seqlen": sizes, "kv_seqlen": sizes, "q_offsets": starts, "kv_offsets": starts}
-    found: jax.Array = cudnn.dot_product_attention(q, k, v, scale=scale, mask_type=cudnn.MaskType.CAUSAL, **lie)
-    return found
-
-
-def _extents(segments: jax.Array, documents: int) -> tuple[jax.Array, jax.Array]:
-    """Where each document of a row begins and how long it is, int32 [B,M+1] and [B,M], then -1.
-
-    Segments are numbered from 1, and the padding behind them is a document of its own: M is `documents` + 1.
-    """
-    number = jnp.arange(1, documents + 2, dtype=jnp.int32)[None]
-    sizes = jnp.sum(segments[:, :, None] == number[None], axis=1, dtype=jnp.int32)
-    used = jnp.sum(sizes, axis=1, keepdims=True)
-    padding = jnp.where(number - 1 == jnp.max(segments, axis=1, keepdims=True), segments.shape[1] - used, 0)
-    sizes = sizes + padding
-    starts = jnp.where(sizes > 0, jnp.cumsum(sizes, axis=1) - sizes, -1)
-    return jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1), jnp.where(sizes > 0, sizes, -1)
+    return jax.lax.switch(which, [functools.partial(kernel, window=width) for width in widths], *arrays)
 
 
 def _chunk(length: int) -> int:
