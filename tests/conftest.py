@@ -5,8 +5,8 @@ import sys
 
 assert "jax" not in sys.modules, "the devices are counted when jax is imported: nothing may import it before this file"
 
-# Hundreds of programs are compiled here to run for a moment: without LLVM's optimizations and XLA's fusion emitters that
-# takes a fifth of the time. AS_SHIPPED=1 compiles as users do.
+# Hundreds of programs are compiled here to run for a moment: without LLVM's optimizations and XLA's fusion emitters
+# that takes a fifth of the time (docs/log.md). AS_SHIPPED=1 compiles as users do.
 QUICK = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 os.environ["XLA_FLAGS"] = " ".join(FLAGS if "AS_SHIPPED" in os.environ else [*FLAGS, QUICK])

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -431,3 +432,21 @@ def test_the_step_is_told_how_many_documents_a_row_has(monkeypatch):
     rows = data()
     sj.fit(model(), rows, sj.adamw(1e-3), steps=1, tensorboard=False)
     assert told == {rows.most_documents} and rows.most_documents > 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone keeps it")
+@pytest.mark.parametrize("trims", [True, False], ids=["glibc", "another C library"])
+def test_what_compiling_took_goes_back_to_the_system_before_the_first_step(monkeypatch, trims):
+    asked = []
+    library = SimpleNamespace(**({"malloc_trim": asked.append} if trims else {}))
+    monkeypatch.setattr(state, "ctypes", SimpleNamespace(CDLL=lambda name: library))
+    compiled = state.Run._compile
+
+    def compile_(run, batch):
+        found = compiled(run, batch)
+        assert run.result.step == 0 and asked == [0] * trims
+        return found
+
+    monkeypatch.setattr(state.Run, "_compile", compile_)
+    quick(steps=2)
+    assert asked == [0] * trims
