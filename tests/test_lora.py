@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,10 @@ def test_factors_start_as_pefts_do(base):
         assert abs(value.std() - bound / math.sqrt(3)) < 0.05 * bound, name
         assert np.abs(value.mean()) < 0.1 * bound
         seen |= {layer.tobytes()[:64] for layer in value}
+        # What a seed means: JAX's numbers for the map's name and shape, the rank last.
+        key = jax.random.fold_in(jax.random.key(3), zlib.crc32(name.removesuffix(".lora.default.a").encode()))
+        drawn = jax.random.uniform(key, (2, *value.shape[2:], 16), jnp.float32, -bound, bound)
+        np.testing.assert_allclose(np.moveaxis(drawn, -1, 1), value, rtol=1e-6)
     assert len(seen) == 7 * 2  # no two maps, no two layers start alike
     again, other = ours(base), ours(base)
     sj.lora.inject(again, rank=16, seed=3)

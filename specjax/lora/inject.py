@@ -104,18 +104,21 @@ def inject(
     names.check_patterns(alphas, touched, "alpha_pattern")
     rank_of = names.by_pattern(ranks, rank, "rank_pattern")
     alpha_of = names.by_pattern(alphas, alpha, "alpha_pattern")
-    factors = {}
+    ranks_of, alphas_of = {}, {}
     for path, flags in chosen.items():
         found = names.modules(model, path)
-        true_ranks = tuple(int(rank_of(one)) if on else 0 for one, on in zip(found, flags, strict=True))
-        factors[path] = _fresh(model, path, true_ranks, tuple(float(alpha_of(one)) for one in found), dora, seed)
+        ranks_of[path] = tuple(int(rank_of(one)) if on else 0 for one, on in zip(found, flags, strict=True))
+        alphas_of[path] = tuple(float(alpha_of(one)) for one in found)
+    longest = max((math.prod(factor_shapes(model, path, max(ranks_of[path]))[0]) for path in chosen), default=0)
+    factors = {path: _fresh(model, path, ranks_of[path], alphas_of[path], dora, seed, longest) for path in chosen}
     experts.check(factors, dropout)
     attach(model, name, Adapter(factors, copies, dropout, rslora))
 
 
 def _fresh(
-    model: Decoder, path: str, ranks: tuple[int, ...], alphas: tuple[float, ...], dora: bool, seed: int
+    model: Decoder, path: str, ranks: tuple[int, ...], alphas: tuple[float, ...], dora: bool, seed: int, longest: int
 ) -> Factors:
+    """The factors of one map, of whose A none has more than `longest` numbers."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
     rank = max(ranks)
     a_shape, b_shape, _ = factor_shapes(model, path, rank)
@@ -123,7 +126,10 @@ def _fresh(
     lead = leading(linear)
     bound = 1 / math.sqrt(math.prod(a_shape[lead + 1 :]))
     # Drawn with the rank last, whatever order the parameter has: a seed keeps its meaning.
-    a = jax.random.uniform(key, (*a_shape[:lead], *a_shape[lead + 1 :], rank), jnp.float32, -bound, bound)
+    shape = (*a_shape[:lead], *a_shape[lead + 1 :], rank)
+    # A program that draws takes most of a second to compile. So all draw equally many: a key's first numbers are those
+    # that it gives for any shape of as many.
+    a = jax.random.uniform(key, (longest,), jnp.float32, -bound, bound)[: math.prod(shape)].reshape(shape)
     a = jnp.moveaxis(a, -1, lead)
     if min(ranks) < rank:  # behind a layer's true rank stand zeros, which stay zeros
         true = jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]
