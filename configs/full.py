@@ -5,9 +5,9 @@ r"""Full fine-tuning: every weight trains, on raw domain text.
         --config.model.path=meta-llama/Llama-3.2-1B --config.optimizer.learning_rate=2e-5 \
         --config.data.train=mine.jsonl --config.data.length=2048
 
-As it stands it runs on the demo's base and corpus (`make demo` writes the corpus): 2 cores, shared with
-other work: 7 minutes for 95 steps, 1.7 GiB; held-out loss 3.48 -> 2.89 nats a token. (The base has read these texts,
-though not in this form: `configs/demo.py` measures on modules that it never saw.)
+As it stands it runs on the demo's base and corpus (`make demo` writes the corpus), on 2 quiet cores:
+under 2 minutes for 95 steps, 0.8 GiB; held-out loss 3.48 -> 2.89 nats a token. (The base has read these
+texts, though not in this form: `configs/demo.py` measures on modules that it never saw.)
 
 What to turn first is the learning rate. Too much of it forgets what the base knew; that shows in the loss on a general
 set beside the domain's own: `--config.data.eval.domain=FILE --config.data.eval.general=FILE`.
