@@ -52,7 +52,7 @@ def callers(folder: str, dtype: str, tied: bool) -> dict[str, Callable[[list[lis
     """What continues prompts by so many tokens, by name."""
     import torch
 
-    from specjax.generate import generate_tokens
+    from specjax.generation.generate import generate_tokens
 
     reference, model = models(folder, dtype, tied)
 

@@ -5,7 +5,6 @@ The public names are written out here and imported at first use: `import specjax
 
 import importlib
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from specjax.errors import UserError as UserError
@@ -13,7 +12,7 @@ from specjax.errors import UserError as UserError
 if TYPE_CHECKING:
     from specjax import data as data
     from specjax import lora as lora
-    from specjax.generate import generate as generate
+    from specjax.generation.generate import generate as generate
     from specjax.hf.export import export as export
     from specjax.hf.load import load as load
     from specjax.lora import ALL as ALL
@@ -32,7 +31,7 @@ _HOMES = {
     "fit": "specjax.train.fit",
     "adamw": "specjax.train.optim",
     "lion": "specjax.train.optim",
-    "generate": "specjax.generate",
+    "generate": "specjax.generation.generate",
     "ALL": "specjax.lora",
     "LORA": "specjax.lora",
 }
@@ -54,15 +53,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `specjax.generate` the function: importing the module of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "generate" and isinstance(value, ModuleType):
-            value = value.generate
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

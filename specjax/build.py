@@ -15,7 +15,7 @@ from specjax.data import Data
 from specjax.data import load as load_data
 from specjax.data.chat import resolve as resolve_template
 from specjax.errors import UserError
-from specjax.generate import generate as generate_texts
+from specjax.generation.generate import generate as generate_texts
 from specjax.hf import load as hf_load
 from specjax.hf.export import export as export_folder
 from specjax.models import Decoder, ModelConfig

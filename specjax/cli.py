@@ -14,9 +14,9 @@ from ml_collections import ConfigDict, config_flags
 
 from specjax import __version__
 from specjax.checks import FREE, KINDS, nearest_key
+from specjax.cluster.launch import ENGINES, launch
 from specjax.config import get_config, load_config_file
 from specjax.errors import UserError, nearest
-from specjax.launch import ENGINES, launch
 from specjax.torchless import leave_torch_out
 
 HELP = """specjax specialises a pretrained language model to a domain: full fine-tuning, SFT and LoRA, in JAX.
@@ -98,7 +98,7 @@ def entry() -> None:
         traceback.print_exc()
         status = 1
     if status and "--distributed" in sys.argv:
-        from specjax import processes
+        from specjax.cluster import processes
 
         # At a normal end all processes wait for each other; the others may be waiting for this one elsewhere.
         processes.leave()
@@ -250,7 +250,7 @@ def _call(verb: str, found: dict[str, Any]) -> int:
     from specjax import run
 
     if found.pop("distributed", False):
-        from specjax import processes
+        from specjax.cluster import processes
 
         processes.join()
     match verb:

@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from specjax import build, lora, processes, sharding
+from specjax import build, lora, sharding
+from specjax.cluster import processes
 from specjax.config import check_length, differing, resolved, validate
 from specjax.data.report import show
 from specjax.errors import UserError
-from specjax.generate import generate as generate_texts
+from specjax.generation.generate import generate as generate_texts
 from specjax.hf import load as hf_load
 from specjax.train.evaluate import evaluate as evaluate_set
 from specjax.train.fit import fit

@@ -26,7 +26,7 @@ from flax import nnx
 from helpers import KINDS, contents, prompts, torch_logits, torch_model
 
 import specjax as sj
-from specjax.generate import generate_tokens
+from specjax.generation.generate import generate_tokens
 from specjax.hf import names
 from specjax.hf.load import load
 from specjax.models import Decoder

@@ -18,9 +18,9 @@ import specjax as sj
 from demo.tokenizer import train_tokenizer
 from specjax.data.chat import BUILT_IN, END_OF_TURN, resolve
 from specjax.errors import UserError
-from specjax.generate import LOOK_EVERY, end_tokens, generate_tokens
+from specjax.generation.generate import LOOK_EVERY, end_tokens, generate_tokens
+from specjax.generation.sampling import Sampling, sample
 from specjax.models import Decoder
-from specjax.sampling import Sampling, sample
 from specjax.sharding import MESH_AXES
 
 VOCAB, WINDOW, POSITIONS, NEW, ORIGINAL = 276, 40, 512, 256, 64
@@ -151,7 +151,7 @@ def sent(monkeypatch):
         record.prompts, record.eos_ids, record.options = prompts, eos_ids, options
         return [list(record.answer) for _ in prompts]
 
-    monkeypatch.setattr(sys.modules["specjax.generate"], "generate_tokens", fake)
+    monkeypatch.setattr(sys.modules["specjax.generation.generate"], "generate_tokens", fake)
     return record
 
 
@@ -368,7 +368,7 @@ def test_a_mesh_gives_what_one_device_gives_with_rows_filled_up_to_divide(llama,
     expected = generate_tokens(llama.model, PROMPTS, max_new_tokens=16)
     model, _ = sj.load(llama.folder, mesh=sj.make_mesh(**axes), dtype="float32")
     assert len(model.layers.mlp.up_proj.kernel[...].sharding.device_set) == 8
-    module, seen = sys.modules["specjax.generate"], []
+    module, seen = sys.modules["specjax.generation.generate"], []
     prefill = module.decoding.prefill
 
     def spy(state, rows, **static):
@@ -492,11 +492,11 @@ def test_a_stop_string_of_several_tokens_ends_a_text_where_transformers_ends_it(
     options |= {"stop_strings": stop, "tokenizer": tokenizer}
     found = llama.reference.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
     found = [tokenizer.decode(row, skip_special_tokens=True) for row in found]
-    steps, decode = [], sys.modules["specjax.generate"].decoding.decode
+    steps, decode = [], sys.modules["specjax.generation.generate"].decoding.decode
     with pytest.MonkeyPatch.context() as patch:
         spy = lambda *given, **static: steps.append(result := decode(*given, **static)) or result  # noqa: E731
-        patch.setattr(sys.modules["specjax.generate"].decoding, "decode", spy)
-        patch.setattr(sys.modules["specjax.generate"], "end_tokens", lambda *_, **__: [])
+        patch.setattr(sys.modules["specjax.generation.generate"].decoding, "decode", spy)
+        patch.setattr(sys.modules["specjax.generation.generate"], "end_tokens", lambda *_, **__: [])
         texts = sj.generate(llama.model, tokenizer, prompts, max_new_tokens=72, stop=stop, batch_size=batch_size)
     for text, theirs, all_of_it in zip(texts, found, decoded, strict=True):
         cut = min((at for at in map(all_of_it.find, stop) if at >= 0), default=len(all_of_it))

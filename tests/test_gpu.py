@@ -13,7 +13,7 @@ from flax import nnx
 from helpers import KINDS, data, model
 
 import specjax as sj
-from specjax.generate import generate_tokens
+from specjax.generation.generate import generate_tokens
 from specjax.hf.quantise import convert
 from specjax.models import attention, cudnn
 from specjax.train import losses

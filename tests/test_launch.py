@@ -14,7 +14,7 @@ import pytest
 import yaml
 from run_fixtures import ROOT, flags, specjax, write_base, write_data
 
-from specjax import launch
+from specjax.cluster import launch
 from specjax.errors import UserError
 
 COMMON = (f"--config={ROOT}/configs/lora.py", "--workdir=runs/x y", "--config.steps=3")

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from specjax import processes, sharding
+from specjax import sharding
+from specjax.cluster import processes
 from specjax.errors import UserError
 from specjax.hf import names
 from specjax.hf.place import finish

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from specjax import processes
+from specjax.cluster import processes
 from specjax.errors import UserError
 from specjax.hf import names as hf_names
 from specjax.hf.tensors import Tensors

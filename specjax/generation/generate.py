@@ -1,7 +1,7 @@
 """Text from a model: batched prompts of unequal length, a KV cache, greedy or sampled.
 
 Token for token what `transformers.generate` writes for each prompt alone. Sizes are rounded up to powers of two, so
-that few programs are compiled; `specjax.decoding` is what runs on the device.
+that few programs are compiled; `specjax.generation.decoding` is what runs on the device.
 """
 
 import math
@@ -14,13 +14,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from specjax import decoding, sharding
+from specjax import sharding
 from specjax.data.chat import plain_ids
 from specjax.errors import UserError
+from specjax.generation import decoding
+from specjax.generation.prompts import cut, decode, end_tokens, render
+from specjax.generation.sampling import Sampling
 from specjax.lora import adapters
 from specjax.models import Decoder
-from specjax.prompts import cut, decode, end_tokens, render
-from specjax.sampling import Sampling
 
 LOOK_EVERY = 16  # tokens between two looks for stop strings in the text so far
 

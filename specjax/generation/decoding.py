@@ -18,8 +18,8 @@ from flax import nnx
 from jax import Array
 
 from specjax import sharding
+from specjax.generation.sampling import penalise, sample
 from specjax.models.attention import Cache
-from specjax.sampling import penalise, sample
 
 
 class Rows(NamedTuple):

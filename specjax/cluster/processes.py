@@ -15,9 +15,9 @@ import numpy as np
 from jax._src import distributed  # JAX has no public way to the barrier that Orbax too waits at
 from jax.experimental import multihost_utils
 
+from specjax.cluster.launch import COORDINATOR, COUNT, INDEX
 from specjax.errors import UserError
 from specjax.files import new_folder
-from specjax.launch import COORDINATOR, COUNT, INDEX
 
 _LONGEST_PATH = 4096  # bytes
 

@@ -1,0 +1,1 @@
+"""Several machines: starting the same command on all of them, and their processes as one run."""

@@ -1,0 +1,1 @@
+"""Text from a model: prompts into tokens, tokens into text."""
