@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from specjax import sharding
+from specjax.models.products import contract, expand
 
 
 class PerLayer(nnx.Variable):
@@ -71,7 +71,7 @@ class LoRA(nnx.Module):
             keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
         low = contract(x, self.a[...], in_dims) if low is None else low  # scaled here, where it is small
-        update = _expand(low * jnp.asarray(scale, low.dtype), self.b[...])
+        update = expand(low * jnp.asarray(scale, low.dtype), self.b[...])
         if self.magnitude is None:
             return update
         assert y is not None and kernel is not None
@@ -118,43 +118,6 @@ class Adaptable(nnx.Module):
             return value
         copy: jax.Array = getattr(own, name)[...]
         return copy if own.mask is None else jnp.where(own.mask[...] != 0, copy, value.astype(copy.dtype))
-
-
-def contract(x: jax.Array, kernel: jax.Array, in_dims: int, out_dtype: Any = None) -> jax.Array:
-    """[..., *in] and [*out, *in] -> [..., *out], over `in_dims` axes, in x's dtype; the result in `out_dtype`."""
-    axes, lead = tuple(range(-in_dims, 0)), x.shape[: x.ndim - in_dims]
-
-    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if sharding.undivided():
-            # One axis of tokens: of more, XLA:CPU transposes a copy of the output's gradient to make the kernel's.
-            x = x.reshape(-1, *x.shape[x.ndim - in_dims :])
-        y = jnp.tensordot(x, kernel.astype(x.dtype), (axes, axes), preferred_element_type=out_dtype)
-        return y.reshape(*lead, *y.shape[y.ndim - kernel.ndim + in_dims :])
-
-    # For the backward pass x itself is kept, once for all maps that share it, and neither its reshaping nor a cast.
-    return jax.checkpoint(product, prevent_cse=False)(x, kernel)
-
-
-@jax.custom_vjp
-def _expand(low: jax.Array, b: jax.Array) -> jax.Array:
-    """[B,T,R] and [*out, R] -> [B,T,*out]: `contract`, whose gradient of b transposes the small side alone."""
-    return contract(low, b, 1)
-
-
-def _expand_forward(low: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
-    return contract(low, b, 1), (low, b)
-
-
-def _expand_backward(kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    low, b = kept
-    out = tuple(range(-(b.ndim - 1), 0))
-    dlow = jnp.tensordot(dy, b.astype(dy.dtype), (out, tuple(range(b.ndim - 1))))
-    # [R,*out], then transposed: XLA would turn it into a product that transposes the many tokens' dy instead.
-    db = jax.lax.optimization_barrier(jnp.tensordot(low, dy, ((0, 1), (0, 1))))
-    return dlow, jnp.moveaxis(db, 0, -1).astype(b.dtype)
-
-
-_expand.defvjp(_expand_forward, _expand_backward)
 
 
 def update_norm(

@@ -6,7 +6,6 @@ B batch, T length, S cache length, D embed, V vocab, L layers, K kv heads, H hea
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -16,11 +15,11 @@ from flax import nnx
 
 from specjax import sharding
 from specjax.models import rope
-from specjax.models.adapter import contract
 from specjax.models.attention import NAME, Cache, OneOf
 from specjax.models.config import ModelConfig
 from specjax.models.layers import MLP, Attention, Embed, Keys, Kind, Linear, RMSNorm
 from specjax.models.moe import MoE, Stats
+from specjax.models.products import contract, exact_float32
 
 # What a layer keeps for the backward pass, by `remat`'s name; the rest it computes again.
 POLICIES: dict[str, Callable[[], Any]] = {
@@ -76,17 +75,6 @@ class DecoderLayer(nnx.Module):
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         y = y if self.residual_scale == 1 else y * self.residual_scale
         return sharding.constrain(x + y, "batch", "residual", None)
-
-
-def products(dtype: Any) -> AbstractContextManager[Any]:
-    """Within it, float32 computations multiply float32: a GPU would round factors to 10 bits (TF32), a TPU to 8.
-
-    So it is in PyTorch. `jax_default_matmul_precision`, where it is set, is left as it is.
-    """
-    rounds = sharding.platform() != "cpu" and jnp.dtype(dtype) == jnp.float32
-    if rounds and jax.default_matmul_precision.value is None:
-        return jax.default_matmul_precision("highest")
-    return nullcontext()
 
 
 def _experts(config: ModelConfig, layers: int | None, rngs: nnx.Rngs | None) -> MoE:
@@ -180,7 +168,7 @@ class Decoder(nnx.Module):
             "documents": documents,
         }
         lengths = _document_lengths(positions, segment_ids) if self._needs_lengths else None
-        with products(self.dtype):
+        with exact_float32(self.dtype):
             hidden, _, stats = self._run(tokens, where, lengths, None, dropout_key)
         return hidden, stats
 
@@ -232,7 +220,7 @@ class Decoder(nnx.Module):
         }
         if lengths is None:
             lengths = jnp.max(positions, axis=1) + 1
-        with products(self.dtype):
+        with exact_float32(self.dtype):
             hidden, cache, _ = self._run(tokens, where, lengths[:, None], cache, None, layers)
         return hidden, cache
 
@@ -302,7 +290,7 @@ class Decoder(nnx.Module):
         `head`, [D,V], stands for `output_table`, where the caller has it at hand transposed.
         """
         c = self.config
-        with products(self.dtype):
+        with exact_float32(self.dtype):
             if head is not None:
                 logits = jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
             elif self.lm_head is None:

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from specjax.models.adapter import Adaptable, contract
+from specjax.models.adapter import Adaptable
 from specjax.models.attention import Cache, attend, store
 from specjax.models.config import ModelConfig
+from specjax.models.products import contract
 from specjax.models.quantised import Quantised
 from specjax.models.rope import rotate
 

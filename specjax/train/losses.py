@@ -15,9 +15,8 @@ import jax.numpy as jnp
 
 from specjax import sharding
 from specjax.models import Decoder
-from specjax.models.adapter import contract
-from specjax.models.decoder import products
 from specjax.models.moe import load_balancing_loss
+from specjax.models.products import contract, exact_float32
 
 CHUNK_ELEMENTS = 2**25  # float32 logits alive at once (128 MiB); a batch with fewer is one chunk
 GPU_CHUNK_ELEMENTS = 2**28  # there (1 GiB): smaller products leave a GPU idle
@@ -57,7 +56,7 @@ def token_sums(
         table = table.astype(model.dtype)
         if not mesh.empty and table.shape[0] % sharding.ways(mesh, sharding.RULES[how.vocab]) == 0:
             table = sharding.constrain(table, how.vocab, None)  # moved there once a step, before the chunks
-        with products(model.dtype):
+        with exact_float32(model.dtype):
             nll, correct = _sums(how, table, hidden, batch["targets"], mask)
     count = jnp.sum(mask)
     router = jnp.zeros((), jnp.float32) if stats is None else load_balancing_loss(stats) * count

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from specjax import sharding
 from specjax.errors import UserError
 from specjax.models import Decoder
-from specjax.models.decoder import products
+from specjax.models.products import exact_float32
 from specjax.train.losses import token_sums
 from specjax.train.optim import Optimizer
 
@@ -67,7 +67,7 @@ def make_train_step(
             ], sums
 
         def gradient(*given: Any) -> tuple[Any, Any]:
-            with products(model.dtype):  # those of the backward pass too
+            with exact_float32(model.dtype):  # those of the backward pass too
                 return jax.grad(loss, has_aux=True)(*given)
 
         def accumulate(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
