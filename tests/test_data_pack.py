@@ -12,11 +12,10 @@ from hypothesis.extra.numpy import arrays
 
 import specjax.data as data
 from specjax.data.chat import Document
-from specjax.data.loader import Data, shuffled
+from specjax.data.loader import COLUMNS, Data, shuffled
 from specjax.data.pack import best_fit, plan
 from specjax.data.tally import Tally
-
-FIELDS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
+from specjax.errors import UserError
 
 
 def make(sizes, *, length, batch_size=2, seed=0, packing=True):
@@ -31,11 +30,11 @@ def make(sizes, *, length, batch_size=2, seed=0, packing=True):
 
 def rows_of(batches):
     batches = list(batches)
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in FIELDS}
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in COLUMNS}
 
 
 def equal(one, other):
-    return all(np.array_equal(one[name], other[name]) for name in FIELDS)
+    return all(np.array_equal(one[name], other[name]) for name in COLUMNS)
 
 
 sizes_and_length = st.integers(2, 40).flatmap(
@@ -51,11 +50,11 @@ def test_every_token_and_every_target_is_there_exactly_once(case):
     sizes, length, packing, batch_size = case
     loaded, tokens, trained, offsets = make(sizes, length=length, batch_size=batch_size, packing=packing)
     batches = list(loaded.once())
-    assert all(batch[name].shape == (batch_size, length) for batch in batches for name in FIELDS)
+    assert all(batch[name].shape == (batch_size, length) for batch in batches for name in COLUMNS)
     rows = rows_of(batches)
     inside = rows["segment_ids"] > 0
     assert sorted(rows["tokens"][inside].tolist()) == sorted(tokens.tolist())
-    for name in FIELDS:
+    for name in COLUMNS:
         assert not rows[name][~inside].any()
     # The pairs (token, target) that count are those of the documents, also across the cuts of long ones.
     last = np.zeros(len(tokens), bool)
@@ -143,6 +142,59 @@ def test_rows_are_parts_of_the_same_global_batch(shards):
         parts = rows_of([loaded.batch(step, rows) for rows in np.split(np.arange(8), shards)])
         assert equal(parts, whole := loaded.batch(step))
         assert loaded.tokens_in(step) == np.count_nonzero(whole["segment_ids"])
+
+
+def test_micro_batch_i_has_every_kth_row_of_the_batch_from_i_on():
+    loaded, *_ = make(np.random.default_rng(1).integers(1, 30, 200), length=32, batch_size=8)
+    for step in (0, 3, 50):
+        whole = loaded.batch(step)
+        assert all(np.array_equal(whole[name], micro[0]) for name, micro in loaded.micro_batches(step, 1).items())
+        for count in (2, 4, 8):
+            micro = loaded.micro_batches(step, count)
+            for i in range(count):
+                assert equal(
+                    {name: values[i] for name, values in micro.items()}, loaded.batch(step, np.arange(i, 8, count))
+                )
+            rows = np.array([8 // count - 1])  # as a process asks whose devices have the last rows
+            part = loaded.micro_batches(step, count, rows)
+            assert all(np.array_equal(part[name], micro[name][:, rows]) for name in COLUMNS)
+            assert part["tokens"].shape == (count, 1, 32)
+    with pytest.raises(UserError, match="8 rows does not divide into 3 micro-batches"):
+        loaded.micro_batches(0, 3)
+
+
+def test_row_ids_name_the_rows_of_a_batch():
+    loaded, *_ = make(np.random.default_rng(1).integers(1, 30, 200), length=32, batch_size=4)
+    in_order = rows_of(loaded.once())
+    for step in (0, 7, 100):
+        ids = loaded.row_ids(step)
+        assert ids.shape == (4,) and ids.dtype == np.int64
+        assert equal(loaded.batch(step), {name: values[ids] for name, values in in_order.items()})
+
+
+def test_every_batch_has_the_columns_and_their_dtypes():
+    loaded, *_ = make([5, 6, 3], length=8)
+    assert {name: values.dtype.name for name, values in loaded.batch(0).items()} == COLUMNS
+
+
+def test_an_added_column_has_its_value_at_every_token_and_leaves_the_data_as_it_was():
+    loaded, tokens, *_ = make(np.random.default_rng(1).integers(1, 70, 60), length=32, batch_size=4)
+    weights = tokens / 1000
+    wider = loaded.with_column("weight", weights).with_column("twice", 2 * weights)
+    for batch in (wider.batch(3), *wider.once(), wider.micro_batches(3, 2)):
+        assert set(batch) == {*COLUMNS, "weight", "twice"} and batch["weight"].dtype == np.float32
+        inside = batch["segment_ids"] > 0
+        assert np.array_equal(batch["weight"][inside], (batch["tokens"][inside] / 1000).astype(np.float32))
+        assert np.array_equal(batch["twice"][inside], (batch["tokens"][inside] / 500).astype(np.float32))
+        assert not batch["weight"][~inside].any()
+    assert set(loaded.batch(3)) == set(COLUMNS) and equal(loaded.batch(3), wider.batch(3))
+    assert wider.fingerprint == loaded.fingerprint and wider.tokens is loaded.tokens
+    with pytest.raises(UserError, match="a column 'targets' already"):
+        loaded.with_column("targets", weights)
+    with pytest.raises(UserError, match="a column 'weight' already"):
+        wider.with_column("weight", weights)
+    with pytest.raises(UserError, match=r"'weight' has the shape \(3,\), but the data has \d+ tokens"):
+        loaded.with_column("weight", weights[:3])
 
 
 def test_rows_of_a_pass_are_parts_of_the_same_batches():

@@ -1,9 +1,10 @@
-"""Fixed-shape batches as a pure function of (data, seed, step).
+"""Fixed-shape batches, and their micro-batches, as a pure function of (data, seed, step).
 
 Tokens lie in one flat array; the packing plan says which slices make up which row. There is no iterator state: the
 batch of step 1000 can be asked for first, or a few of its rows, and is the same.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,17 +12,27 @@ from typing import Any
 import numpy as np
 
 from specjax.data.pack import Plan, plan, ranges
+from specjax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+# The columns that every batch has, and their dtypes.
+COLUMNS = {
+    "tokens": "int32",
+    "targets": "int32",
+    "loss_mask": "float32",
+    "positions": "int32",
+    "segment_ids": "int32",
+}
 
 
 class Data:
     """Packed rows of tokenised documents.
 
-    A batch is a dict of [B, T] arrays: `tokens` and `targets` int32, `loss_mask` float32 (1 where the target
-    counts), `positions` int32 (from 0 in each piece) and `segment_ids` int32 (1..n along a row; 0 is padding).
-    `targets[t]` is the next token of the same document, also where a long one goes on in another row; at its end the
-    mask is 0.
+    A batch is a dict of [B, T] arrays, those of `COLUMNS`: `tokens`, `targets`, `loss_mask` (1 where the target
+    counts), `positions` (from 0 in each piece) and `segment_ids` (1..n along a row; 0 is padding). `targets[t]` is the
+    next token of the same document, also where a long one goes on in another row; at its end the mask is 0.
+    `with_column` adds a column to these.
 
         document A B C, document D E          tokens       A B C D E -
         (B, C and E are trained)              targets      B C - E - -
@@ -37,7 +48,7 @@ class Data:
         template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
         end_of_turn: id of the token that ends the assistant's turns there: generation must stop at it.
         report: counts, JSON-able (see `specjax.data.report`).
-        fingerprint: of the tokens, masks and plan; equal data has an equal one.
+        fingerprint: of the tokens, masks and plan; equal data has an equal one. An added column has no part in it.
     """
 
     def __init__(
@@ -61,6 +72,7 @@ class Data:
         self.tokens, self.offsets = tokens, offsets
         self.loss_mask = np.append(trained[1:], False)  # aligned with targets; a document's last token has none
         self.loss_mask[offsets[1:] - 1] = False
+        self._added: dict[str, np.ndarray] = {}  # column -> a value per token
         self.plan: Plan = plan(offsets, length, packing)
         self.num_rows = len(self.plan.rows) - 1
         self.most_documents = int(np.diff(self.plan.rows).max(initial=1))
@@ -72,11 +84,54 @@ class Data:
 
     def batch(self, step: int, rows: np.ndarray | None = None) -> Batch:
         """The global batch of `step`, or those of its rows: [b,T] arrays."""
-        return self._assemble(self._rows(step) if rows is None else self._rows(step)[rows])
+        numbers = self.row_ids(step)
+        return self._assemble(numbers if rows is None else numbers[rows])
+
+    def micro_batches(self, step: int, count: int, rows: np.ndarray | None = None) -> Batch:
+        """The global batch of `step` in `count` micro-batches, or some rows of each: [count,b,T] arrays.
+
+        Micro-batch i takes every `count`-th row of the batch, from row i on: a device, which has neighbouring rows of
+        the batch, so has its rows of each micro-batch without an exchange.
+
+        Args:
+            step: which batch.
+            count: of micro-batches; it divides `batch_size`.
+            rows: int [b], rows of one micro-batch, 0 to batch_size // count - 1; default all.
+        """
+        if self.batch_size % count:
+            raise UserError(f"a batch of {self.batch_size} rows does not divide into {count} micro-batches.")
+        chosen = np.arange(self.batch_size // count) if rows is None else rows
+        batch = self.batch(step, (np.arange(count)[:, None] + count * chosen).ravel())
+        return {name: values.reshape(count, len(chosen), self.length) for name, values in batch.items()}
+
+    def row_ids(self, step: int) -> np.ndarray:
+        """The numbers, in the plan, of the rows of the global batch of `step`: int64 [B]."""
+        return np.array([self._row(step * self.batch_size + i) for i in range(self.batch_size)], np.int64)
+
+    def with_column(self, name: str, values: np.ndarray) -> "Data":
+        """This data with one more column [B, T] float32 in every batch, 0 at padding; the arrays are shared.
+
+        Args:
+            name: of the column.
+            values: [N], the value at each of `tokens`.
+
+        Raises:
+            UserError: a column of that name is there already, or there is not one value a token.
+        """
+        if name in {**COLUMNS, **self._added}:
+            raise UserError(f"the data has a column '{name}' already: give the new one another name.")
+        if values.shape != self.tokens.shape:
+            raise UserError(
+                f"column '{name}' has the shape {values.shape}, but the data has {len(self.tokens)} tokens: "
+                "give one value a token."
+            )
+        wider = copy.copy(self)
+        wider._added = {**self._added, name: values.astype(np.float32, copy=False)}
+        return wider
 
     def tokens_in(self, step: int) -> int:
         """Tokens, not padding, of the global batch of `step`."""
-        return int(self._sizes[self._rows(step)].sum())
+        return int(self._sizes[self.row_ids(step)].sum())
 
     def once(self, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """Every row exactly once, in the plan's order, `batch_size` at a time, the last ones empty to fill it up.
@@ -108,9 +163,6 @@ class Data:
             (text[k + 1][len(text[k]) :], bool(trained[cuts[k]])) for k in range(len(cuts) - 1) if cuts[k + 1] > cuts[k]
         ]
 
-    def _rows(self, step: int) -> np.ndarray:
-        return np.array([self._row(step * self.batch_size + i) for i in range(self.batch_size)], np.int64)
-
     def _row(self, index: int) -> int:
         """Element `index` of the endless sequence that runs through all rows, in another order each epoch."""
         epoch, place = divmod(index, self.num_rows)
@@ -134,15 +186,15 @@ class Data:
         stops = starts + sizes
         target[np.cumsum(sizes)[self.offsets[np.searchsorted(self.offsets, stops)] == stops] - 1] = 0
         columns = {
-            "tokens": (self.tokens[source], np.int32),
-            "targets": (target, np.int32),
-            "loss_mask": (self.loss_mask[source], np.float32),
-            "positions": (ranges(np.zeros_like(sizes), sizes), np.int32),
-            "segment_ids": (np.repeat(number + 1, sizes), np.int32),
-        }
+            "tokens": self.tokens[source],
+            "targets": target,
+            "loss_mask": self.loss_mask[source],
+            "positions": ranges(np.zeros_like(sizes), sizes),
+            "segment_ids": np.repeat(number + 1, sizes),
+        } | {name: values[source] for name, values in self._added.items()}
         batch = {}
-        for name, (values, dtype) in columns.items():
-            flat = np.zeros(height * self.length, dtype)
+        for name, values in columns.items():
+            flat = np.zeros(height * self.length, COLUMNS.get(name, "float32"))
             flat[where] = values
             batch[name] = flat.reshape(height, self.length)
         return batch
