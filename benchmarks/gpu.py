@@ -50,10 +50,10 @@ COLUMNS = {
 def sizes(folder: Path, changes: dict[str, Any]) -> Any:
     """The model's sizes, by way of the file that both read."""
     from benchmarks.checkpoint_path import LLAMA_1B
-    from specjax.models import ModelConfig
+    from specjax.hf.config import from_folder
 
     (folder / "config.json").write_text(json.dumps(HEAD | LLAMA_1B | changes))
-    return ModelConfig.from_folder(folder)
+    return from_folder(folder)
 
 
 class Rows:

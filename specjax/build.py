@@ -16,9 +16,10 @@ from specjax.data import load as load_data
 from specjax.data.chat import resolve as resolve_template
 from specjax.errors import UserError
 from specjax.generation.generate import generate as generate_texts
+from specjax.hf import config as hf_config
 from specjax.hf import load as hf_load
 from specjax.hf.export import export as export_folder
-from specjax.models import Decoder, ModelConfig
+from specjax.models import Decoder
 from specjax.train import optim
 from specjax.train.checkpoint import Checkpoints
 from specjax.train.step import split
@@ -29,7 +30,7 @@ SEED_MODEL, SEED_LORA = 0, 1  # offsets of config.seed, so that no two draws sha
 def tokenizer_of(config: ConfigDict, *, weights: bool = True) -> tuple[Path, Any]:
     """The model's folder and its tokenizer, after the length is known to fit; without `weights` it needs none there."""
     folder = hf_load.resolve(config.model.path, config.model.revision, weights=weights)
-    check_length(config.data.length, ModelConfig.from_folder(folder).max_positions)
+    check_length(config.data.length, hf_config.from_folder(folder).max_positions)
     tokenizer = hf_load.load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"config.model.path: {config.model.path} has no tokenizer files: give a folder that has.")
@@ -81,7 +82,7 @@ def model_of(config: ConfigDict, folder: Path, mesh: Mesh) -> Decoder:
     settings["quantise"] = config.model.quantise
     if config.model.init == "random":
         settings |= {"param_dtype": "float32" if full else config.model.dtype}
-        model = hf_load.random(ModelConfig.from_folder(folder), seed=config.seed + SEED_MODEL, **settings)
+        model = hf_load.random(hf_config.from_folder(folder), seed=config.seed + SEED_MODEL, **settings)
     else:
         model, _ = hf_load.load(folder, param_dtype="float32" if full else None, **settings)
     if config.model.router_aux_coef is not None:

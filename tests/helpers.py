@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 
 from specjax import sharding
 from specjax.data import Data
+from specjax.hf.config import from_hf
 from specjax.hf.load import abstract
-from specjax.models import Decoder, ModelConfig
+from specjax.models import Decoder
 
 PROMPT = 493  # long enough for a wrong rotary embedding to show, and no multiple of anything
 
@@ -37,7 +38,7 @@ def sizes(**changes: Any) -> dict[str, Any]:
 
 def model(*, mesh: Any = None, dtype: Any = "float32", param_dtype: Any = "float32", **changes: Any) -> Decoder:
     """A random model of ours, drawn by NumPy: the same on every mesh, and nothing to compile."""
-    shapes = abstract(ModelConfig.from_hf(sizes(**changes)), dtype=dtype, param_dtype=param_dtype)
+    shapes = abstract(from_hf(sizes(**changes)), dtype=dtype, param_dtype=param_dtype)
     places = sharding.of_module(shapes, mesh) if mesh is not None else {}
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     rng = np.random.default_rng(3)

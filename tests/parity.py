@@ -28,9 +28,9 @@ from helpers import KINDS, contents, prompts, torch_logits, torch_model
 import specjax as sj
 from specjax.generation.generate import generate_tokens
 from specjax.hf import names
+from specjax.hf.families import FAMILIES
 from specjax.hf.load import load
 from specjax.models import Decoder
-from specjax.models.families import FAMILIES
 from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 import specjax as sj
+from specjax.hf.config import from_hf
 from specjax.hf.load import load_tokenizer, random
-from specjax.models import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from demo.tokenizer import train_tokenizer  # noqa: E402
@@ -49,7 +49,7 @@ def main() -> None:
         folder = Path(name)
         train_tokenizer(TEXTS, folder / "tokenizer", vocabulary=SIZES["vocab_size"])
         tokenizer = load_tokenizer(folder / "tokenizer")
-        model = random(ModelConfig.from_hf(SIZES), seed=0)
+        model = random(from_hf(SIZES), seed=0)
 
         before = weights(model)
         train(model, tokenizer, sj.ALL)

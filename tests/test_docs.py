@@ -168,16 +168,16 @@ def test_the_readmes_python_calls_functions_that_exist_with_arguments_that_they_
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_every_config_builds_its_model_abstractly_and_lays_it_over_a_mesh(path, monkeypatch):
     from specjax import sharding
+    from specjax.hf.config import from_folder
     from specjax.hf.load import abstract
     from specjax.lora.targets import match
-    from specjax.models import ModelConfig
 
     monkeypatch.chdir(ROOT)
     config = load_config_file(str(path))
     for made in methods(config).values() if config.compare else [config]:
         validate(made, 8)
         assert os.path.isfile(f"{made.model.path}/config.json"), "a shipped config runs on what ships with it"
-        sizes = ModelConfig.from_folder(made.model.path)
+        sizes = from_folder(made.model.path)
         check_length(made.data.length, sizes.max_positions)
         param_dtype = "float32" if made.trainable == "all" else made.model.dtype
         model = abstract(sizes, dtype=made.model.dtype, param_dtype=param_dtype, remat=made.model.remat)

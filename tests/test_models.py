@@ -13,8 +13,9 @@ from parity import LLAMA3
 
 import specjax as sj
 from specjax.errors import UserError
+from specjax.hf.config import from_folder, from_hf
 from specjax.hf.load import load
-from specjax.models import ModelConfig, attention, rope
+from specjax.models import attention, rope
 from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 
@@ -73,7 +74,7 @@ def test_rotary_frequencies_are_those_of_transformers_to_the_last_bit(case, head
 
     config = LlamaConfig(**sizes(head_dim=head_dim) | CASES[case][1])
     wanted = LlamaRotaryEmbedding(config).inv_freq.numpy()
-    ours = ModelConfig.from_hf(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    ours = from_hf(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
     found = rope.frequencies(ours.ropes[0])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, wanted)
@@ -98,25 +99,25 @@ def test_a_config_in_the_dialect_of_transformers_4_is_the_same_model(folder, tmp
     new = json.loads((path / "config.json").read_text())
     rope = new.pop("rope_parameters")
     old = new | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": new.pop("dtype")}
-    assert ModelConfig.from_hf(old) == ModelConfig.from_folder(path)
-    assert ModelConfig.from_hf(old).stored_dtype == ModelConfig.from_folder(path).stored_dtype == "float32"
+    assert from_hf(old) == from_folder(path)
+    assert from_hf(old).stored_dtype == from_folder(path).stored_dtype == "float32"
     older = old | {"rope_scaling": {"type": "linear", "factor": 2.0}}
-    assert ModelConfig.from_hf(older).ropes[0].kind == "linear"
+    assert from_hf(older).ropes[0].kind == "linear"
 
 
 def test_sizes_that_a_config_leaves_out_are_those_of_transformers():
     given = sizes()
     for key in ("num_key_value_heads", "rms_norm_eps", "dtype"):
         del given[key]
-    config = ModelConfig.from_hf(given)
+    config = from_hf(given)
     assert (config.num_kv_heads, config.head_dim, config.ropes[0].theta) == (4, 8, 10000.0)
     assert (config.norm_eps, config.tied, config.windows, config.stored_dtype) == (1e-6, False, (None,), "float32")
-    mistral = ModelConfig.from_hf(sizes(architectures=["MistralForCausalLM"], num_attention_heads=8, hidden_size=64))
+    mistral = from_hf(sizes(architectures=["MistralForCausalLM"], num_attention_heads=8, hidden_size=64))
     assert mistral.windows == (4096,)
 
 
 def read(architecture, **changes):
-    return ModelConfig.from_hf(sizes(architectures=[architecture], model_type="", **changes))
+    return from_hf(sizes(architectures=[architecture], model_type="", **changes))
 
 
 def test_what_a_config_says_is_what_transformers_makes_of_it():
@@ -186,7 +187,7 @@ def test_gemma_3_in_both_dialects_is_one_model():
 )
 def test_a_config_that_is_not_supported_says_what_and_what_is(changes, said):
     with pytest.raises(UserError) as refused:
-        ModelConfig.from_hf(sizes(**changes), where="there/config.json")
+        from_hf(sizes(**changes), file="there/config.json")
     for part in ("there/config.json", *said):
         assert part in str(refused.value)
 
@@ -304,6 +305,6 @@ def test_float32_parameters_under_bfloat16_compute_are_cast_where_used():
 
 
 def test_a_config_compares_by_what_the_model_computes():
-    config = ModelConfig.from_hf(sizes())
+    config = from_hf(sizes())
     assert dataclasses.replace(config, source="here", fingerprint="x") == config
     assert dataclasses.replace(config, norm_eps=1e-3) != config

@@ -266,7 +266,7 @@ def test_scaled_frequencies_are_those_of_transformers(case, head_dim):
     from transformers import Phi3Config, Qwen2Config
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from specjax.models import ModelConfig
+    from specjax.hf.config import from_hf
 
     common = dict(hidden_size=4 * head_dim, num_attention_heads=4, num_key_value_heads=4, intermediate_size=64)
     common |= dict(vocab_size=100, num_hidden_layers=2, max_position_embeddings=32768)
@@ -278,7 +278,7 @@ def test_scaled_frequencies_are_those_of_transformers(case, head_dim):
         given = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors[0], "long_factor": factors[1]}
         config = Phi3Config(**common, pad_token_id=0, rope_parameters=given, original_max_position_embeddings=4096)
         name = "Phi3ForCausalLM"
-    ours = ModelConfig.from_hf(config.to_dict() | {"architectures": [name]}).ropes[0]
+    ours = from_hf(config.to_dict() | {"architectures": [name]}).ropes[0]
     for long in (False, True) if case == "longrope" else (False,):
         wanted, factor = ROPE_INIT_FUNCTIONS[case](config, torch.device("cpu"), seq_len=4097 if long else None)
         found = rope.frequencies(ours, long=long)

@@ -17,7 +17,7 @@ from helpers import sizes
 from specjax import flops
 from specjax.cli import main, read_config
 from specjax.errors import UserError
-from specjax.models import ModelConfig
+from specjax.hf.config import from_hf
 from specjax.plan import compiled, hlo, job, search, targets
 from specjax.train import losses
 from specjax.train import moments as moments_lib
@@ -339,7 +339,7 @@ def test_moments_in_fewer_bits_are_fewer_bytes_of_a_device(folder, monkeypatch, 
 
 def test_a_step_counts_the_flops_that_xla_counts_of_the_products():
     sizes_ = sizes(**TINY, vocab_size=1024, num_hidden_layers=1)
-    config = ModelConfig.from_hf(sizes_)
+    config = from_hf(sizes_)
     per_token = 2 * (4 * 256 * 256 + 3 * 256 * 512 + 256 * 1024)
     pairs = 64 * 65 // 2
     forward = 2 * 64 * per_token + 2 * 4 * 4 * 64 * pairs

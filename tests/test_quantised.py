@@ -18,8 +18,8 @@ import specjax as sj
 from specjax import build, sharding
 from specjax.errors import UserError
 from specjax.hf import quantise as hq
+from specjax.hf.config import from_hf
 from specjax.hf.load import abstract
-from specjax.models import ModelConfig
 from specjax.models.quantised import DYNAMIC, NF4, QuantisedParam, dequantise, quantise
 from specjax.train.step import make_train_step, split
 
@@ -176,7 +176,7 @@ def test_training_is_that_over_the_dequantised_floats_also_on_a_mesh(options, fo
 
 def abstract_step(mesh=None, dtype="float32", rows=8, length=64, remat="none", **changes):
     """The lowered LoRA step of an nf4 base, from shapes alone."""
-    config = ModelConfig.from_hf(sizes(**SIZES | changes))
+    config = from_hf(sizes(**SIZES | changes))
 
     def adapted(base):
         sj.lora.inject(base, rank=16)

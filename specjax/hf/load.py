@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from specjax import sharding
 from specjax.errors import UserError
 from specjax.hf import names
+from specjax.hf.config import from_folder
 from specjax.hf.place import place, threads
 from specjax.hf.quantise import Reader, convert
 from specjax.hf.tensors import Tensors
@@ -61,7 +62,7 @@ def load(
         of another shape (all of them in one sentence).
     """
     folder = resolve(path, revision)
-    config = ModelConfig.from_folder(folder)
+    config = from_folder(folder)
     model = abstract(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     places = _places(model, mesh)  # a mesh that does not fit is said before a file is opened
     tensors = Tensors(weight_files(folder))

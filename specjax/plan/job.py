@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from specjax import build, lora, sharding
 from specjax.config import check_length, lora_settings
+from specjax.hf import config as hf_config
 from specjax.hf import load as hf_load
 from specjax.models import Decoder, ModelConfig
 from specjax.train import step as steps_lib
@@ -50,7 +51,7 @@ def make(config: ConfigDict, devices: list[Any]) -> Job:
       UserError: the mesh does not fit the devices or the model, LoRA's targets match nothing, or the like.
     """
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    sizes = ModelConfig.from_folder(hf_load.resolve(config.model.path, config.model.revision, weights=False))
+    sizes = hf_config.from_folder(hf_load.resolve(config.model.path, config.model.revision, weights=False))
     check_length(config.data.length, sizes.max_positions)
     model = _model(config, sizes)
     graph, trainable, frozen = nnx.split(model, build.filter_of(config), ...)
