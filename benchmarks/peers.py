@@ -145,9 +145,9 @@ def totals(data: Any) -> dict[str, int]:
 
 def ours(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -> dict[str, Any]:
     """A run of `specjax.fit`; each step asks how many tokens it has just before the next one is put together."""
-    from specjax.torchless import leave_torch_out
+    from specjax import process
 
-    leave_torch_out()  # as `specjax train` does
+    process.leave_torch_out()  # as `specjax train` does
     import specjax as sj
 
     _, data = our_data(pairs, seed)

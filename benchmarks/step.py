@@ -41,7 +41,7 @@ def measure(method: str, steps: int) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     from jax import monitoring
 
-    from specjax import build, run
+    from specjax import build, process, run
     from specjax.config import load_config_file, methods
 
     compiled: list[str] = []
@@ -76,7 +76,7 @@ def measure(method: str, steps: int) -> dict[str, Any]:
         "compilations": sum("train_step" in name for name in compiled),
         "batch_seconds": batch_seconds,
         "data_share": result.data_seconds / result.seconds,
-        "peak_memory_bytes": run.peak_memory(),
+        "peak_memory_bytes": process.peak_memory(),
         "trainable_parameters": result.trainable_parameters,
     }
 

@@ -12,12 +12,11 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from specjax import __version__
+from specjax import __version__, process
 from specjax.checks import FREE, KINDS, nearest_key
 from specjax.cluster.launch import ENGINES, launch
 from specjax.config import get_config, load_config_file
 from specjax.errors import UserError, nearest
-from specjax.torchless import leave_torch_out
 
 HELP = """specjax specialises a pretrained language model to a domain: full fine-tuning, SFT and LoRA, in JAX.
 
@@ -49,6 +48,9 @@ launch: --dry_run (print, start nothing) and, of gcloud-tpu: --name, --zone, --p
 export: --merge (LoRA into the base's weights; into a quantised base's dequantised ones with --dequantise too),
   --step=N (default: the best, or the last), --overwrite,
   --dtype=bfloat16|float32|float16 (default: that of the base's files)
+The environment variable SPECJAX_DISABLE=all, or some of huge_pages (train starts anew to get them), torch_block (torch
+  stays out, unless the config file imports it), quiet, compile_cache (~/.cache/specjax/xla), memory_trim: leaves out
+  what the command does to its own process; the Python API does none of it
 
 Examples:
   specjax data --config=configs/sft.py --config.data.train=mine.jsonl
@@ -86,12 +88,9 @@ NEEDED = {
 
 
 def entry() -> None:
-    """The `specjax` command."""
-    if sys.argv[1:2] == ["train"]:
-        _ask_for_huge_pages()
-    leave_torch_out()
+    """The `specjax` command, in a process of its own."""
     try:
-        status = main(sys.argv[1:])
+        status = main(sys.argv[1:], own_process=True)
     except Exception:
         if "--distributed" not in sys.argv:
             raise
@@ -102,25 +101,15 @@ def entry() -> None:
 
         # At a normal end all processes wait for each other; the others may be waiting for this one elsewhere.
         processes.leave()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        process.leave(status)
     sys.exit(status)
 
 
-def _ask_for_huge_pages() -> None:
-    """Starts this process anew with the C library asking Linux for huge pages, which it is told when it starts.
+def main(argv: Sequence[str], *, own_process: bool = False) -> int:
+    """Runs one command and returns its exit status: 2, and one sentence on stderr, for a user's mistake.
 
-    A step's temporaries are new memory at every step, on CPU hundreds of megabytes: by pages of 4 KiB, a sixth of the
-    step was spent on being given them (docs/log.md). GLIBC_TUNABLES, where it is set, is left as it is.
+    Only where the process is the command's own is anything of it changed (`specjax.process`).
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def main(argv: Sequence[str]) -> int:
-    """Runs one command and returns its exit status: 2, and one sentence on stderr, for a user's mistake."""
     if not argv or {"help", "-h", "--help"}.intersection(argv):
         print(HELP, end="")
         return 0
@@ -129,7 +118,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         verb = argv[0]
-        return _call(verb, parse(verb, argv[1:]))
+        if own_process and verb == "train":
+            process.ask_for_huge_pages()
+        found = parse(verb, argv[1:])  # runs the config file: the user's program, before anything is left out
+        if own_process and verb != "launch":
+            process.prepare()
+        return _call(verb, found, own_process)
     except UserError as error:
         print("specjax:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
@@ -223,15 +217,10 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def _call(verb: str, found: dict[str, Any]) -> int:
-    """Calls the function that the verb names, the heavy libraries told to be quiet; returns the exit status."""
+def _call(verb: str, found: dict[str, Any], own_process: bool) -> int:
+    """Calls the function that the verb names; returns the exit status."""
     if verb == "launch":  # the config was read for its mistakes: what is started reads it again
         return launch(**(found | {"config": found.pop("given")}))
-    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    for name in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if verb == "families":
         from specjax import parity
 
@@ -253,6 +242,10 @@ def _call(verb: str, found: dict[str, Any]) -> int:
         from specjax.cluster import processes
 
         processes.join()
+        if own_process:
+            process.keep_gloo_quiet()
+    if own_process and verb in ("train", "eval", "generate"):
+        process.keep_compiled()
     match verb:
         case "train":
             run.train(**found)

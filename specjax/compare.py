@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from specjax import process
 from specjax.config import get_config, merge, methods, resolved, validate
 from specjax.errors import UserError
-from specjax.torchless import leave_torch_out
 
 
 def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -80,7 +80,8 @@ def _run(settings: dict[str, Any], workdir: Path) -> None:
 
 
 def _train(settings: dict[str, Any], workdir: str) -> None:
-    leave_torch_out()  # this process begins anew, without what its parent's command did
+    process.prepare()  # this process begins anew, without what its parent's command did
+    process.keep_compiled()
     from specjax import run
 
     try:

@@ -1,9 +1,6 @@
 """The composition root, the only reader of a ConfigDict: it builds mesh, model, data and optimizer, and calls `fit`."""
 
 import json
-import logging
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from specjax import build, lora, sharding
+from specjax import build, lora, process, sharding
 from specjax.cluster import processes
 from specjax.config import check_length, differing, resolved, validate
 from specjax.data.report import show
@@ -39,7 +36,6 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
       SystemExit: 143 after SIGTERM, once the checkpoint is saved.
     """
     workdir = Path(workdir)
-    keep_compiled()
     with processes.agreement("nothing was trained"):
         validate(config, jax.device_count())
         settings = resolved(config)
@@ -104,7 +100,6 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
 
     The sets, their template and their lengths are the config's; the model is the run's.
     """
-    keep_compiled()
     with processes.agreement("nothing was evaluated"):
         validate(config, jax.device_count())
         model, run_config = build.load_run(workdir, "best", sharding.make_mesh(**config.mesh))
@@ -154,7 +149,6 @@ def generate(
     What is not given is what `specjax.generate` takes for it; `generation_config` False leaves the model's
     `generation_config.json` out.
     """
-    keep_compiled()
     mesh = sharding.make_mesh()
     if (Path(model) / "checkpoints").is_dir():
         decoder, config = build.load_run(model, "best", mesh)
@@ -297,7 +291,7 @@ def _summarise(workdir: Path, config: ConfigDict, result: Result) -> None:
         "tokens": result.tokens,
         "tokens_per_s": result.tokens / result.seconds if result.seconds else None,
         "data_seconds": result.data_seconds,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": process.peak_memory(),
         "saved_bytes": saved,
         "evals": {n: {"before": evals[0][f"eval/{n}/loss"], "after": evals[-1][f"eval/{n}/loss"]} for n in names},
     }
@@ -306,50 +300,8 @@ def _summarise(workdir: Path, config: ConfigDict, result: Result) -> None:
         _write_json(workdir / "summary.json", summary)
 
 
-def keep_compiled() -> None:
-    """Lets JAX keep what it compiles for an accelerator, unless it was told a place: in ~/.cache/specjax/xla.
-
-    Not on CPU: XLA warns there, in long lines, of programs that it compiled on this very machine.
-    """
-    config: Any = jax.config
-    if config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "specjax" / "xla"))
-
-
-def peak_memory() -> int:
-    """Bytes at the peak: of the first accelerator, else of this process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"]
-    status = Path("/proc/self/status")
-    if status.exists():  # not getrusage: a process inherits its parent's peak there
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _hush() -> None:
-    """Keeps off stderr what Orbax and tensorstore say there beside the errors that they raise, which are told."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        # The writes that a failed save leaves behind find their event loop closed, each with a traceback.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     partial.replace(path)
-
-
-_hush()

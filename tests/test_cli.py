@@ -69,31 +69,6 @@ def test_help_and_a_users_mistake_take_less_than_a_second_and_import_nothing_hea
     assert min(seconds) < 1
 
 
-def test_a_command_of_ours_loads_no_torch(tmp_path):
-    """Neither does a method of `specjax compare`, which trains in a process of its own."""
-    (tmp_path / "pairs.jsonl").write_text('{"instruction": "What?", "response": "That."}\n')
-    asked = [
-        "data",
-        "--config=configs/lora.py",
-        f"--config.data.train={tmp_path}/pairs.jsonl",
-        "--config.data.eval_fraction=0.0",
-    ]
-    code = (
-        f"import atexit, sys; sys.argv = ['specjax', *{asked}]; from specjax.cli import entry;"
-        "atexit.register(lambda: print('transformers' in sys.modules, 'torch.nn' in sys.modules)); entry()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("True False\n")
-    code = (
-        "import sys; from specjax import compare\n"
-        "try: compare._train({}, 'nowhere')\n"
-        "except SystemExit: print(sys.modules.get('torch', 'not asked to stay away'))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.endswith("None\n")
-
-
 def test_the_module_runs_as_the_command_does():
     done = subprocess.run([sys.executable, "-m", "specjax", "trian"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
@@ -101,19 +76,6 @@ def test_the_module_runs_as_the_command_does():
         "specjax: There is no verb 'trian': it is one of train, eval, generate, export, data, compare, plan, "
         "launch, families. Did you mean 'train'?\n"
     )
-
-
-def test_train_starts_anew_with_huge_pages_once(monkeypatch):
-    started = []
-    monkeypatch.setattr(cli.os, "execv", lambda *program: started.append(program))
-    monkeypatch.setattr(cli.sys, "platform", "linux")
-    monkeypatch.setattr(cli.sys, "orig_argv", ["python3", "-m", "specjax", "train"])
-    monkeypatch.setenv("GLIBC_TUNABLES", "")
-    monkeypatch.delenv("GLIBC_TUNABLES")  # what is set below goes with the test
-    cli._ask_for_huge_pages()
-    assert started == [(sys.executable, [sys.executable, "-m", "specjax", "train"])]
-    cli._ask_for_huge_pages()  # the environment has it now
-    assert len(started) == 1 and cli.os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
 
 
 @pytest.mark.parametrize(

@@ -15,18 +15,18 @@ ALLOWED = {
     "sharding": {"errors"},
     "models": {"sharding", "errors"},
     "cluster": {"errors", "files"},
-    "torchless": set(),
+    "process": {"errors"},
     "flops": {"models"},
     "hf": {"models", "sharding", "errors", "files", "cluster"},
     "lora": {"hf", "models", "sharding", "errors", "files", "cluster"},
-    "train": {"flops", "models", "sharding", "errors"},
+    "train": {"flops", "models", "process", "sharding", "errors"},
     "generation": {"lora", "models", "sharding", "errors", "data"},
     "checks": {"errors", "sharding"},
     "config": {"checks", "errors"},
     "build": {"config", "train", "generation", "hf", "lora", "data", "models", "errors"},
     "plan": {"build", "config", "flops", "train", "hf", "lora", "models", "sharding", "errors"},
-    "run": {"build", "config", "train", "generation", "hf", "lora", "data", "sharding", "errors", "cluster"},
-    "compare": {"run", "config", "errors", "torchless"},
+    "run": {"build", "config", "train", "generation", "hf", "lora", "data", "sharding", "errors", "cluster", "process"},
+    "compare": {"run", "config", "errors", "process"},
     "parity": set(),
     "cli": {
         *(
@@ -38,7 +38,7 @@ ALLOWED = {
             "config",
             "checks",
             "errors",
-            "torchless",
+            "process",
             "__init__",
         )
     },
@@ -51,7 +51,7 @@ NARROWER = {
     "generation/decoding": {"generation", "models", "sharding"},
     "generation/prompts": {"data", "models", "errors"},
 }
-NO_JAX = {"data", "parity", "errors", "files", "torchless", "config", "checks", "cli", "__main__"}
+NO_JAX = {"data", "parity", "errors", "files", "config", "checks", "cli", "__main__"}
 # foreign library -> the parts that may import it
 FOREIGN = {
     "ml_collections": {"config", "checks", "cli", "build", "plan", "run", "compare"},

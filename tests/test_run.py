@@ -10,7 +10,6 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import jax
 import numpy as np
 import peft
 import pytest
@@ -147,23 +146,6 @@ def test_mfu_is_counted_where_the_peak_is_known_and_a_trace_is_written_where_it_
     for row in rows(tmp_path / "run", "loss"):
         assert row["mfu"] == pytest.approx(row["tokens_per_s"] * a_token / 8e12, rel=0.01)
     assert [path.suffix for path in (tmp_path / "run" / "profile").rglob("*.pb")] == [".pb"]
-
-
-def test_what_is_compiled_for_an_accelerator_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = jax.config.jax_compilation_cache_dir
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        run.keep_compiled()
-        assert jax.config.jax_compilation_cache_dir is None
-        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-        run.keep_compiled()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "specjax" / "xla")
-        jax.config.update("jax_compilation_cache_dir", "mine")
-        run.keep_compiled()
-        assert jax.config.jax_compilation_cache_dir == "mine"
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_without_an_eval_set_rows_are_held_out_and_never_trained_on(base, runs):

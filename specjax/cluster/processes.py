@@ -5,7 +5,6 @@ Every process calls the same functions in the same order; with one process all o
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,17 +44,6 @@ def join() -> None:
             f"--distributed: no cluster was found ({str(error).strip().rstrip('.')}): start it by `specjax launch`, "
             "or leave --distributed out where one process has all devices."
         ) from error
-    if jax.default_backend() == "cpu":
-        _keep_gloo_quiet()
-
-
-def _keep_gloo_quiet() -> None:
-    """Gives Python's output a descriptor of its own: on CPU, Gloo prints lines into the middle of ours."""
-    sys.stdout.flush()
-    ours = os.dup(1)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 1)
-    sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def leave(seconds: int = 10) -> None:

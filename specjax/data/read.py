@@ -117,15 +117,23 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    csv.field_size_limit(2**31 - 1)  # the default stops at 128 KiB a field; documents are longer
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         start = 2
-        for row in reader:
+        while (row := _long_row(reader)) is not None:
             where, start = f"{path}:{start}", reader.line_num + 1
             if None in row or None in row.values():
                 raise UserError(f"{where} does not have the {len(reader.fieldnames or ())} fields of the header line.")
             yield where, row
+
+
+def _long_row(reader: "csv.DictReader[str]") -> dict[str | Any, str | Any] | None:
+    """The next row, or None: its fields may be as long as documents are, where the module's default is 128 KiB."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:

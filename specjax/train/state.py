@@ -1,10 +1,8 @@
 """The state of a run while it trains: parameters on their devices, the compiled step, the next batch, checkpoints."""
 
-import ctypes
 import dataclasses
 import math
 import re
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from specjax import flops, sharding
+from specjax import flops, process, sharding
 from specjax.errors import UserError
 from specjax.models import Decoder
 from specjax.train import step as steps_lib
@@ -200,7 +198,7 @@ class Run:
         self._flops_per_token = count / length
         compiled = lowered.compile(compiler_options=options)
         del lowered
-        _return_freed_memory()
+        process.return_freed_memory()
         self.result.compile_seconds = time.perf_counter() - began
         return compiled
 
@@ -241,9 +239,3 @@ class Run:
     def model(self) -> Decoder:
         """The model with the weights of now."""
         return steps_lib.merge(self.graph, self.trainable, self.frozen)
-
-
-def _return_freed_memory() -> None:
-    """Gives the system back what compiling took, a few hundred MiB, which glibc would keep beside the steps' own."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
-        trim(0)
