@@ -13,46 +13,11 @@ from safetensors.numpy import load_file
 from specjax import sharding
 from specjax.data import Data
 from specjax.hf.config import from_hf
+from specjax.hf.families import FAMILIES
 from specjax.hf.load import abstract
 from specjax.models import Decoder
 
 PROMPT = 493  # long enough for a wrong rotary embedding to show, and no multiple of anything
-
-
-def sizes(**changes: Any) -> dict[str, Any]:
-    """A `config.json` of Llama, as transformers 5 writes it."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "dtype": "float32",
-    } | changes
-
-
-def model(*, mesh: Any = None, dtype: Any = "float32", param_dtype: Any = "float32", **changes: Any) -> Decoder:
-    """A random model of ours, drawn by NumPy: the same on every mesh, and nothing to compile."""
-    shapes = abstract(from_hf(sizes(**changes)), dtype=dtype, param_dtype=param_dtype)
-    places = sharding.of_module(shapes, mesh) if mesh is not None else {}
-    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    rng = np.random.default_rng(3)
-    leaves = []
-    for path, leaf in nnx.to_flat_state(nnx.state(shapes)):
-        name = sharding.path_name(path)
-        # Kernels are drawn with their inputs first: the golden losses are of before they lay last.
-        inputs = (2 if "o_proj" in name else 1) if name.endswith("kernel") else 0
-        lead = name.startswith("layers") + ("experts" in name)
-        shape = (*leaf.shape[:lead], *leaf.shape[leaf.ndim - inputs :], *leaf.shape[lead : leaf.ndim - inputs])
-        values = rng.normal(1.0 if name.endswith("scale") else 0.0, 0.08, shape)
-        values = np.moveaxis(values, range(lead, lead + inputs), range(leaf.ndim - inputs, leaf.ndim))
-        leaves.append((path, jax.device_put(jnp.asarray(values, param_dtype), places.get(name, single))))
-    return nnx.merge(nnx.graphdef(shapes), nnx.from_flat_state(leaves))
 
 
 # What makes a tiny model of each family one of its kind, beside the sizes that all have.
@@ -84,6 +49,66 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def sizes(family: str = "llama", **changes: Any) -> dict[str, Any]:
+    """A `config.json` of a tiny model of a family (transformers' `model_type`), as transformers 5 writes it.
+
+    Raises:
+      ValueError: a key is none of the family's; `architectures` and `model_type` follow from `family`.
+    """
+    return {
+        "architectures": [next(name for name, known in FAMILIES.items() if known.model_type == family)],
+        "model_type": family,
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "dtype": "float32",
+    } | of_its_kind(family, changes)
+
+
+def of_its_kind(family: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """`KINDS[family] | changes`, where each key is one that the family's configuration has.
+
+    transformers' configurations keep any key without a word, so that a Llama with `num_local_experts` is a Llama.
+
+    Raises:
+      ValueError: a key that is none of the family's.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[family]
+    # head_dim: every family's model reads it, also where its configuration does not list it (Phi-3, Qwen 3 MoE).
+    known = {*config().to_dict(), *config.attribute_map, "head_dim"} - {"architectures", "model_type"}
+    if foreign := changes.keys() - known:
+        raise ValueError(f"{sorted(foreign)} are no keys of {family}: give family=, or a key of {sorted(known)}")
+    return KINDS[family] | changes
+
+
+def model(
+    family: str = "llama", *, mesh: Any = None, dtype: Any = "float32", param_dtype: Any = "float32", **changes: Any
+) -> Decoder:
+    """A random model of ours, drawn by NumPy: the same on every mesh, and nothing to compile."""
+    shapes = abstract(from_hf(sizes(family, **changes)), dtype=dtype, param_dtype=param_dtype)
+    places = sharding.of_module(shapes, mesh) if mesh is not None else {}
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    rng = np.random.default_rng(3)
+    leaves = []
+    for path, leaf in nnx.to_flat_state(nnx.state(shapes)):
+        name = sharding.path_name(path)
+        # Kernels are drawn with their inputs first: the golden losses are of before they lay last.
+        inputs = (2 if "o_proj" in name else 1) if name.endswith("kernel") else 0
+        lead = name.startswith("layers") + ("experts" in name)
+        shape = (*leaf.shape[:lead], *leaf.shape[leaf.ndim - inputs :], *leaf.shape[lead : leaf.ndim - inputs])
+        values = rng.normal(1.0 if name.endswith("scale") else 0.0, 0.08, shape)
+        values = np.moveaxis(values, range(lead, lead + inputs), range(leaf.ndim - inputs, leaf.ndim))
+        leaves.append((path, jax.device_put(jnp.asarray(values, param_dtype), places.get(name, single))))
+    return nnx.merge(nnx.graphdef(shapes), nnx.from_flat_state(leaves))
+
+
 def torch_model(
     family: str = "llama", *, seed: int = 0, dtype: Any = None, attention: float = 0.2, **changes: Any
 ) -> Any:
@@ -104,7 +129,7 @@ def torch_model(
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
     }
-    config = transformers.CONFIG_MAPPING[family](**common | KINDS[family] | changes)
+    config = transformers.CONFIG_MAPPING[family](**common | of_its_kind(family, changes))
     made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     for name, weight in made.named_parameters():

@@ -72,9 +72,9 @@ def test_cudnns_attention_is_the_plain_one(documents, how, dim, kv_heads):
         assert relative(a, b) < 6e-3, name
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", KINDS)
 def test_float32_logits_are_those_of_the_cpu(family):
-    made = model(model_type=family, **KINDS[family])
+    made = model(family)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, made.config.vocab_size, (2, 250), np.int32)
     graph, state = nnx.split(made)

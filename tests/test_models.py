@@ -112,12 +112,12 @@ def test_sizes_that_a_config_leaves_out_are_those_of_transformers():
     config = from_hf(given)
     assert (config.num_kv_heads, config.head_dim, config.ropes[0].theta) == (4, 8, 10000.0)
     assert (config.norm_eps, config.tied, config.windows, config.stored_dtype) == (1e-6, False, (None,), "float32")
-    mistral = from_hf(sizes(architectures=["MistralForCausalLM"], num_attention_heads=8, hidden_size=64))
+    mistral = from_hf(sizes("mistral", num_attention_heads=8, hidden_size=64))
     assert mistral.windows == (4096,)
 
 
 def read(architecture, **changes):
-    return from_hf(sizes(architectures=[architecture], model_type="", **changes))
+    return from_hf(sizes() | {"architectures": [architecture], "model_type": ""} | changes)
 
 
 def test_what_a_config_says_is_what_transformers_makes_of_it():
@@ -289,7 +289,7 @@ def test_rematerialised_layers_have_the_gradients_of_kept_ones(batch):
 
 
 def test_attention_by_chunks_of_queries_equals_it_whole(monkeypatch, batch):
-    ours = model(architectures=["MistralForCausalLM"], sliding_window=20)
+    ours = model("mistral", sliding_window=20)
     wanted = loss_and_gradient(ours, batch)
     monkeypatch.setattr(attention, "QUERY_CHUNK", 16)
     shapes = jaxpr(ours, batch)

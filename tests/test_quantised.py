@@ -24,13 +24,7 @@ from specjax.models.quantised import DYNAMIC, NF4, QuantisedParam, dequantise, q
 from specjax.train.step import make_train_step, split
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-MOE = {
-    "architectures": ["MixtralForCausalLM"],
-    "model_type": "mixtral",
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 2,
-}
+MOE = {"family": "mixtral", "num_hidden_layers": 2}
 KINDS = ("nf4", "int8")
 # bitsandbytes 0.50.2 on CPU, `quantize_4bit(compress_statistics=True, quant_type="nf4")` of `drawn(8, 64)`.
 CODES = (
