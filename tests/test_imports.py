@@ -1,6 +1,10 @@
 """Imports point one way: `cli -> run -> {train, generation, hf, lora} -> models -> sharding`; `data` is a leaf."""
 
 import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -119,4 +123,42 @@ def test_what_runs_before_the_verb_is_known_imports_nothing_heavy(name):
     names = imported(ROOT / "specjax" / f"{name}.py", top_level_only=True)
     assert names
     for top in {name.partition(".")[0] for name in names} - light:
-        assert top in __import__("sys").stdlib_module_names, top
+        assert top in sys.stdlib_module_names, top
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OURS = {"specjax", "configs", "demo", "tests", "benchmarks"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+
+
+def canonical(name: str) -> str:
+    """A distribution's name without its version and extras, as PyPI compares names."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", name)[0]).lower()
+
+
+def declared(*extras: str) -> set[str]:
+    """The distributions that an installation with these extras asks for."""
+    lists = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
+    return {canonical(entry) for entries in lists for entry in entries}
+
+
+def used(*folders: str) -> dict[str, set[str]]:
+    """Each foreign module that the folders' files import -> the distributions that bring it."""
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert files
+    tops = {name.partition(".")[0] for path in files for name in imported(path)} - sys.stdlib_module_names - OURS
+    brought = packages_distributions()
+    return {top: {canonical(name) for name in brought.get(top, [top])} for top in tops}
+
+
+def test_what_the_package_imports_is_declared():
+    undeclared = {top for top, names in used("specjax", "configs", "demo").items() if not names & declared("wandb")}
+    assert undeclared == set()
+
+
+def test_what_is_declared_is_imported():
+    assert declared() - set().union(*used("specjax", "demo").values()) == set()
+
+
+def test_what_the_tests_import_is_declared():
+    undeclared = {top for top, names in used("tests").items() if not names & declared("test")}
+    assert undeclared == set()
