@@ -83,6 +83,7 @@ def model_of(config: ConfigDict, folder: Path, mesh: Mesh) -> Decoder:
     if config.model.init == "random":
         settings |= {"param_dtype": "float32" if full else config.model.dtype}
         model = hf_load.random(hf_config.from_folder(folder), seed=config.seed + SEED_MODEL, **settings)
+        model.origin = hf_config.origin(folder)
     else:
         model, _ = hf_load.load(folder, param_dtype="float32" if full else None, **settings)
     if config.model.router_aux_coef is not None:
@@ -145,10 +146,10 @@ def restore(model: Decoder, config: ConfigDict, workdir: Path, which: str) -> No
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     step = checkpoints.pick(which)
     base = checkpoints.restore_meta(step).get("base_fingerprint")
-    if base != model.config.fingerprint:
+    if base != model.origin.fingerprint:
         raise UserError(
             f"{config.model.path} is not the base that {workdir} was trained on (its fingerprint is "
-            f"{model.config.fingerprint}, was {base}): restore it."
+            f"{model.origin.fingerprint}, was {base}): restore it."
         )
     _, params, _ = split(model, filter_of(config))
     trained, _ = checkpoints.restore(step, params)

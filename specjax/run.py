@@ -57,8 +57,8 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         if not (workdir / "config.json").is_file():  # the first process wrote it
             raise UserError(f"{workdir} is not on a filesystem that all processes share: choose a workdir that is.")
         model = build.model_of(config, folder, mesh)
-    if model.quantisation is not None:
-        _say(str(model.quantisation))
+    if model.origin.quantisation is not None:
+        _say(str(model.origin.quantisation))
     steps = config.steps or max(1, round(config.epochs * data.steps_per_epoch))
     result = fit(
         model,

@@ -15,7 +15,7 @@ from specjax.data import Data
 from specjax.hf.config import from_hf
 from specjax.hf.families import FAMILIES
 from specjax.hf.load import abstract
-from specjax.models import Decoder
+from specjax.models import Decoder, Origin
 
 PROMPT = 493  # long enough for a wrong rotary embedding to show, and no multiple of anything
 
@@ -92,7 +92,9 @@ def model(
     family: str = "llama", *, mesh: Any = None, dtype: Any = "float32", param_dtype: Any = "float32", **changes: Any
 ) -> Decoder:
     """A random model of ours, drawn by NumPy: the same on every mesh, and nothing to compile."""
-    shapes = abstract(from_hf(sizes(family, **changes)), dtype=dtype, param_dtype=param_dtype)
+    config_json = sizes(family, **changes)
+    shapes = abstract(from_hf(config_json), dtype=dtype, param_dtype=param_dtype)
+    shapes.origin = Origin(config_json=config_json)
     places = sharding.of_module(shapes, mesh) if mesh is not None else {}
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     rng = np.random.default_rng(3)

@@ -11,6 +11,7 @@ from flax import nnx
 import specjax as sj
 from specjax.hf.config import from_hf
 from specjax.hf.load import load_tokenizer, random
+from specjax.models import Origin
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from demo.tokenizer import train_tokenizer  # noqa: E402
@@ -50,6 +51,7 @@ def main() -> None:
         train_tokenizer(TEXTS, folder / "tokenizer", vocabulary=SIZES["vocab_size"])
         tokenizer = load_tokenizer(folder / "tokenizer")
         model = random(from_hf(SIZES), seed=0)
+        model.origin = Origin(config_json=SIZES)
 
         before = weights(model)
         train(model, tokenizer, sj.ALL)

@@ -20,7 +20,7 @@ from specjax.data.chat import BUILT_IN, END_OF_TURN, resolve
 from specjax.errors import UserError
 from specjax.generation.generate import LOOK_EVERY, end_tokens, generate_tokens
 from specjax.generation.sampling import Sampling, sample
-from specjax.models import Decoder
+from specjax.models import Decoder, Origin
 from specjax.sharding import MESH_AXES
 
 VOCAB, WINDOW, POSITIONS, NEW, ORIGINAL = 276, 40, 512, 256, 64
@@ -155,8 +155,8 @@ def sent(monkeypatch):
     return record
 
 
-def speaking(model=None, generation=(), hf=()):
-    return SimpleNamespace(config=SimpleNamespace(generation=dict(generation), hf=dict(hf)))
+def speaking(generation=(), hf=()):
+    return SimpleNamespace(origin=Origin(generation_config=dict(generation), config_json=dict(hf)))
 
 
 def test_greedy_equals_transformers_token_for_token_on_unequal_prompts(family):
@@ -516,7 +516,7 @@ def test_a_repeated_stop_string_cuts_at_the_first(llama, tokenizer, sent):
 
 def asked(sent, llama, tokenizer, generation, **options):
     """What generate_tokens is asked for under that generation_config.json."""
-    model = SimpleNamespace(config=SimpleNamespace(generation=generation, hf={}))
+    model = speaking(generation)
     sj.generate(model, tokenizer, ["1"], **options)
     return Sampling(**{field.name: sent.options[field.name] for field in dataclasses.fields(Sampling)})
 
@@ -543,10 +543,10 @@ def test_the_generation_config_gives_the_defaults_and_arguments_win(llama, token
 
 def test_stop_strings_of_the_generation_config_end_a_text(llama, tokenizer, sent):
     sent.answer = tokenizer("3, which is odd.", add_special_tokens=False)["input_ids"]
-    model = SimpleNamespace(config=SimpleNamespace(generation={"stop_strings": ["odd"]}, hf={}))
+    model = speaking({"stop_strings": ["odd"]})
     assert sj.generate(model, tokenizer, ["1"]) == ["3, which is "]
     assert sj.generate(model, tokenizer, ["1"], stop=[]) == ["3, which is odd."]
-    model.config.generation = {"stop_strings": "which"}
+    model = speaking({"stop_strings": "which"})
     assert sj.generate(model, tokenizer, ["1"]) == ["3, "]
 
 
@@ -584,7 +584,7 @@ def test_the_files_own_sampling_is_transformers_with_the_same_file(tmp_path, tok
     ids = torch.tensor(tokenizer([prompt])["input_ids"])
     found = reference.generate(ids, max_new_tokens=1, output_scores=True, return_dict_in_generate=True)
     probabilities = found.scores[0].double().softmax(-1)[0].numpy()
-    given = model.config.generation
+    given = model.origin.generation_config
     how = vars(Sampling.of(given)) | {"max_new_tokens": 1}
     rows = generate_tokens(model, ids.tolist() * 1024, batch_size=1024, **how)
     assert 1 < (probabilities > 0).sum() <= 12

@@ -20,6 +20,7 @@ from specjax.errors import UserError
 from specjax.hf import names
 from specjax.hf.export import tensors
 from specjax.hf.load import fingerprint, load
+from specjax.models import Origin
 from specjax.sharding import partition_spec
 
 CASES = {
@@ -210,6 +211,14 @@ def test_a_path_that_is_not_there_is_one_sentence(name):
         load(name)
 
 
+def test_a_model_that_says_no_config_json_is_not_exported_without_one(tmp_path):
+    ours = model()
+    ours.origin = Origin()
+    with pytest.raises(UserError, match=r"model.origin.config_json is empty"):
+        sj.export(ours, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_output_folder_with_files_is_not_written_over(llama, tmp_path):
     ours, _ = load(llama, dtype="float32")
     (tmp_path / "notes.txt").write_text("mine")
@@ -284,7 +293,7 @@ def test_tokenizer_chat_template_and_generation_config_travel(tmp_path):
 def test_the_fingerprint_changes_with_any_tensor_and_with_nothing_else(llama, tmp_path):
     first = fingerprint(llama)
     ours, _ = load(llama, dtype="float32")
-    assert ours.config.fingerprint == first
+    assert ours.origin.fingerprint == first
     sj.export(ours, tokenizer(), tmp_path / "same")
     shutil.copytree(llama, tmp_path / "moved")
     assert fingerprint(tmp_path / "moved") == first

@@ -13,9 +13,9 @@ from parity import LLAMA3
 
 import specjax as sj
 from specjax.errors import UserError
-from specjax.hf.config import from_folder, from_hf
-from specjax.hf.load import load
-from specjax.models import attention, rope
+from specjax.hf.config import from_folder, from_hf, origin
+from specjax.hf.load import abstract, load
+from specjax.models import Origin, attention, rope
 from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 
@@ -100,7 +100,7 @@ def test_a_config_in_the_dialect_of_transformers_4_is_the_same_model(folder, tmp
     rope = new.pop("rope_parameters")
     old = new | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": new.pop("dtype")}
     assert from_hf(old) == from_folder(path)
-    assert from_hf(old).stored_dtype == from_folder(path).stored_dtype == "float32"
+    assert Origin(config_json=old).stored_dtype == origin(path).stored_dtype == "float32"
     older = old | {"rope_scaling": {"type": "linear", "factor": 2.0}}
     assert from_hf(older).ropes[0].kind == "linear"
 
@@ -111,7 +111,8 @@ def test_sizes_that_a_config_leaves_out_are_those_of_transformers():
         del given[key]
     config = from_hf(given)
     assert (config.num_kv_heads, config.head_dim, config.ropes[0].theta) == (4, 8, 10000.0)
-    assert (config.norm_eps, config.tied, config.windows, config.stored_dtype) == (1e-6, False, (None,), "float32")
+    assert (config.norm_eps, config.tied, config.windows) == (1e-6, False, (None,))
+    assert Origin(config_json=given).stored_dtype == "float32"
     mistral = from_hf(sizes("mistral", num_attention_heads=8, hidden_size=64))
     assert mistral.windows == (4096,)
 
@@ -304,7 +305,10 @@ def test_float32_parameters_under_bfloat16_compute_are_cast_where_used():
     np.testing.assert_array_equal(ours(tokens), stored(tokens))
 
 
-def test_a_config_compares_by_what_the_model_computes():
-    config = from_hf(sizes())
-    assert dataclasses.replace(config, source="here", fingerprint="x") == config
-    assert dataclasses.replace(config, norm_eps=1e-3) != config
+def test_a_graph_compares_by_what_the_model_computes():
+    shapes = abstract(from_hf(sizes()), dtype="float32", param_dtype="float32")
+    graph = nnx.graphdef(shapes)
+    shapes.origin = Origin(source="here", fingerprint="x", config_json=sizes())
+    assert nnx.graphdef(shapes) == graph and hash(nnx.graphdef(shapes)) == hash(graph)
+    shapes.config = dataclasses.replace(shapes.config, norm_eps=1e-3)
+    assert nnx.graphdef(shapes) != graph

@@ -12,6 +12,7 @@ import specjax as sj
 from demo.tokenizer import train_tokenizer
 from specjax.hf.config import from_hf
 from specjax.hf.load import load_tokenizer, random
+from specjax.models import Origin
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
@@ -28,7 +29,9 @@ def base(tmp_path) -> Path:
     """A tiny random Hugging Face folder with a tokenizer and a chat template."""
     lines = [line for path in sorted((ROOT / "specjax").glob("*.py")) for line in path.read_text().splitlines()]
     train_tokenizer(lines, tmp_path / "tokenizer", vocabulary=VOCABULARY)
-    model = random(from_hf(sizes(vocab_size=VOCABULARY, max_position_embeddings=512)), seed=0)
+    config_json = sizes(vocab_size=VOCABULARY, max_position_embeddings=512)
+    model = random(from_hf(config_json), seed=0)
+    model.origin = Origin(config_json=config_json)
     sj.export(model, load_tokenizer(tmp_path / "tokenizer"), tmp_path / "base")
     return tmp_path / "base"
 

@@ -28,8 +28,9 @@ from run_fixtures import ROOT
 
 import specjax as sj
 from specjax import cli
+from specjax.hf import families
 from specjax.hf.load import load
-from specjax.models import adapter, attention, decoder, families, layers, rope
+from specjax.models import adapter, attention, decoder, layers, rope
 from specjax.parity import rows as shipped_rows
 
 pytestmark = [

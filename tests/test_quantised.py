@@ -121,7 +121,7 @@ def test_what_codes_stand_for_is_the_definition():
 @pytest.mark.parametrize("kind", KINDS)
 def test_loading_quantises_and_reports_bits_and_errors(kind, folder):
     loaded, _ = sj.load(folder, dtype="float32", quantise=kind)
-    report = loaded.quantisation
+    report = loaded.origin.quantisation
     assert_same_bits(weights(loaded), weights(quantised(kind)))
     shapes = abstract(loaded.config, dtype="float32", param_dtype="float32", quantise=kind)
     wanted = {sharding.path_name(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(shapes))}

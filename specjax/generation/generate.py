@@ -79,7 +79,7 @@ def generate(
         raise UserError("prompts is one string where a list of strings is wanted: write [prompt].")
     if system is not None and not chat:
         raise UserError("a system text needs a chat to stand in: give chat=True with it, or leave it out.")
-    file = model.config.generation if generation_config is None else generation_config
+    file = model.origin.generation_config if generation_config is None else generation_config
     if stop is None:
         named = file.get("stop_strings") or ()
         stop = [named] if isinstance(named, str) else named

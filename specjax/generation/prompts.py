@@ -18,8 +18,8 @@ def end_tokens(model: Decoder, tokenizer: Any, *, chat: bool = False) -> list[in
     assistant's words, which need not be that (Llama 3's `<|eot_id|>`; `<|im_end|>` of a model taught ChatML). Where the
     template does not tell (it renders an answer otherwise than the prompt for one), the others serve.
     """
-    ids = model.config.generation.get("eos_token_id")
-    ids = model.config.hf.get("eos_token_id") if ids is None else ids
+    ids = model.origin.generation_config.get("eos_token_id")
+    ids = model.origin.config_json.get("eos_token_id") if ids is None else ids
     found = [*(ids if isinstance(ids, (list, tuple)) else [ids]), tokenizer.eos_token_id]
     if chat:
         found.append(_end_of_turn(tokenizer))

@@ -1,7 +1,6 @@
-"""A decoder's sizes and switches, read from a Hugging Face `config.json`."""
+"""What the JSON files of a Hugging Face folder say of a model: its sizes and switches, and where it came from."""
 
 import copy
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from specjax.errors import UserError
 from specjax.hf.families import FAMILIES, ropes
-from specjax.models import ModelConfig
+from specjax.models import ModelConfig, Origin
 
 _SIZES = (
     "vocab_size",
@@ -40,9 +39,23 @@ def from_folder(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json: give a Hugging Face model folder or a hub name.")
+    return from_hf(_read_json(path), file=str(path))
+
+
+def origin(folder: str | Path, *, source: str = "", revision: str = "", fingerprint: str = "") -> Origin:
+    """What the folder of a model says of it beside its sizes.
+
+    Raises:
+      UserError: `config.json` or `generation_config.json` is not JSON.
+    """
     generation = Path(folder) / "generation_config.json"
-    config = from_hf(_read_json(path), file=str(path))
-    return dataclasses.replace(config, generation=_read_json(generation) if generation.is_file() else {})
+    return Origin(
+        source=source,
+        revision=revision,
+        fingerprint=fingerprint,
+        config_json=_read_json(Path(folder) / "config.json"),
+        generation_config=_read_json(generation) if generation.is_file() else {},
+    )
 
 
 def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
@@ -94,7 +107,6 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
         norm_eps=c.rms_norm_eps,
         ropes=found,
         tied=bool(c.tie_word_embeddings),
-        hf=hf,
         **{"query_scale": head_dim**-0.5} | fields,
     )
 

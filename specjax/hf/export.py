@@ -50,7 +50,8 @@ def export(
       overwrite: replace files of an existing folder.
 
     Raises:
-      UserError: `out` is not empty, the model wears adapters or is quantised, or another process failed.
+      UserError: `out` is not empty, the model wears adapters, is quantised or has no `config.json`, or another process
+        failed.
     """
     if any(isinstance(leaf, nnx.LoRAParam) for _, leaf in nnx.to_flat_state(nnx.state(model))):
         raise UserError("the model wears LoRA adapters: merge them before export, or save them as an adapter folder.")
@@ -59,15 +60,18 @@ def export(
             "the base is quantised, and rounded weights are not written as if they were the base's: save the adapter "
             "alone, or merge it with dequantise=True (export --merge --dequantise)."
         )
-    dtype = jnp.dtype(dtype or model.config.stored_dtype)
+    if not model.origin.config_json:
+        raise UserError("model.origin.config_json is empty, so the folder would have no config.json: set it.")
+    dtype = jnp.dtype(dtype or model.origin.stored_dtype)
     if dtype not in map(np.dtype, DTYPES.values()):
         raise UserError(f"dtype {dtype}: weights are written as bfloat16, float16, float32 or float64.")
     files = _layout(model, dtype, shard_bytes)
 
     def begin(folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(_config(model, dtype), indent=2) + "\n")
-        if model.config.generation:
-            (folder / "generation_config.json").write_text(json.dumps(model.config.generation, indent=2) + "\n")
+        if model.origin.generation_config:
+            told = json.dumps(model.origin.generation_config, indent=2)
+            (folder / "generation_config.json").write_text(told + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         _write_headers(folder, files, dtype)
@@ -185,5 +189,5 @@ def _assemble(slot: _Slot, array: jax.Array, dtype: Any) -> tuple[np.ndarray, li
 
 
 def _config(model: Decoder, dtype: Any) -> dict[str, Any]:
-    key = "torch_dtype" if "torch_dtype" in model.config.hf else "dtype"
-    return {**model.config.hf, key: str(dtype)}
+    key = "torch_dtype" if "torch_dtype" in model.origin.config_json else "dtype"
+    return {**model.origin.config_json, key: str(dtype)}

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from specjax import sharding
 from specjax.errors import UserError
 from specjax.hf import names
-from specjax.hf.config import from_folder
+from specjax.hf.config import from_folder, origin
 from specjax.hf.place import place, threads
 from specjax.hf.quantise import Reader, convert
 from specjax.hf.tensors import Tensors
@@ -52,7 +52,7 @@ def load(
       revision: of a hub name.
       remat: see `Decoder`.
       quantise: "nf4" or "int8": the layers' linear maps are stored so, and frozen; "": as floats. What that costs is in
-        `model.quantisation`.
+        `model.origin.quantisation`.
 
     Returns:
       (model, tokenizer); the tokenizer is None where the folder has none.
@@ -70,8 +70,7 @@ def load(
     if quantise:
         convert(model, quantise)
         places = _places(model, mesh)
-    print_of = fingerprint(folder)
-    model.config = dataclasses.replace(config, source=str(path), revision=revision or "", fingerprint=print_of)
+    model.origin = origin(folder, source=str(path), revision=revision or "", fingerprint=fingerprint(folder))
     return _read(model, places, tensors, mesh), load_tokenizer(folder)
 
 
@@ -239,7 +238,8 @@ def _read(
             tensors.release()
     read: Decoder = nnx.merge(graph, nnx.from_flat_state(arrays))
     if kernels:
-        read.quantisation = reader.report(next(iter(kernels.values())).kind)
+        report = reader.report(next(iter(kernels.values())).kind)
+        read.origin = dataclasses.replace(read.origin, quantisation=report)
     return read
 
 

@@ -19,36 +19,9 @@ from specjax.hf.tensors import Tensors
 from specjax.models import Decoder
 from specjax.models.layers import Linear
 from specjax.models.moe import ExpertLinear
-from specjax.models.quantised import Leaves, Quantised, check, dequantise, lead_of, quantise
+from specjax.models.quantised import Leaves, Quantised, Report, check, dequantise, lead_of, quantise
 
 _ROUTER = "layers.mlp.gate"
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What quantising did to a base.
-
-    Attributes:
-      kind: "nf4" or "int8".
-      parameters: how many weights are quantised.
-      bits: of storage a weight, all statistics included.
-      relative: ||W - W'|| / ||W|| over all layers, by kind of map ("q_proj").
-      largest: max |W - W'|, likewise.
-    """
-
-    kind: str
-    parameters: int
-    bits: float
-    relative: tuple[tuple[str, float], ...]
-    largest: tuple[tuple[str, float], ...]
-
-    def __str__(self) -> str:
-        worst = dict(self.largest)
-        maps = ", ".join(f"{name} {error:.4f} (max {worst[name]:.2g})" for name, error in self.relative)
-        return (
-            f"{self.parameters} base weights in {self.kind}: {self.bits:.3f} bits ({self.bits / 8:.4f} bytes) each; "
-            f"error relative to the float base: {maps}"
-        )
 
 
 def maps(model: Decoder) -> dict[str, Linear | ExpertLinear]:
@@ -91,7 +64,7 @@ def restore(model: Decoder) -> None:
             mesh = sharding.mesh_of(old.codes[...])
             layout = None if mesh is None else sharding.named_sharding(mesh, old.axes, old.shape, f"{path}.kernel")
             _put(linear, nnx.Param(floats(old, layout), axes=old.axes))
-    model.quantisation = None
+    model.origin = dataclasses.replace(model.origin, quantisation=None)
 
 
 def floats(kernel: Quantised, layout: Any = None) -> jax.Array:

@@ -132,4 +132,6 @@ def _untie(model: Decoder, table: Any) -> None:
     kernel = jax.jit(lambda table: jnp.array(table, embedding.dtype, copy=True), out_shardings=place)(table)
     head.kernel = nnx.Param(kernel, axes=axes)
     model.lm_head = nnx.data(head)
-    model.config = dataclasses.replace(model.config, tied=False, hf=model.config.hf | {"tie_word_embeddings": False})
+    model.config = dataclasses.replace(model.config, tied=False)
+    untied = model.origin.config_json | {"tie_word_embeddings": False}
+    model.origin = dataclasses.replace(model.origin, config_json=untied)

@@ -70,8 +70,8 @@ def save(
     if name is None:
         raise UserError("no adapter is in use: nothing to save.")
     adapter = _host(adapters.collect(model, name))
-    source = base or model.config.source or None
-    config = write_config(model, adapter, source, revision or (None if base else model.config.revision or None))
+    source = base or model.origin.source or None
+    config = write_config(model, adapter, source, revision or (None if base else model.origin.revision or None))
     tensors = {row.key: _to_file(model, adapter, row) for row in _table(model, adapter)}
     tensors |= dict(experts.tensors(adapter, _PREFIX))
 

@@ -1,7 +1,6 @@
 """The sizes of a decoder and the switches of its mathematics."""
 
 import dataclasses
-from typing import Any
 
 from specjax.models.rope import Rope
 
@@ -24,8 +23,6 @@ class ModelConfig:
         divided by `logits_divisor`.
       num_experts: 0 for a dense MLP; `expert_dim` is an expert's inner size, and the next two are those of `MoE`.
       router_aux_coef: of the balancing loss, 0 unless the config's `output_router_logits` asks for it, as transformers.
-      source: the folder or hub name that it was loaded from, and `fingerprint` a hash of the weights there.
-      hf: the folder's `config.json`, and `generation` its `generation_config.json`: written back on export.
     """
 
     family: str
@@ -62,13 +59,3 @@ class ModelConfig:
     normalise_experts: bool = True
     round_expert_weights: bool = False
     router_aux_coef: float = 0.0
-    source: str = dataclasses.field(default="", hash=False, compare=False)
-    revision: str = dataclasses.field(default="", hash=False, compare=False)
-    fingerprint: str = dataclasses.field(default="", hash=False, compare=False, repr=False)
-    hf: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False, repr=False)
-    generation: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False, repr=False)
-
-    @property
-    def stored_dtype(self) -> str:
-        """The dtype of the checkpoint's files ("float32" where `config.json` is silent)."""
-        return self.hf.get("dtype") or self.hf.get("torch_dtype") or "float32"

@@ -19,6 +19,7 @@ from specjax.models.attention import NAME, Cache, OneOf
 from specjax.models.config import ModelConfig
 from specjax.models.layers import MLP, Attention, Embed, Keys, Kind, Linear, RMSNorm
 from specjax.models.moe import MoE, Stats
+from specjax.models.origin import Origin
 from specjax.models.products import contract, exact_float32
 
 # What a layer keeps for the backward pass, by `remat`'s name; the rest it computes again.
@@ -105,12 +106,12 @@ class Decoder(nnx.Module):
       remat: "none" keeps every activation; of `POLICIES`, "full" recomputes each layer in the backward pass,
         "attention" all but the attention's output, "dots" all but the linear maps' outputs, "offload" as "attention",
         whose output waits in the host's memory.
-      quantisation: the `hf.quantise.Report` of a base that was quantised while it was loaded, else None.
+      origin: where its weights came from.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: Any = jnp.float32, remat: str = "none"):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
-        self.quantisation: Any = None
+        self.origin = Origin()
         self.embed_tokens = Embed(config.vocab_size, config.embed_dim, rngs=rngs)
         self.layers = DecoderLayer(config, layers=config.num_layers, rngs=rngs)
         self.norm = RMSNorm((config.embed_dim,), ("embed",), config.norm_eps, style=config.norm_style, rngs=rngs)

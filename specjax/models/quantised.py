@@ -11,6 +11,7 @@ largest magnitude and rounded to -127..127. One scale an output costs 32/inputs 
 can be cut by a mesh.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -60,6 +61,33 @@ _DYNAMIC_BOUNDS = (DYNAMIC[:-1] + DYNAMIC[1:]) / np.float32(2)
 _INT8_STEP = np.float32(7.874015748698502e-3)  # 1/127 as bitsandbytes writes it
 
 Leaves = dict[str, Any]  # a quantised kernel's arrays by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What quantising did to a base.
+
+    Attributes:
+      kind: "nf4" or "int8".
+      parameters: how many weights are quantised.
+      bits: of storage a weight, all statistics included.
+      relative: ||W - W'|| / ||W|| over all layers, by kind of map ("q_proj").
+      largest: max |W - W'|, likewise.
+    """
+
+    kind: str
+    parameters: int
+    bits: float
+    relative: tuple[tuple[str, float], ...]
+    largest: tuple[tuple[str, float], ...]
+
+    def __str__(self) -> str:
+        worst = dict(self.largest)
+        maps = ", ".join(f"{name} {error:.4f} (max {worst[name]:.2g})" for name, error in self.relative)
+        return (
+            f"{self.parameters} base weights in {self.kind}: {self.bits:.3f} bits ({self.bits / 8:.4f} bytes) each; "
+            f"error relative to the float base: {maps}"
+        )
 
 
 class QuantisedParam(nnx.Param):

@@ -144,14 +144,14 @@ class Run:
         return latest
 
     def _provenance(self) -> dict[str, Any]:
-        return {"data_fingerprint": self.data.fingerprint, "base_fingerprint": self.source.config.fingerprint}
+        return {"data_fingerprint": self.data.fingerprint, "base_fingerprint": self.source.origin.fingerprint}
 
     def save(self, step: int, loss: float | None) -> None:
         """Starts a checkpoint."""
         if self.checkpoints is None:
             return
         best = self.best_loss if math.isfinite(self.best_loss) else None
-        meta = {"step": step, "base": self.source.config.source, "best": best, "bad": self.bad_evals}
+        meta = {"step": step, "base": self.source.origin.source, "best": best, "bad": self.bad_evals}
         meta |= {"tokens": self.tokens}
         with self.paused():
             self.checkpoints.save(step, self.trainable, self.opt_state, meta | self._provenance(), loss)
