@@ -49,8 +49,8 @@ export: --merge (LoRA into the base's weights; into a quantised base's dequantis
   --step=N (default: the best, or the last), --overwrite,
   --dtype=bfloat16|float32|float16 (default: that of the base's files)
 The environment variable SPECJAX_DISABLE=all, or some of huge_pages (train starts anew to get them), torch_block (torch
-  stays out, unless the config file imports it), quiet, compile_cache (~/.cache/specjax/xla), memory_trim: leaves out
-  what the command does to its own process; the Python API does none of it
+  stays out, unless the config file imports it), quiet, compile_cache (~/.cache/specjax/xla), cpu_only (plan asks for no
+  accelerator), memory_trim: leaves out what the command does to its own process; the Python API does none of it
 
 Examples:
   specjax data --config=configs/sft.py --config.data.train=mine.jsonl
@@ -227,9 +227,11 @@ def _call(verb: str, found: dict[str, Any], own_process: bool) -> int:
         parity.show()
         return 0
     if verb == "plan":  # it compiles for devices that are not here, and must ask for none that are
-        from specjax.plan import plan
+        from specjax.plan import report, targets
 
-        plan(**found)
+        if own_process:
+            process.ask_for_no_device(targets.cpus(found["target"]))
+        report.report(**found)
         return 0
     if verb == "compare":  # its children train: this process must not take the accelerator
         from specjax.compare import compare

@@ -19,6 +19,7 @@ PARTS = {
     "torch_block": "transformers may not load torch, unless the config file imports either of them",
     "quiet": "transformers, datasets, Orbax and the compilers say errors alone",
     "compile_cache": "what is compiled for a GPU or TPU is kept in ~/.cache/specjax/xla",
+    "cpu_only": "`plan`, which compiles for devices that are not here, asks for none that are",
     "memory_trim": "what compiling a step took goes back to the system",
 }
 
@@ -84,6 +85,28 @@ def hush() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
+
+
+def ask_for_no_device(cpus: int = 0) -> None:
+    """Before a plan: JAX sees CPUs alone, so many where that is above 0, and the TPU's compiler waits for no TPU.
+
+    These are settings that JAX and the compilers read when they start.
+    """
+    if not enabled("cpu_only"):
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Without a TPU the library would wait for a metadata server, and one stale lock file would stop other processes.
+    # What it then does not know of a host it would say on stderr, though no topology asked for here depends on it.
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
+    settings |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    settings |= {"TF_CPP_MIN_LOG_LEVEL": "2"}  # NVIDIA's would say that there is no driver
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    if cpus and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", cpus)
 
 
 def keep_gloo_quiet() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import sizes
 
-from specjax import flops
+from specjax import flops, plan, process
 from specjax.cli import main, read_config
 from specjax.errors import UserError
 from specjax.hf.config import from_hf
@@ -50,6 +50,12 @@ CUDA = pytest.mark.skipif(
     not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
     reason="the CUDA compiler is not on the path (make test runs these in a process of their own)",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_device():
+    """Plans are made in the suite's own process, as the command makes them in its own."""
+    process.ask_for_no_device()
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +210,51 @@ def test_the_tpus_compiler_says_nothing_beside_the_plan(folder):
     assert json.loads(done.stdout)["target"] == "v5e:1x1"
 
 
+# A session that has asked for no device plans; then it says what is different there.
+SESSION = """
+import json, os, sys
+import jax
+from specjax.cli import read_config
+from specjax.plan import plan
+before = dict(os.environ), {name: str(value) for name, value in jax.config.values.items()}
+found = plan(read_config(sys.argv[1].removeprefix("--config="), sys.argv[2:]), ["v5e:1x1", "cpu:2"])
+after = dict(os.environ), {name: str(value) for name, value in jax.config.values.items()}
+from jax._src import xla_bridge
+print(json.dumps({"found": found, "same": before == after, "devices": sorted(xla_bridge._backends)}))
+"""
+
+
+def test_a_plan_from_python_leaves_the_sessions_devices_and_settings_alone(folder, capsys):
+    """The accelerator that this session would have is none that there is: asking for it would fail."""
+    place = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "XLA_FLAGS"))}
+    command = [sys.executable, "-c", SESSION, *flags(folder)]
+    done = subprocess.run(command, env=place | {"JAX_PLATFORMS": "cuda"}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    *shown, last = done.stdout.splitlines()
+    said = json.loads(last)
+    assert (said["same"], said["devices"]) == (True, [])
+    assert any("v5e:1x1: fits" in line for line in shown) and any("cpu:2: needs" in line for line in shown)
+    here = planned(capsys, *flags(folder), "--target=v5e:1x1", "--target=cpu:2")
+    left_out = {"compile_seconds", "cached"}
+    for one, other in zip(said["found"], here, strict=True):
+        assert {key: one[key] for key in one if key not in left_out} == {
+            key: other[key] for key in other if key not in left_out
+        }
+
+
+def test_a_mistake_in_a_plan_from_python_is_the_commands_sentence(folder):
+    config = config_of(folder, "lora")
+    with pytest.raises(UserError, match=r"^--target=v5x:4x4 is no target: give one such as v5e:4x4"):
+        plan.plan(config, ["v5x:4x4"])
+
+
+def test_the_command_asks_for_no_accelerator_that_is_here(folder):
+    code = "import jax; from specjax import process; process.ask_for_no_device(3); print(jax.devices())"
+    place = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cuda"}
+    done = subprocess.run([sys.executable, "-c", code], env=place, capture_output=True, text=True, check=True)
+    assert done.stdout == "[CpuDevice(id=0), CpuDevice(id=1), CpuDevice(id=2)]\n"
+
+
 def test_slices_are_tried_from_the_smallest(folder):
     config = config_of(folder, "lora", batch_size=8)
     one, asked = stand_in({"full": 5})
@@ -217,7 +268,6 @@ def test_slices_are_tried_from_the_smallest(folder):
 def test_devices_are_counted_as_the_compiler_has_them():
     for name in ("v5e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"):
         target = targets.parse(name)
-        targets.prepare([target])
         assert targets.count(target) == len(targets.devices(target)), name
 
 
@@ -277,7 +327,6 @@ def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(tmp_pat
     for name in ("CHUNK_ELEMENTS", "GPU_CHUNK_ELEMENTS"):
         monkeypatch.setattr(losses, name, 2**18)
     parsed = targets.parse(target)
-    targets.prepare([parsed])
     config = config_of(
         tmp_path, method, **{"mesh.tensor": 2, "mesh.fsdp": 2, "lora.rank": 4} if method == "lora" else {}
     )
@@ -304,7 +353,6 @@ def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(tmp_pat
 def test_what_waits_in_the_hosts_memory_is_none_of_the_devices(folder, tmp_path, what):
     """Compiled for a TPU: bytes leave the device, and are the host's."""
     parsed = targets.parse("v5e:2x2")
-    targets.prepare([parsed])
     changes = {"model.remat": "attention"} | what
     made = job.make(config_of(folder, "full", **changes), targets.devices(parsed))
     compiled = made.lowered.compile(compiler_options=made.options)
@@ -326,7 +374,6 @@ def test_what_waits_in_the_hosts_memory_is_none_of_the_devices(folder, tmp_path,
 def test_moments_in_fewer_bits_are_fewer_bytes_of_a_device(folder, monkeypatch, kind):
     monkeypatch.setattr(moments_lib, "SMALL", 1)
     parsed = targets.parse("v5e:2x2")
-    targets.prepare([parsed])
     made = {
         each: job.make(config_of(folder, "full", **{"optimizer.moments": each}), targets.devices(parsed))
         for each in ("float32", kind)

@@ -1,3 +1,3 @@
 """A run without its devices: the very training step of a config, compiled for hardware that is not here."""
 
-from specjax.plan.report import plan as plan
+from specjax.plan.apart import plan as plan

@@ -21,7 +21,7 @@ ASSUMPTIONS = (
 )
 
 
-def plan(
+def report(
     config: ConfigDict,
     target: Sequence[str],
     json: bool = False,
@@ -29,6 +29,9 @@ def plan(
     price_per_chip_hour: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Compiles a config's training step for each target and prints what was found.
+
+    In this process, which `process.ask_for_no_device` has kept from asking for an accelerator; `apart.plan` does it in
+    another one.
 
     Args:
       config: of `train`; its model's path may be a folder with a config.json and nothing else.
@@ -39,13 +42,12 @@ def plan(
         epoch of the config's data, where it and the model's tokenizer are there to count.
 
     Returns:
-      An object a target, with the keys of `--json`; with `search` an object a try, the best first.
+      An object per target, with the keys of `--json`; with `search` an object per try, the best first.
 
     Raises:
       UserError: no such target, a compiler that is not installed, or a config that cannot be on it.
     """
     parsed = [name if name in search_lib.SLICES else targets.parse(name) for name in target]
-    targets.prepare([one for one in parsed if not isinstance(one, str)])
 
     def one(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
         # Where several are tried, those whose arguments alone are too large need no compiler.
@@ -64,13 +66,24 @@ def plan(
         if json:
             for each_found in tried:
                 print(dumps(each_found), flush=True)
-            continue
-        if len(tried) > 1:
-            _rank(tried)
-        _show(tried[0])
+        else:
+            _show_tries(tried)
     if not json:
         Console().print(ASSUMPTIONS, style="dim")
     return found
+
+
+def show(tries: Sequence[list[dict[str, Any]]]) -> None:
+    """Prints what was found of each target, a list of the tries there, the best first."""
+    for tried in tries:
+        _show_tries(tried)
+    Console().print(ASSUMPTIONS, style="dim")
+
+
+def _show_tries(tried: list[dict[str, Any]]) -> None:
+    if len(tried) > 1:
+        _rank(tried)
+    _show(tried[0])
 
 
 def _epoch(config: ConfigDict) -> dict[str, Any]:

@@ -7,8 +7,8 @@ one machine; or cpu:8.
 import dataclasses
 import importlib.util
 import math
-import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -131,21 +131,9 @@ def count(target: Target) -> int:
     return 2 * chips(target) if target.family == "tpu7x" else chips(target)  # two devices a chip
 
 
-def prepare(targets: list[Target]) -> None:
-    """Settings that JAX and the compilers read when they start; before any device is asked for."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    # Without a TPU the library would wait for a metadata server, and one stale lock file would stop other processes.
-    # What it then does not know of a host it would say on stderr, though no topology asked for here depends on it.
-    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
-    settings |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-    for key, value in settings.items():
-        os.environ.setdefault(key, value)
-    if any(target.family == "h100" for target in targets):
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # that there is no driver
-    jax.config.update("jax_platforms", "cpu")
-    cpus = [target.shape[0] for target in targets if target.family == "cpu"]
-    if cpus and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", max(cpus))
+def cpus(names: Sequence[str]) -> int:
+    """How many CPU devices targets of these names want, 0 for none."""
+    return max((int(hit[1]) for name in names if (hit := re.fullmatch(r"cpu:(\d{1,6})", name))), default=0)
 
 
 def devices(target: Target) -> list[Any]:
