@@ -1,7 +1,6 @@
 import io
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,20 +52,16 @@ def test_help_names_every_verb_and_flag(capsys, argv):
     assert max(map(len, out.splitlines())) <= 120
 
 
-def test_help_and_a_users_mistake_take_less_than_a_second_and_import_nothing_heavy():
+def test_help_and_a_users_mistake_import_nothing_but_flags_and_configs():
     code = (
-        "import sys; from specjax.cli import main; main(['--help']);"
+        "import sys; before = set(sys.modules); from specjax.cli import main; main(['--help']);"
         "assert main(['train', '--config=configs/lora.py', '--workdir=w', '--config.stepz=1']) == 2;"
-        "print([m for m in ('jax', 'numpy', 'flax', 'transformers', 'datasets', 'rich') if m in sys.modules])"
+        "tops = {name.partition('.')[0] for name in set(sys.modules) - before};"
+        "print(sorted(top for top in tops - sys.stdlib_module_names if 'cython' not in top))"  # PyYAML's
     )
-    seconds = []
-    for _ in range(3):
-        began = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-        seconds.append(time.monotonic() - began)
-        assert done.stdout.endswith("[]\n")
-        assert "Did you mean 'config.steps'?" in done.stderr
-    assert min(seconds) < 1
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "['absl', 'ml_collections', 'specjax', 'yaml']"
+    assert "Did you mean 'config.steps'?" in done.stderr
 
 
 def test_the_module_runs_as_the_command_does():

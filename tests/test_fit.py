@@ -178,9 +178,9 @@ def run_until_killed(process, lines, seconds):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_killed_at_random_moments_resumes_bit_for_bit(tmp_path, whole, start, kind):
-    last = []
+    last, drawn = [], random.Random(kind)
     for _ in range(4):
-        status = run_until_killed(start(tmp_path, kind), random.randint(1, 5), random.random() / 3)
+        status = run_until_killed(start(tmp_path, kind), drawn.randint(1, 5), drawn.random() / 3)
         last.append(Checkpoints(tmp_path / "checkpoints", read_only=True).latest())
         if status == 0:  # it had come to its end
             break

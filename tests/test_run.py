@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -198,10 +197,11 @@ def test_a_run_that_gets_worse_stops_and_its_best_checkpoint_is_what_is_exported
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_finished_run_says_so_at_once_and_changes_nothing(base, runs, kind, capsys):
-    before, began = tree(runs[kind]), time.monotonic()
+def test_a_finished_run_says_so_before_anything_is_made_and_changes_nothing(base, runs, kind, capsys, monkeypatch):
+    before = tree(runs[kind])
+    monkeypatch.setattr(run, "build", None)  # what makes tokenizer, data, model and optimizer
+    monkeypatch.setattr(run, "fit", None)
     assert specjax("train", *job(base, runs[kind], kind)) == 0
-    assert time.monotonic() - began < 2
     assert "the run was complete after 6 steps, nothing was trained" in capsys.readouterr().out
     assert tree(runs[kind]) == before
 
