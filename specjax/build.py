@@ -145,14 +145,14 @@ def restore(model: Decoder, config: ConfigDict, workdir: Path, which: str) -> No
     """Puts a checkpoint's weights into the model, whose base must be the one that the checkpoint was trained on."""
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     step = checkpoints.pick(which)
-    base = checkpoints.restore_meta(step).get("base_fingerprint")
+    base = checkpoints.meta(step).get("base_fingerprint")
     if base != model.origin.fingerprint:
         raise UserError(
             f"{config.model.path} is not the base that {workdir} was trained on (its fingerprint is "
             f"{model.origin.fingerprint}, was {base}): restore it."
         )
     _, params, _ = split(model, filter_of(config))
-    trained, _ = checkpoints.restore(step, params)
+    trained = checkpoints.load(step, {"trainable": params})["trainable"]
     nnx.update(model, nnx.from_flat_state([(tuple(path.split(".")), value) for path, value in trained.items()]))
 
 

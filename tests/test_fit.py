@@ -18,10 +18,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from helpers import BASE, assert_same_bits, data, metrics, model, weights
 from jax.experimental.compilation_cache import compilation_cache
-from orbax.checkpoint import checkpoint_managers
 
 import specjax as sj
 from specjax import process
@@ -237,7 +237,7 @@ def test_the_best_and_the_last_checkpoint_are_kept(tmp_path):
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [4, 12]
     with pytest.raises(UserError, match="no checkpoint '7': there are 4, 12"):
         kept.pick("7")
-    best, _ = kept.restore(4, split(trained, sj.ALL)[1])
+    best = kept.load(4, {"trainable": split(trained, sj.ALL)[1]})["trainable"]
     assert any(np.any(np.asarray(best[name]) != value) for name, value in weights(trained).items())
 
 
@@ -277,21 +277,21 @@ def test_a_model_with_a_weight_that_is_not_a_number_does_not_train(tmp_path, opt
 def test_checkpoints_hold_the_weights_of_their_step_though_buffers_are_donated_right_after(tmp_path, monkeypatch, mesh):
     saved, save = {}, Checkpoints.save
 
-    def spy(self, step, trainable, opt_state, *more):
-        saved[step] = [np.array(x, copy=True) for x in jax.tree.leaves((trainable, opt_state))]
-        save(self, step, trainable, opt_state, *more)
+    def spy(self, step, state, *more):
+        saved[step] = [np.array(x, copy=True) for x in jax.tree.leaves(state)]
+        save(self, step, state, *more)
 
-    latest = checkpoint_managers.LatestN
+    latest = ocp.training.preservation_policies.LatestN
     monkeypatch.setattr(Checkpoints, "save", spy)
-    monkeypatch.setattr(checkpoint_managers, "LatestN", lambda n: latest(100))
+    monkeypatch.setattr(ocp.training.preservation_policies, "LatestN", lambda n: latest(100))
     wide = model(mesh=mesh and sj.make_mesh(**mesh), hidden_size=128, intermediate_size=512)  # seconds to write
     quick(wide, steps=8, save_every=1, eval_data={}, workdir=tmp_path)
     assert sorted(saved) == list(range(1, 9))
     kept, params = Checkpoints(tmp_path / "checkpoints", read_only=True), split(wide, sj.ALL)[1]
-    like = (params, sj.adamw(5e-3).init(params))
+    like = {"trainable": params, "opt_state": sj.adamw(5e-3).init(params)}
     like = jax.tree.map(lambda x: x if hasattr(x, "sharding") else jnp.asarray(x), like)
     for step, wanted in saved.items():
-        for found, value in zip(jax.tree.leaves(kept.restore(step, *like)), wanted, strict=True):
+        for found, value in zip(jax.tree.leaves(kept.load(step, like)), wanted, strict=True):
             np.testing.assert_array_equal(np.asarray(found), value, err_msg=f"step {step}")
 
 
@@ -363,7 +363,8 @@ def test_after_an_error_the_model_has_the_weights_of_its_last_step(tmp_path, kin
     made, trainable = subject(kind)
     with pytest.raises(Stop):
         quick(made, Hooked(data(), 3, stop), trainable=trainable, workdir=tmp_path, save_every=3)
-    found, _ = Checkpoints(tmp_path / "checkpoints", read_only=True).restore(3, split(made, trainable)[1])
+    kept, params = Checkpoints(tmp_path / "checkpoints", read_only=True), split(made, trainable)[1]
+    found = kept.load(3, {"trainable": params})["trainable"]
     assert_same_bits(weights(made, trainable), {name: np.asarray(value) for name, value in found.items()})
     assert np.isfinite(np.asarray(made(data().batch(0)["tokens"]))).all()
 

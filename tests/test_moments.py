@@ -141,9 +141,9 @@ def test_moments_in_the_hosts_memory_are_saved_and_read_back_there(tmp_path):
     trained = {"w": jax.device_put(np.ones((8, 8), np.float32), place)}
     state = {"mu": {"w": jax.device_put(np.arange(64, dtype=np.float32).reshape(8, 8), there)}}
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, trained, state, {}, 0.0)
+    checkpoints.save(1, {"trainable": trained, "opt_state": state}, {}, 0.0)
     checkpoints.wait()
-    _, found = checkpoints.restore(1, trained, state)
+    found = checkpoints.load(1, {"trainable": trained, "opt_state": state})["opt_state"]
     checkpoints.close()
     assert found["mu"]["w"].sharding == there
     np.testing.assert_array_equal(found["mu"]["w"], state["mu"]["w"])

@@ -1,20 +1,24 @@
-"""Checkpoints by Orbax: written in the background, renamed when whole, only what trains.
+"""Checkpoints by Orbax's v1 API: written in the background, renamed when whole, only what trains.
 
-A checkpoint is three items under `<workdir>/checkpoints/<step>/`: `trainable` (by dotted path), `opt_state`, and `meta`
-(JSON: what the run stands on, and where early stopping is). The last one and the best one are kept.
+A checkpoint is the folder `<workdir>/checkpoints/<step>/` with `state` (a pytree of arrays, as dicts of dicts), `meta`
+(JSON: what the run stands on, and where early stopping is) and, where the checkpoint was evaluated, `metrics`. The last
+one and the best one are kept. What specjax 0.1 wrote is read too: `trainable` and `opt_state` in place of `state`, with
+parameters by dotted path.
 """
 
+import contextlib
 import errno
-import gc
-import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+import jax.tree_util as jtu
+import orbax.checkpoint.experimental.v1 as ocp
 
 from specjax.errors import UserError
+
+Names = tuple[str, ...]
 
 
 class Checkpoints:
@@ -32,37 +36,31 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise UserError(f"{self.folder} holds no checkpoints: train first, or give the workdir of a run.")
-        policies = checkpoint_managers
-        self._manager = ocp.CheckpointManager(
+        context = ocp.Context()
+        context.checkpointables.registry = ocp.handlers.local_registry()
+        context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+        context.pytree.loading.partial_load = True  # what trains, without the optimizer's state
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(n=1, get_metric_fn=_loss, reverse=True, keep_checkpoints_without_metrics=False)
+        self._orbax = ocp.training.Checkpointer(
             self.folder,
-            options=ocp.CheckpointManagerOptions(
-                best_fn=lambda metrics: metrics["loss"],
-                best_mode="min",
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(1),
-                        policies.BestN(
-                            n=1,
-                            get_metric_fn=lambda metrics: metrics["loss"],
-                            reverse=True,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
-                create=not read_only,
-                read_only=read_only,
-                # What a killed run left half-written is no checkpoint.
-                cleanup_tmp_directories=not read_only,
-            ),
+            context=context,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+            # What a killed run left half-written is no checkpoint.
+            cleanup_tmp_directories=not read_only,
         )
+        self._writing: Any = None
 
     def latest(self) -> int | None:
         """The last step saved."""
-        return self._manager.latest_step()
+        latest = self._orbax.latest
+        return None if latest is None else latest.step
 
     def best(self) -> int | None:
         """The step with the least loss on the set that chooses, or None where no checkpoint was evaluated."""
-        return self._manager.best_step()
+        evaluated = [saved for saved in self._orbax.checkpoints if saved.metrics is not None]
+        # Of equal ones the last, which is what the preservation policy keeps.
+        return min(reversed(evaluated), key=lambda saved: _loss(saved.metrics)).step if evaluated else None
 
     def pick(self, which: str) -> int:
         """The step that "best", "last" or a number names.
@@ -70,7 +68,7 @@ class Checkpoints:
         Raises:
           UserError: there is no such checkpoint.
         """
-        steps = sorted(self._manager.all_steps())
+        steps = [saved.step for saved in self._orbax.checkpoints]
         chosen = {"last": self.latest(), "best": self.best() if self.best() is not None else self.latest()}
         step = chosen[which] if which in chosen else int(which) if which.isdigit() else None
         if step not in steps:
@@ -79,25 +77,24 @@ class Checkpoints:
         assert step is not None
         return step
 
-    def save(self, step: int, trainable: Any, opt_state: Any, meta: dict[str, Any], loss: float | None = None) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], loss: float | None = None) -> None:
         """Starts writing; the arrays are copied off the device before it returns, so they may be donated.
 
         Args:
           step: optimizer steps done.
-          trainable: parameters by dotted path.
-          opt_state: the optimizer's.
+          state: any pytree of arrays; the keys of its dicts may be tuples of names and numbers.
           meta: JSON-able.
           loss: of the evaluation that chooses the best checkpoint, where one was made at this step.
 
         Raises:
           UserError: the checkpoint before this one could not be written (a full disk).
         """
-        items = ocp.args.Composite(
-            trainable=ocp.args.StandardSave(trainable),
-            opt_state=ocp.args.StandardSave(opt_state),
-            meta=ocp.args.JsonSave(meta),
+        self.wait()
+        items = {"state": _nested(_leaves(state, _escaped)), "meta": meta}
+        metrics = None if loss is None else {"loss": loss}
+        self._writing = self._guarded(
+            lambda: self._orbax.save_checkpointables_async(step, items, force=True, metrics=metrics)
         )
-        self._guarded(lambda: self._manager.save(step, args=items, metrics=None if loss is None else {"loss": loss}))
 
     def wait(self) -> None:
         """Until the last save is whole.
@@ -105,48 +102,61 @@ class Checkpoints:
         Raises:
           UserError: it could not be written.
         """
-        self._guarded(self._manager.wait_until_finished)
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            self._guarded(self._orbax.wait)
+        finally:
+            with contextlib.suppress(OSError, ValueError):  # the same failure, once more for who asks by the response
+                writing.result()
 
-    def restore_meta(self, step: int) -> dict[str, Any]:
+    def meta(self, step: int) -> dict[str, Any]:
         """The JSON of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return self._orbax.load_checkpointables(step, {"meta": None})["meta"]
 
-    def restore(self, step: int, trainable: Any, opt_state: Any = None) -> tuple[Any, Any]:
-        """Reads a checkpoint onto the devices of the given trees.
+    def load(self, step: int, state: Any) -> Any:
+        """Reads a checkpoint onto the devices of a state.
 
         Args:
           step: one that there is.
-          trainable: arrays (or abstract ones with shardings) of the shapes to read.
-          opt_state: likewise; None: not read.
+          state: arrays, or abstract ones with shardings, of the shapes to read: the tree that was saved, or a dict of
+            some of its first level.
 
         Returns:
-          (trainable, opt_state).
+          A tree like `state`.
 
         Raises:
-          UserError: the checkpoint's parameters are others than the model's.
+          UserError: the checkpoint's arrays are others.
         """
-        items = {"trainable": ocp.args.StandardRestore(_abstract(trainable))}
-        if opt_state is not None:
-            items["opt_state"] = ocp.args.StandardRestore(_abstract(opt_state))
-        try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.folder / str(step)}: does not fit this model and optimizer ({reason}).") from error
-        return found["trainable"], found["opt_state"] if opt_state is not None else None
+        stored = self._orbax.checkpointables_metadata(step).metadata
+        old = "state" not in stored
+        wanted = _leaves(state, _dotted if old else _escaped)
+        parts = {names[0] for names in wanted}
+        tree = {part: leaves for part, leaves in (stored if old else stored["state"]).items() if part in parts}
+        saved = {names: leaf.shape for names, leaf in _leaves(tree, _as_is).items()}
+        if reason := _difference({names: leaf.shape for names, leaf in wanted.items()}, saved):
+            writer = "was written by specjax 0.1 and " if old else ""
+            raise UserError(
+                f"{self.folder / str(step)}: {writer}does not fit this model and optimizer ({reason}): go on with what "
+                "it was written with, or start in a new workdir."
+            )
+        abstract = jax.tree.unflatten(jax.tree.structure(tree), [_abstract(wanted[names]) for names in saved])
+        loaded = self._orbax.load_checkpointables(step, abstract if old else {"state": abstract})
+        arrays = dict(zip(saved, jax.tree.leaves(loaded), strict=True))
+        return jax.tree.unflatten(jax.tree.structure(state), [arrays[names] for names in wanted])
 
     def close(self) -> None:
         """Waits and lets go."""
         self.wait()
-        self._manager.close()
+        self._guarded(self._orbax.close)
 
-    def _guarded(self, write: Any) -> None:
+    def _guarded(self, write: Callable[[], Any]) -> Any:
         try:
-            write()
+            return write()
         except (OSError, ValueError) as error:
             if not _disk_error(error):
                 raise
-            _drop_unawaited()
             whole = [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit()]
             kept = max(whole, default=None)
             survivor = (
@@ -157,14 +167,60 @@ class Checkpoints:
             ) from error
 
 
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def _loss(metrics: Any) -> float:
+    return metrics["loss"]
 
 
-def _drop_unawaited() -> None:
-    """Keeps Python quiet about writes that Orbax had not begun when another one failed: one sentence says it."""
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    gc.collect()
+def _leaves(tree: Any, spelt: Callable[[Any], Names]) -> dict[Names, Any]:
+    """A pytree's leaves, in its order, by the names that lead to them; `spelt`: those of a key."""
+    found = {}
+    for path, leaf in jtu.tree_flatten_with_path(tree)[0]:
+        # The key of a dict, the field of a tuple with names, the index in another.
+        keys = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path)
+        found[tuple(name for key in keys for name in spelt(key))] = leaf
+    return found
+
+
+def _as_is(key: Any) -> Names:
+    return (str(key),)
+
+
+def _escaped(key: Any) -> Names:
+    """A tuple is several names; Orbax joins names by dots, and files' names end at a slash."""
+    parts = key if isinstance(key, tuple) else (key,)
+    return tuple(str(part).replace("%", "%25").replace(".", "%2E").replace("/", "%2F") for part in parts)
+
+
+def _dotted(key: Any) -> Names:
+    """As specjax 0.1 wrote it: a tuple is one name."""
+    return (".".join(map(str, key)) if isinstance(key, tuple) else str(key),)
+
+
+def _nested(leaves: Mapping[Names, Any]) -> dict[str, Any]:
+    """The leaves as dicts of dicts."""
+    tree: dict[str, Any] = {}
+    for (*folders, last), leaf in leaves.items():
+        inner = tree
+        for name in folders:
+            inner = inner.setdefault(name, {})
+        inner[last] = leaf
+    return tree
+
+
+def _difference(wanted: Mapping[Names, Any], saved: Mapping[Names, Any]) -> str:
+    """In what the arrays asked for differ from those that there are, in words, or ""."""
+    for names in wanted.keys() - saved.keys():
+        return f"it has no {'.'.join(names)}"
+    for names in saved.keys() - wanted.keys():
+        return f"it has {'.'.join(names)} too"
+    for names, shape in wanted.items():
+        if shape != tuple(saved[names]):
+            return f"{'.'.join(names)} is {list(saved[names])} there and {list(shape)} here"
+    return ""
+
+
+def _abstract(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
 def _disk_error(error: BaseException) -> bool:

@@ -130,14 +130,15 @@ class Run:
         latest = self.checkpoints.latest() if self.checkpoints else None
         if self.checkpoints is None or latest is None:
             return 0
-        meta = self.checkpoints.restore_meta(latest)
+        meta = self.checkpoints.meta(latest)
         for what, now in self._provenance().items():
             if meta.get(what) != now:
                 raise UserError(
                     f"{self.checkpoints.folder}: the checkpoint was made with another {what.replace('_', ' ')} "
                     f"({meta.get(what)}, now {now}): restore what it was, or start in a new workdir."
                 )
-        self.trainable, self.opt_state = self.checkpoints.restore(latest, self.trainable, self.opt_state)
+        state = self.checkpoints.load(latest, {"trainable": self.trainable, "opt_state": self.opt_state})
+        self.trainable, self.opt_state = state["trainable"], state["opt_state"]
         self.best_loss, self.bad_evals = math.inf if meta["best"] is None else meta["best"], meta["bad"]
         self.tokens = self._window_tokens = meta.get("tokens", 0)
         self._saved = self.result.step = latest
@@ -154,7 +155,8 @@ class Run:
         meta = {"step": step, "base": self.source.origin.source, "best": best, "bad": self.bad_evals}
         meta |= {"tokens": self.tokens}
         with self.paused():
-            self.checkpoints.save(step, self.trainable, self.opt_state, meta | self._provenance(), loss)
+            state = {"trainable": self.trainable, "opt_state": self.opt_state}
+            self.checkpoints.save(step, state, meta | self._provenance(), loss)
         self._saved = step
 
     def last_good(self) -> str:
