@@ -50,13 +50,13 @@ def of_step(config: ModelConfig, trainable: Mapping[str, Any], *, rows: int, len
       length: tokens a row.
     """
     tokens = rows * length
-    base = not all(".lora." in path or ".own." in path for path in trainable)
+    base = not all(".updates." in path or ".own." in path for path in trainable)
     weights = _weights_per_token(config)
     share = config.experts_per_token / config.num_experts if config.num_experts else 1.0
     factors = sum(
         _size(leaf) * (share if ".experts." in path else 1.0)
         for path, leaf in trainable.items()
-        if ".lora." in path and path.endswith((".a", ".b"))
+        if ".updates." in path and path.endswith((".a", ".b"))
     )
     once = 2.0 * tokens * weights
     maps = once * (3 if base else 2) + 6.0 * tokens * factors

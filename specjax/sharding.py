@@ -33,6 +33,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "layers": (),
+    "adapter": (),
     "lora_rank": (),
     "expert": ("expert",),
 }

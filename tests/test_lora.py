@@ -18,8 +18,9 @@ import specjax as sj
 from specjax.errors import UserError
 from specjax.hf.load import load
 from specjax.lora.targets import match
-from specjax.models.adapter import LoRA
+from specjax.lora.variants import LoRA
 from specjax.models.layers import beside
+from specjax.models.stack import Call
 from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 
@@ -84,9 +85,10 @@ def test_factors_start_as_pefts_do(base):
         assert 0.95 * bound < np.abs(value).max() <= bound, name
         assert abs(value.std() - bound / math.sqrt(3)) < 0.05 * bound, name
         assert np.abs(value.mean()) < 0.1 * bound
+        value = value[:, 0]  # the axis of adapters
         seen |= {layer.tobytes()[:64] for layer in value}
         # What a seed means: JAX's numbers for the map's name and shape, the rank last.
-        key = jax.random.fold_in(jax.random.key(3), zlib.crc32(name.removesuffix(".lora.default.a").encode()))
+        key = jax.random.fold_in(jax.random.key(3), zlib.crc32(name.removesuffix(".updates.lora.a").encode()))
         drawn = jax.random.uniform(key, (2, *value.shape[2:], 16), jnp.float32, -bound, bound)
         np.testing.assert_allclose(np.moveaxis(drawn, -1, 1), value, rtol=1e-6)
     assert len(seen) == 7 * 2  # no two maps, no two layers start alike
@@ -94,7 +96,7 @@ def test_factors_start_as_pefts_do(base):
     sj.lora.inject(again, rank=16, seed=3)
     sj.lora.inject(other, rank=16, seed=4)
     assert_same_bits(weights(again, sj.LORA), weights(made, sj.LORA))
-    assert not np.array_equal(*(weights(m, sj.LORA)["layers.mlp.up_proj.lora.default.a"] for m in (made, other)))
+    assert not np.array_equal(*(weights(m, sj.LORA)["layers.mlp.up_proj.updates.lora.a"] for m in (made, other)))
 
 
 @pytest.mark.parametrize(
@@ -216,10 +218,10 @@ def test_merging_into_a_bfloat16_base_rounds_once(base):
     after = weights(made)
     for name, value in before.items():
         path = name.removesuffix(".kernel")
-        if f"{path}.lora.default.a" not in factors:
+        if f"{path}.updates.lora.a" not in factors:
             assert after[name].tobytes() == value.tobytes()
             continue
-        a, b = (factors[f"{path}.lora.default.{letter}"].astype(np.float64) for letter in "ab")
+        a, b = (factors[f"{path}.updates.lora.{letter}"][:, 0].astype(np.float64) for letter in "ab")
         exact = value.astype(np.float64) + 3.0 * np.stack([np.tensordot(y, x, 1) for x, y in zip(a, b, strict=True)])
         assert after[name].dtype == jnp.bfloat16
         # Half a unit in the last place of bfloat16 is at most 2^-8 of the value; nothing is lost before that.
@@ -265,16 +267,16 @@ def test_an_adapters_name_must_be_there_or_be_free(base):
 def test_targets_name_linear_maps_as_pefts_do():
     made = model()
     everything = match(made, "all-linear")
-    assert sorted(path.rsplit(".", 1)[-1] for path in everything) == PROJECTIONS  # and not lm_head
+    assert sorted(path[-1] for path in everything) == PROJECTIONS  # and not lm_head
     assert all(found == (True, True) for found in everything.values())
     assert match(made, ["q_proj"]) == match(made, ["self_attn.q_proj"]) == match(made, r".*\.q_proj")
-    assert match(made, ["lm_head"]) == match(made, "lm_head") == {"lm_head": (True,)}
-    assert set(match(made, ["up_proj", "k_proj"])) == {"layers.mlp.up_proj", "layers.self_attn.k_proj"}
-    assert match(made, r"model\.layers\.[01]\.mlp\.up_proj") == {"layers.mlp.up_proj": (True, True)}
-    first = {"layers.self_attn.q_proj": (True, False)}
+    assert match(made, ["lm_head"]) == match(made, "lm_head") == {("lm_head",): (True,)}
+    assert set(match(made, ["up_proj", "k_proj"])) == {("layers", "mlp", "up_proj"), ("layers", "self_attn", "k_proj")}
+    assert match(made, r"model\.layers\.[01]\.mlp\.up_proj") == {("layers", "mlp", "up_proj"): (True, True)}
+    first = {("layers", "self_attn", "q_proj"): (True, False)}
     assert match(made, r"model\.layers\.0\..*q_proj") == match(made, ["q_proj"], layers=0) == first
     assert match(made, ["layers.0.self_attn.q_proj"]) == first
-    assert "layers.mlp.up_proj" not in match(made, "all-linear", exclude=["mlp.up_proj"])
+    assert ("layers", "mlp", "up_proj") not in match(made, "all-linear", exclude=["mlp.up_proj"])
 
 
 @pytest.mark.parametrize(
@@ -387,14 +389,13 @@ def test_saving_over_a_folder_with_files_is_refused(base, tmp_path):
 
 def test_dropout_drops_inputs_of_a_and_scales_the_rest():
     eye = jnp.eye(64)
-    settings = {"ranks": (64,), "alphas": (64.0,), "scale": 1.0, "dropout": 0.25, "rslora": False}
-    lora = LoRA(nnx.LoRAParam(eye), nnx.LoRAParam(eye), **settings)
+    factors = {"a": eye, "b": eye}
     x = jnp.ones((4, 50, 64))
-    out = np.asarray(lora(x, 1, jax.random.key(0)))
+    out = np.asarray(LoRA().apply(factors, 1.0, 0.25, Call(x, key=jax.random.key(0))))
     dropped = out == 0
     np.testing.assert_allclose(out[~dropped], 1 / 0.75, rtol=1e-6)
     assert abs(dropped.mean() - 0.25) < 0.02
-    np.testing.assert_array_equal(np.asarray(lora(x, 1, None)), x)
+    np.testing.assert_array_equal(np.asarray(LoRA().apply(factors, 1.0, 0.25, Call(x))), x)
 
 
 def test_dropout_acts_in_training_alone():

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specjax import sharding
-from specjax.models.adapter import LoRA
+from specjax.lora.variants import ExpertLoRA
 from specjax.models.grouped import _kernels_in_blocks, _kernels_ragged, _rows_in_blocks, _rows_ragged, grouped_matmul
 from specjax.models.moe import MoE, load_balancing_loss
+from specjax.models.stack import Member, Stack
 
 SIZES = {"embed_dim": 32, "mlp_dim": 24, "num_experts": 8, "experts_per_token": 2, "normalise": True}
 
@@ -297,16 +298,13 @@ def with_lora(moe, rank=3):
         experts, outputs, inputs = linear.kernel.shape
         a = jnp.asarray(rng.normal(size=(experts, rank, inputs)), jnp.float32)
         b = jnp.asarray(rng.normal(size=(experts, outputs, rank)), jnp.float32)
-        linear.lora["default"] = LoRA(
-            nnx.LoRAParam(a, axes=("expert", "lora_rank", into)),
-            nnx.LoRAParam(b, axes=("expert", out, "lora_rank")),
-            ranks=(rank,),
-            alphas=(0.5 * rank,),
-            scale=0.5,
-            dropout=0.0,
-            rslora=False,
-        )
-        linear.active = "default"
+        factors = {
+            "a": nnx.LoRAParam(a[None], axes=("adapter", "expert", "lora_rank", into)),
+            "b": nnx.LoRAParam(b[None], axes=("adapter", "expert", out, "lora_rank")),
+        }
+        member = Member(0, (rank,), (0.5 * rank,), 0.0, False)
+        linear.updates["experts"] = Stack(ExpertLoRA(), factors, (member,), 0.5)
+        linear.active = 0
     return moe
 
 
@@ -314,8 +312,8 @@ def test_lora_of_each_expert_equals_the_merged_kernel():
     moe, x = with_lora(random_moe()), tokens(length=61)[0]
     found = moe(x)[0]
     for linear in (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj):
-        lora = linear.lora["default"]
-        linear.kernel[...] += 0.5 * jnp.einsum("eri,eor->eoi", lora.a[...], lora.b[...])
+        stack = linear.updates["experts"]
+        linear.kernel[...] += 0.5 * jnp.einsum("eri,eor->eoi", stack.a[0], stack.b[0])
         linear.active = None
     close(found, moe(x)[0])
 

@@ -30,7 +30,8 @@ import specjax as sj
 from specjax import cli
 from specjax.hf import families
 from specjax.hf.load import load
-from specjax.models import adapter, attention, decoder, layers, rope
+from specjax.lora.variants import LoRA
+from specjax.models import attention, decoder, layers, rope
 from specjax.parity import rows as shipped_rows
 
 pytestmark = [
@@ -196,8 +197,8 @@ def test_the_check_of_packing_fails_when_the_mask_is_shifted_by_one(pair, monkey
 
 def test_the_check_of_adapters_fails_when_alpha_is_ignored(pair, monkeypatch, compiled_anew):
     row = pair("Qwen 2, 2.5")
-    call = adapter.LoRA.__call__
-    monkeypatch.setattr(adapter.LoRA, "__call__", lambda self, *given: call(self, *given) / self.scale)
+    apply = LoRA.apply
+    monkeypatch.setattr(LoRA, "apply", lambda self, factors, scale, *given: apply(self, factors, 1.0, *given))
     found = adapters(row)
     assert found["adapter"] > 10 * TOLERANCE and found["merge"] > 10 * TOLERANCE
 

@@ -40,7 +40,7 @@ def test_a_run_resumes_bit_for_bit_and_leaves_its_base(tmp_path):
     assert result.step == 5
     assert_same_bits(parts, whole)
     assert_same_bits(weights(of[0], BASE), {name: before[name] for name in weights(of[0], BASE)})
-    trained = [name for name in whole if ".own." in name or ".lora." in name]
+    trained = [name for name in whole if ".own." in name or ".updates." in name]
     assert len(trained) == 2 * 3 + 7 + 3 + 1  # factors and magnitudes, biases, norms, the embedding
     for name in trained:
         assert whole[name].tobytes() != before[name].tobytes(), name

@@ -13,13 +13,14 @@ from safetensors.numpy import load_file
 from test_step import assert_same_movement, our_losses, packed, torch_losses
 
 import specjax as sj
+from specjax import sharding
 from specjax.errors import UserError
 from specjax.hf.load import load
 from specjax.lora import peft as files
 from specjax.lora import peft_config
-from specjax.lora.adapters import collect
-from specjax.lora.targets import by_pattern, linears, match, match_saved, modules, parts
-from specjax.models.adapter import PerLayer
+from specjax.lora.adapters import collect, row_of
+from specjax.lora.targets import by_pattern, is_stacked, linears, match, match_saved, modules, parts
+from specjax.models.stack import Constant
 from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 
@@ -131,14 +132,15 @@ def shake(of, seed=0):
         leaf[...] = jnp.asarray(np.asarray(leaf[...]) + 0.05 * noise.astype(np.float32))
 
     for part in parts(of).values():
-        for lora in getattr(part, "lora", {}).values():
-            for leaf, behind in ((lora.a, lambda one, rank: one[rank:]), (lora.b, lambda one, rank: one[..., rank:])):
+        for stack in getattr(part, "updates", {}).values():
+            (member,) = stack.members
+            for leaf, behind in ((stack.a, lambda one, rank: one[rank:]), (stack.b, lambda one, rank: one[..., rank:])):
                 noise = rng.standard_normal(leaf.shape)
-                for layer, rank in enumerate(lora.ranks):
-                    behind(noise[layer] if len(lora.ranks) > 1 else noise, rank)[...] = 0
+                for layer, rank in enumerate(member.ranks):
+                    behind(noise[layer, 0] if len(member.ranks) > 1 else noise[0], rank)[...] = 0
                 move(leaf, noise)
-            if lora.magnitude is not None:
-                move(lora.magnitude, rng.standard_normal(lora.magnitude.shape))
+            if "magnitude" in stack.fields:
+                move(stack.magnitude, rng.standard_normal(stack.magnitude.shape))
         for own in part.own.values():
             for key in own.parameters:
                 move(getattr(own, key), rng.standard_normal(getattr(own, key).shape))
@@ -211,17 +213,21 @@ def test_a_fresh_adapter_is_the_base_and_the_trained_one_has_its_logits_in_peft(
 
 def _assert_factors_are_fresh(made):
     for path, linear in linears(made).items():
-        if "default" not in linear.lora:
-            continue
-        lora = linear.lora["default"]
-        for layer, rank in enumerate(lora.ranks):
-            stacked = path.startswith("layers.")
-            kernel, a, b = (np.asarray(x[...])[layer if stacked else ...] for x in (linear.kernel, lora.a, lora.b))
-            filled = np.any(a, axis=tuple(range(1, a.ndim)))
-            assert filled[:rank].all() and not filled[rank:].any() and not np.any(b), path
-            if lora.magnitude is not None:
-                wanted = np.linalg.norm(kernel.reshape(b[..., 0].size, -1), axis=1).reshape(b.shape[:-1])
-                np.testing.assert_allclose(lora.magnitude[layer] if stacked else lora.magnitude[...], wanted, rtol=1e-6)
+        for stack in linear.updates.values():
+            _assert_stack_is_fresh(path, linear, stack)
+
+
+def _assert_stack_is_fresh(path, linear, stack):
+    (member,) = stack.members
+    arrays = row_of(stack, member)
+    for layer, rank in enumerate(member.ranks):
+        at = layer if is_stacked(linear) else ...
+        kernel, a, b = (np.asarray(x)[at] for x in (linear.kernel[...], arrays["a"], arrays["b"]))
+        filled = np.any(a, axis=tuple(range(1, a.ndim)))
+        assert filled[:rank].all() and not filled[rank:].any() and not np.any(b), path
+        if "magnitude" in arrays:
+            wanted = np.linalg.norm(kernel.reshape(b[..., 0].size, -1), axis=1).reshape(b.shape[:-1])
+            np.testing.assert_allclose(arrays["magnitude"][at], wanted, rtol=1e-6)
 
 
 EXPORTED = ["DoRA", "whole modules", "a tied input", "a tied output", "tied ends kept tied", "everything"]
@@ -296,10 +302,11 @@ def test_gradients_are_pefts(bases, adapters, tmp_path, name):
 
 def _assert_padding_is_zero(made, values):
     for path, part in parts(made).items():
-        for adapter, lora in getattr(part, "lora", {}).items():
-            a, b = (np.asarray(values[f"{path}.lora.{adapter}.{letter}"]) for letter in "ab")
-            for layer, rank in enumerate(lora.ranks):
-                one_a, one_b = (a[layer], b[layer]) if len(lora.ranks) > 1 else (a, b)
+        for variant, stack in getattr(part, "updates", {}).items():
+            (member,), at = stack.members, sharding.path_name((*path, "updates", variant))
+            a, b = (np.asarray(values[f"{at}.{letter}"]) for letter in "ab")
+            for layer, rank in enumerate(member.ranks):
+                one_a, one_b = (a[layer, 0], b[layer, 0]) if len(member.ranks) > 1 else (a[0], b[0])
                 assert not one_a[rank:].any() and not one_b[..., rank:].any(), path
 
 
@@ -488,15 +495,15 @@ def test_a_variant_lies_on_a_mesh_and_gives_the_same_logits(bases, adapters):
     made = load(bases["biased"][0], mesh=sj.make_mesh(fsdp=4, tensor=2), dtype="float32")[0]
     sj.lora.load(made, path)
     np.testing.assert_allclose(logits(made), wanted, rtol=0, atol=1e-4)
-    assert made.embed_tokens.own["default"].embedding[...].sharding == made.embed_tokens.embedding[...].sharding
+    assert made.embed_tokens.own["0"].embedding[...].sharding == made.embed_tokens.embedding[...].sharding
     sj.lora.merge(made)
     np.testing.assert_allclose(logits(made), wanted, rtol=0, atol=1e-4)
 
 
 def test_nothing_differs_by_layer_where_layers_are_alike(bases):
     made = injected(bases, "DoRA", rank_pattern={"q_proj": 2})
-    assert not nnx.to_flat_state(nnx.state(made, PerLayer))
-    assert nnx.to_flat_state(nnx.state(injected(bases, "one layer"), PerLayer))
+    assert not nnx.to_flat_state(nnx.state(made, Constant))
+    assert nnx.to_flat_state(nnx.state(injected(bases, "one layer"), Constant))
 
 
 def test_every_key_of_pefts_config_is_known(bases, tmp_path):
@@ -518,7 +525,7 @@ def test_modules_without_an_update_are_named(bases, tmp_path):
     made = injected(bases, "one layer")
     both = ["model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.o_proj"]
     assert sorted(sj.lora.save(made, tmp_path / "fresh")) == both
-    made.layers.self_attn.k_proj.lora["default"].b[...] += 1.0
+    made.layers.self_attn.k_proj.updates["lora"].b[...] += 1.0
     with pytest.raises(UserError, match="lora_A.weight came back otherwise than it was written: nothing is saved"):
         _save_wrongly(made, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()

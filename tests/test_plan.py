@@ -393,7 +393,7 @@ def test_a_step_counts_the_flops_that_xla_counts_of_the_products():
     full = {"layers.mlp.up_proj.kernel": jax.ShapeDtypeStruct((1, 512, 256), np.float32)}
     assert flops.of_step(config, full, rows=2, length=64) == 3 * forward
     a = jax.ShapeDtypeStruct((1, 4, 256), np.float32)
-    lora = {"layers.mlp.up_proj.lora.default.a": a, "layers.mlp.up_proj.lora.default.b": a}
+    lora = {"layers.mlp.up_proj.updates.lora.a": a, "layers.mlp.up_proj.updates.lora.b": a}
     wanted = 2 * 2 * 64 * per_token + 6 * 2 * 64 * 2 * 4 * 256 + 3 * 2 * 4 * 4 * 64 * pairs
     assert flops.of_step(config, lora, rows=2, length=64) == wanted
     windowed = dataclasses.replace(config, windows=(8,))

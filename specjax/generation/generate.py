@@ -20,8 +20,9 @@ from specjax.errors import UserError
 from specjax.generation import decoding
 from specjax.generation.prompts import cut, decode, end_tokens, render
 from specjax.generation.sampling import Sampling
-from specjax.lora import adapters
+from specjax.lora.adapters import slot_of
 from specjax.models import Decoder
+from specjax.models.adapter import select
 
 LOOK_EVERY = 16  # tokens between two looks for stop strings in the text so far
 
@@ -289,12 +290,7 @@ def _split(model: Decoder, adapter: str | EllipsisType | None) -> tuple[Any, Any
     """The model's graph and arrays with that adapter in use; the model itself stays as it was."""
     if isinstance(adapter, EllipsisType):
         return nnx.split(model)
-    before = adapters.active(model)
-    adapters.use(model, adapter)
-    try:
-        return nnx.split(model)
-    finally:
-        adapters.use(model, before)
+    return nnx.split(select(model, None if adapter is None else slot_of(model, adapter)))
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], new: int, longest: int, vocab: int) -> None:

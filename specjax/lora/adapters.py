@@ -1,14 +1,12 @@
 """Putting adapters on a model and choosing among them.
 
-An adapter is a name under which some of the model's modules hold factors (`LoRA`) or copies of their parameters
-(`Own`). Several may be loaded over one base; one, or none, is in use. The base's own parameters keep their paths and
-values.
+An adapter is a name of the model's (`Decoder.adapters`), under whose number, its slot, some of the modules hold a row
+in a stack of updates (`Stack`) or copies of their parameters (`Own`). Several may be loaded over one base; one, or
+none, is in use. The base's own parameters keep their paths and values.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax import sharding
 from specjax.errors import UserError, nearest
-from specjax.lora.targets import TIED_HEAD, Layers, linears, parts
+from specjax.lora.targets import TIED_HEAD, Layers, is_stacked, linears, parts
+from specjax.lora.variants import LoRA
 from specjax.models import Decoder
-from specjax.models.adapter import Adaptable, LoRA, Own, PerLayer
-from specjax.models.layers import Linear
+from specjax.models.adapter import Adaptable, AdaptableMap, Own, Path
+from specjax.models.layers import Axes, Linear
 from specjax.models.moe import ExpertLinear
+from specjax.models.stack import Constant, Member, Stack
 
 DEFAULT = "default"
 Array = jax.Array | np.ndarray
@@ -30,11 +30,17 @@ Array = jax.Array | np.ndarray
 
 @dataclasses.dataclass
 class Factors:
-    """What an adapter hangs beside one linear map, as in `models.adapter.LoRA`: ranks and alphas are one a layer."""
+    """What an adapter adds beside one linear map: its variant's arrays, without the axis of adapters.
 
-    a: Array
-    b: Array
-    magnitude: Array | None
+    Attributes:
+      variant: whose arrays they are.
+      values: by field, see `LoRA.arrays`.
+      ranks: of each layer, see `Member`.
+      alphas: likewise.
+    """
+
+    variant: LoRA
+    values: Mapping[str, Array]
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
 
@@ -52,33 +58,10 @@ class Copies:
 class Adapter:
     """An adapter apart from a model, by the paths of its modules."""
 
-    factors: dict[str, Factors]
-    copies: dict[str, Copies]
+    factors: dict[Path, Factors]
+    copies: dict[Path, Copies]
     dropout: float
     rslora: bool
-
-
-def is_stacked(path: str) -> bool:
-    """Whether the module's arrays have a leading layer axis."""
-    return path.startswith("layers.")
-
-
-def factor_shapes(model: Decoder, path: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shapes of A, B and DoRA's magnitude, [(L,) R, *in], [(L,) *out, R] and [(L,) *out], for the map at `path`."""
-    linear = linears(model)[path]
-    lead, shape = leading(linear), linear.kernel.shape
-    out, inputs = shape[: -linear.in_dims], shape[-linear.in_dims :]
-    return (*shape[:lead], rank, *inputs), (*out, rank), out
-
-
-def leading(linear: Linear | ExpertLinear) -> int:
-    """How many leading axes of a map's kernel count maps: the layers', the experts'."""
-    return sum(axis in ("layers", "expert") for axis in linear.kernel.get_metadata("axes"))
-
-
-def scales(ranks: tuple[int, ...], alphas: tuple[float, ...], rslora: bool) -> list[float]:
-    """alpha/r of each layer, or alpha/sqrt(r) (rsLoRA, arXiv:2312.03732); 0 where the rank is 0."""
-    return [0.0 if r == 0 else a / (math.sqrt(r) if rslora else r) for r, a in zip(ranks, alphas, strict=True)]
 
 
 def check_free(model: Decoder, name: str) -> None:
@@ -88,16 +71,18 @@ def check_free(model: Decoder, name: str) -> None:
 
 
 def attach(model: Decoder, name: str, adapter: Adapter) -> None:
-    """Puts an adapter on the model, placed on its mesh, and in use.
-
-    Over `fsdp` factors are replicated: they are small, and gathering them in every layer costs more than it saves.
-    Copies lie like what they stand for.
-    """
-    maps = linears(model)
+    """Puts an adapter on the model, placed on its mesh, and in use; copies lie like what they stand for."""
+    slot = next((i for i, held in enumerate(model.adapters) if held is None), len(model.adapters))
+    maps, modules = linears(model), parts(model)
     for path, factors in adapter.factors.items():
-        _hang(maps[path], name, factors, adapter.dropout, adapter.rslora)
+        member = Member(slot, factors.ranks, factors.alphas, adapter.dropout, adapter.rslora)
+        held = maps[path].updates.get(factors.variant.name)
+        rows = [] if held is None else [(one, row_of(held, one)) for one in held.members]
+        maps[path].updates[factors.variant.name] = _stack(
+            maps[path], factors.variant, [*rows, (member, factors.values)]
+        )
     for path, copies in adapter.copies.items():
-        part = parts(model)[path]
+        part = modules[path]
         values = {}
         for parameter, value in copies.values.items():
             base = getattr(part, "embedding" if parameter == TIED_HEAD else parameter)
@@ -105,39 +90,61 @@ def attach(model: Decoder, name: str, adapter: Adapter) -> None:
             value = jax.device_put(jnp.array(value, jnp.float32, copy=True), base[...].sharding)
             values[parameter] = nnx.LoRAParam(value, axes=base.get_metadata("axes"))
             mesh = sharding.mesh_of(base[...])
-        mask = None if all(copies.layers) else _per_layer([float(on) for on in copies.layers], mesh)
-        part.own[name] = Own(values, copies.layers, mask, copies.tied)
+        mask = None
+        if not all(copies.layers):
+            mask = _constant(np.array(copies.layers, np.float32), ("layers",), mesh)
+        part.own[str(slot)] = Own(values, copies.layers, mask, copies.tied)
+    model.adapters = (*model.adapters[:slot], name, *model.adapters[slot + 1 :])
     use(model, name)
 
 
-def _hang(linear: Linear | ExpertLinear, name: str, factors: Factors, dropout: float, rslora: bool) -> None:
-    axes = tuple(None if axis == "embed" else axis for axis in linear.kernel.get_metadata("axes"))
-    lead, out, inputs = leading(linear), axes[: -linear.in_dims], axes[-linear.in_dims :]
+def _stack(linear: AdaptableMap, variant: LoRA, rows: Sequence[tuple[Member, Mapping[str, Array]]]) -> Stack:
+    """The stack of adapters, one row each, padded with zeros to the largest rank and placed on the map's mesh."""
+    assert isinstance(linear, Linear | ExpertLinear)
+    rank = max(max(member.ranks) for member, _ in rows)
+    at = int(is_stacked(linear))  # the axis of adapters, behind that of the layers
     mesh = sharding.mesh_of(jax.tree.leaves(nnx.state(linear))[0])
-
-    def param(value: Array, axes: tuple[str | None, ...], what: str) -> nnx.LoRAParam:
+    params = {}
+    for field, (shape, axes) in variant.arrays(linear, rank).items():
+        whole, names = (*shape[:at], len(rows), *shape[at:]), (*axes[:at], "adapter", *axes[at:])
+        padded = [_padded(values[field], shape) for _, values in rows]
+        value = padded[0].reshape(whole) if len(rows) == 1 else jnp.stack(padded, axis=at)
         value = jnp.asarray(value, jnp.float32)
         if mesh is not None:
-            value = jax.device_put(value, sharding.named_sharding(mesh, axes, value.shape, f"LoRA {what} of {name}"))
-        return nnx.LoRAParam(value, axes=axes)
-
-    by_layer = scales(factors.ranks, factors.alphas, rslora)
-    magnitude = factors.magnitude
-    linear.lora[name] = LoRA(
-        param(factors.a, (*axes[:lead], "lora_rank", *inputs), "A"),
-        param(factors.b, (*out, "lora_rank"), "B"),
-        None if magnitude is None else param(magnitude, out, "magnitude"),
-        ranks=factors.ranks,
-        alphas=factors.alphas,
-        scale=by_layer[0] if len(set(by_layer)) == 1 else _per_layer(by_layer, mesh),
-        dropout=dropout,
-        rslora=rslora,
-    )
+            value = jax.device_put(
+                value, sharding.named_sharding(mesh, names, whole, f"LoRA {field} of {variant.name}")
+            )
+        params[field] = nnx.LoRAParam(value, axes=names)
+    members = tuple(member for member, _ in rows)
+    scales = np.array([member.scales for member in members], np.float32).T  # [L, A]
+    alike = {scale for member in members for scale in member.scales}
+    if len(alike) == 1:
+        return Stack(variant, params, members, alike.pop())
+    axes = ("layers", "adapter")[1 - at :]
+    return Stack(variant, params, members, _constant(scales if at else scales[0], axes, mesh))
 
 
-def _per_layer(values: list[float], mesh: Mesh | None) -> PerLayer:
-    array = jnp.asarray(values, jnp.float32)
-    return PerLayer(array if mesh is None else jax.device_put(array, NamedSharding(mesh, PartitionSpec())))
+def _padded(value: Array, shape: tuple[int, ...]) -> Array:
+    """With zeros behind each axis that is shorter: the rank's."""
+    if value.shape == shape:
+        return value
+    pad = jnp.pad if isinstance(value, jax.Array) else np.pad
+    return pad(value, [(0, size - have) for size, have in zip(shape, value.shape, strict=True)])
+
+
+def row_of(stack: Stack, member: Member) -> dict[str, Array]:
+    """One adapter's arrays, without the axis of adapters and cut to its own rank."""
+    rank, row, values = max(member.ranks), stack.members.index(member), {}
+    for field in stack.fields:
+        param = getattr(stack, field)
+        index = {"adapter": row, "lora_rank": slice(rank)}
+        values[field] = param[...][tuple(index.get(axis, slice(None)) for axis in param.get_metadata("axes"))]
+    return values
+
+
+def _constant(values: np.ndarray, axes: Axes, mesh: Mesh | None) -> Constant:
+    place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return Constant(jax.device_put(jnp.asarray(values), place), axes=axes)
 
 
 def collect(model: Decoder, name: str) -> Adapter:
@@ -146,21 +153,51 @@ def collect(model: Decoder, name: str) -> Adapter:
     Raises:
       UserError: there is no such adapter.
     """
-    found = Adapter({}, {}, 0.0, False)
+    slot = slot_of(model, name)
+    adapter = Adapter({}, {}, 0.0, False)
     for path, part in worn(model, name):
-        if isinstance(part, Linear | ExpertLinear) and name in part.lora:
-            lora = part.lora[name]
-            magnitude = None if lora.magnitude is None else lora.magnitude[...]
-            found.factors[path] = Factors(lora.a[...], lora.b[...], magnitude, lora.ranks, lora.alphas)
-            found.dropout, found.rslora = lora.dropout, lora.rslora
-        if name in part.own:
-            own = part.own[name]
-            found.copies[path] = Copies({key: getattr(own, key)[...] for key in own.parameters}, own.layers, own.tied)
-    return found
+        for stack, member in _memberships(part, slot):
+            adapter.factors[path] = Factors(_variant(stack), row_of(stack, member), member.ranks, member.alphas)
+            adapter.dropout, adapter.rslora = member.dropout, member.rslora
+        if str(slot) in part.own:
+            own = part.own[str(slot)]
+            values = {key: getattr(own, key)[...] for key in own.parameters}
+            adapter.copies[path] = Copies(values, own.layers, own.tied)
+    return adapter
 
 
-def worn(model: Decoder, name: str) -> Iterator[tuple[str, Adaptable]]:
+def _memberships(part: Adaptable, slot: int) -> Iterator[tuple[Stack, Member]]:
+    """The stack in which a module has a row of that adapter, and which it is."""
+    for stack in part.updates.values() if isinstance(part, AdaptableMap) else ():
+        member = stack.member(slot)
+        if member is not None:
+            yield stack, member
+
+
+def _variant(stack: Stack) -> LoRA:
+    assert isinstance(stack.variant, LoRA)
+    return stack.variant
+
+
+def worn(model: Decoder, name: str) -> Iterator[tuple[Path, Adaptable]]:
     """(path, module) of each module that adapter `name` touches.
+
+    Raises:
+      UserError: there is no such adapter.
+    """
+    slot = slot_of(model, name)
+    for path, part in parts(model).items():
+        if str(slot) in part.own or any(_memberships(part, slot)):
+            yield path, part
+
+
+def names(model: Decoder) -> list[str]:
+    """The loaded adapters."""
+    return [name for name in model.adapters if name is not None]
+
+
+def slot_of(model: Decoder, name: str) -> int:
+    """The number by which the model knows an adapter.
 
     Raises:
       UserError: there is no such adapter.
@@ -168,23 +205,22 @@ def worn(model: Decoder, name: str) -> Iterator[tuple[str, Adaptable]]:
     have = names(model)
     if name not in have:
         raise UserError(f"no adapter {name!r} is loaded; loaded are: {', '.join(have) or 'none'}.{nearest(name, have)}")
-    for path, part in parts(model).items():
-        if name in part.own or name in getattr(part, "lora", ()):
-            yield path, part
+    return model.adapters.index(name)
 
 
-def names(model: Decoder) -> list[str]:
-    """The loaded adapters."""
-    return list(dict.fromkeys(name for part in parts(model).values() for held in _held(part) for name in held))
+def slots(model: Decoder, chosen: Sequence[str | None]) -> np.ndarray:
+    """What `model(tokens, adapters=...)` takes: int32 [G], the adapter of each group of rows; None is the base, -1.
 
-
-def _held(part: Adaptable) -> list[Any]:
-    return [part.lora, part.own] if isinstance(part, Linear | ExpertLinear) else [part.own]
+    Raises:
+      UserError: there is no such adapter.
+    """
+    return np.array([-1 if name is None else slot_of(model, name) for name in chosen], np.int32)
 
 
 def active(model: Decoder) -> str | None:
     """The adapter in use, or None for the base alone."""
-    return next((part.active for part in parts(model).values() if part.active is not None), None)
+    slot = next(iter(parts(model).values())).active
+    return model.adapters[slot] if isinstance(slot, int) else None
 
 
 def use(model: Decoder, name: str | None) -> None:
@@ -193,9 +229,9 @@ def use(model: Decoder, name: str | None) -> None:
     Raises:
       UserError: there is no such adapter.
     """
-    chosen = set() if name is None else {path for path, _ in worn(model, name)}
-    for path, part in parts(model).items():
-        part.active = name if path in chosen else None
+    slot = None if name is None else slot_of(model, name)
+    for part in parts(model).values():
+        part.active = slot
 
 
 def unload(model: Decoder, name: str) -> None:
@@ -204,9 +240,20 @@ def unload(model: Decoder, name: str) -> None:
     Raises:
       UserError: there is no such adapter.
     """
+    slot = slot_of(model, name)
     for _, part in list(worn(model, name)):
-        for held in _held(part):
-            if name in held:
-                del held[name]
-        if part.active == name:
-            part.active = None
+        for stack, member in list(_memberships(part, slot)):
+            assert isinstance(part, AdaptableMap)
+            rest = [(one, row_of(stack, one)) for one in stack.members if one is not member]
+            if rest:
+                part.updates[stack.variant.name] = _stack(part, _variant(stack), rest)
+            else:
+                del part.updates[stack.variant.name]
+        if str(slot) in part.own:
+            del part.own[str(slot)]
+    if active(model) == name:
+        use(model, None)
+    kept = [None if held == name else held for held in model.adapters]
+    while kept and kept[-1] is None:
+        kept.pop()
+    model.adapters = tuple(kept)

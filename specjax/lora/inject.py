@@ -7,26 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from specjax import sharding
 from specjax.errors import UserError
-from specjax.lora import experts
-from specjax.lora import targets as names
-from specjax.lora.adapters import (
-    DEFAULT,
-    Adapter,
-    Copies,
-    Factors,
-    attach,
-    check_free,
-    factor_shapes,
-    is_stacked,
-    leading,
-)
-from specjax.lora.targets import TIED_HEAD, Layers
+from specjax.lora import fused
+from specjax.lora import targets as targets_lib
+from specjax.lora.adapters import DEFAULT, Adapter, Copies, Factors, attach, check_free
+from specjax.lora.targets import TIED_HEAD, TIED_PATH, Layers
+from specjax.lora.variants import variant_of
 from specjax.models import Decoder
+from specjax.models.adapter import Path
 from specjax.models.layers import Linear
-from specjax.models.moe import ExpertLinear
 
 BIASES = ("none", "all", "lora_only")
 
@@ -88,77 +79,77 @@ def inject(
         if number <= 0:
             raise UserError(f"LoRA alpha {number} of {key!r}: it must be above 0.")
     check_free(model, name)
-    chosen = names.match(
+    chosen = targets_lib.match(
         model,
         targets,
         exclude=exclude_modules,
         layers=layers_to_transform,
         saved=modules_to_save,
     )
-    saved = names.match_saved(model, modules_to_save)
+    saved = targets_lib.match_saved(model, modules_to_save)
     copies = _copies(model, saved, chosen, bias, ensure_weight_tying)
-    touched = [
-        m for path, flags in chosen.items() for m, on in zip(names.modules(model, path), flags, strict=True) if on
-    ]
-    names.check_patterns(ranks, touched, "rank_pattern")
-    names.check_patterns(alphas, touched, "alpha_pattern")
-    rank_of = names.by_pattern(ranks, rank, "rank_pattern")
-    alpha_of = names.by_pattern(alphas, alpha, "alpha_pattern")
-    ranks_of, alphas_of = {}, {}
-    for path, flags in chosen.items():
-        found = names.modules(model, path)
-        ranks_of[path] = tuple(int(rank_of(one)) if on else 0 for one, on in zip(found, flags, strict=True))
-        alphas_of[path] = tuple(float(alpha_of(one)) for one in found)
-    longest = max((math.prod(factor_shapes(model, path, max(ranks_of[path]))[0]) for path in chosen), default=0)
-    factors = {path: _fresh(model, path, ranks_of[path], alphas_of[path], dora, seed, longest) for path in chosen}
-    experts.check(factors, dropout)
+    shapes = _shapes(model, chosen, (rank, ranks), (alpha, alphas))
+    factors = _fresh(model, shapes, {"use_dora": dora}, seed)
+    fused.check(model, factors, dropout, dora)
     attach(model, name, Adapter(factors, copies, dropout, rslora))
 
 
+def _shapes(
+    model: Decoder,
+    chosen: Mapping[Path, Layers],
+    rank: tuple[int, Mapping[str, int]],
+    alpha: tuple[float, Mapping[str, float]],
+) -> dict[Path, tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Rank (0: left alone) and alpha of each layer of the chosen maps; `rank`, `alpha`: the usual one, patterns."""
+    modules = {path: targets_lib.modules(model, path) for path in chosen}
+    touched = [name for path, flags in chosen.items() for name, on in zip(modules[path], flags, strict=True) if on]
+    targets_lib.check_patterns(rank[1], touched, "rank_pattern")
+    targets_lib.check_patterns(alpha[1], touched, "alpha_pattern")
+    rank_of = targets_lib.by_pattern(rank[1], rank[0], "rank_pattern")
+    alpha_of = targets_lib.by_pattern(alpha[1], alpha[0], "alpha_pattern")
+    return {
+        path: (
+            tuple(int(rank_of(name)) if on else 0 for name, on in zip(modules[path], flags, strict=True)),
+            tuple(float(alpha_of(name)) for name in modules[path]),
+        )
+        for path, flags in chosen.items()
+    }
+
+
 def _fresh(
-    model: Decoder, path: str, ranks: tuple[int, ...], alphas: tuple[float, ...], dora: bool, seed: int, longest: int
-) -> Factors:
-    """The factors of one map, of whose A none has more than `longest` numbers."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-    rank = max(ranks)
-    a_shape, b_shape, _ = factor_shapes(model, path, rank)
-    linear = names.linears(model)[path]
-    lead = leading(linear)
-    bound = 1 / math.sqrt(math.prod(a_shape[lead + 1 :]))
-    # Drawn with the rank last, whatever order the parameter has: a seed keeps its meaning.
-    shape = (*a_shape[:lead], *a_shape[lead + 1 :], rank)
+    model: Decoder,
+    shapes: Mapping[Path, tuple[tuple[int, ...], tuple[float, ...]]],
+    settings: Mapping[str, Any],
+    seed: int,
+) -> dict[Path, Factors]:
+    """First values of the maps' factors, by the ranks and alphas of their layers and PEFT's keys for the variant."""
+    maps = targets_lib.linears(model)
+    variants = {path: variant_of(maps[path], settings) for path in shapes}
     # A program that draws takes most of a second to compile. So all draw equally many: a key's first numbers are those
     # that it gives for any shape of as many.
-    a = jax.random.uniform(key, (longest,), jnp.float32, -bound, bound)[: math.prod(shape)].reshape(shape)
-    a = jnp.moveaxis(a, -1, lead)
-    if min(ranks) < rank:  # behind a layer's true rank stand zeros, which stay zeros
-        true = jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]
-        a = a * true.reshape(len(ranks), *(1,) * (lead - 1), rank, *(1,) * (a.ndim - lead - 1))
-    magnitude = base_norms(linear, is_stacked(path)) if dora else None
-    return Factors(a, jnp.zeros(b_shape, jnp.float32), magnitude, ranks, alphas)
+    longest = max(variants[path].drawn(maps[path], max(ranks)) for path, (ranks, _) in shapes.items())
+    factors = {}
+    for path, (ranks, alphas) in shapes.items():
+        # What a seed means: the dotted name of the map decides.
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(sharding.path_name(path).encode()))
 
+        def draw(shape: tuple[int, ...], bound: float, key: Any = key) -> jax.Array:
+            drawn = jax.random.uniform(key, (longest,), jnp.float32, -bound, bound)
+            return drawn[: math.prod(shape)].reshape(shape)
 
-def base_norms(linear: Linear | ExpertLinear, stacked: bool) -> jax.Array:
-    """||W|| over the inputs, float32 [(L,) *out], in which DoRA's magnitude starts; layer by layer."""
-    graph, state = nnx.split(linear)
-    axes = tuple(range(-linear.in_dims, 0))
-
-    def norm(state: Any) -> jax.Array:
-        kernel = nnx.merge(graph, state).kernel[...]
-        return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes))
-
-    norms: jax.Array = jax.jit(lambda state: jax.lax.map(norm, state) if stacked else norm(state))(state)
-    return norms
+        values = variants[path].init(maps[path], ranks, draw)
+        factors[path] = Factors(variants[path], values, ranks, alphas)
+    return factors
 
 
 def _copies(
-    model: Decoder, saved: Mapping[str, Layers], chosen: Mapping[str, Layers], bias: str, tie: bool
-) -> dict[str, Copies]:
+    model: Decoder, saved: Mapping[Path, Layers], chosen: Mapping[Path, Layers], bias: str, tie: bool
+) -> dict[Path, Copies]:
     """The parameters that train as they are: those of whole modules, and biases."""
-    parts = names.parts(model)
+    parts, embedding = targets_lib.parts(model), targets_lib.embedding(model)
     if bias not in BIASES:
         raise UserError(f"bias {bias!r}: choose one of {', '.join(BIASES)}.")
-    if tie and not (model.config.tied and {"embed_tokens", TIED_HEAD} & set(saved)):
+    if tie and not (model.config.tied and {embedding, TIED_PATH} & set(saved)):
         raise UserError(
             "ensure_weight_tying is for a model whose embeddings are tied and modules_to_save that names one of them: "
             "leave it out."
@@ -167,40 +158,43 @@ def _copies(
         path for path in saved if any(a and b for a, b in zip(saved[path], chosen.get(path, ()), strict=False))
     )
     if both:
-        raise UserError(f"{both[0]} is both in the LoRA targets and in modules_to_save: name it in one of them.")
-    found: dict[str, Copies] = {}
+        raise UserError(
+            f"{sharding.path_name(both[0])} is both in the LoRA targets and in modules_to_save: name it in one of them."
+        )
+    copies: dict[Path, Copies] = {}
     for path, flags in saved.items():
-        if path == TIED_HEAD and model.lm_head is None:
-            continue
-        found[path] = Copies({key: getattr(parts[path], key)[...] for key in names.parameters(parts[path])}, flags)
-    if model.lm_head is None and TIED_HEAD in saved or tie:
-        found["embed_tokens"] = _tied_copies(model, saved, tie)
+        if path in parts:
+            own = targets_lib.parameters(parts[path])
+            copies[path] = Copies({key: getattr(parts[path], key)[...] for key in own}, flags)
+    if TIED_PATH in saved and TIED_PATH not in parts or tie:
+        copies[embedding] = _tied_copies(model, embedding in saved, tie)
     if bias != "none":
-        for path, values in _biases(model, chosen if bias == "lora_only" else None, saved).items():
-            found[path] = values
-    return found
+        copies |= _biases(model, chosen if bias == "lora_only" else None, saved)
+    return copies
 
 
-def _tied_copies(model: Decoder, saved: Mapping[str, Layers], tie: bool) -> Copies:
+def _tied_copies(model: Decoder, both: bool, tie: bool) -> Copies:
+    """Those of an embedding whose output end is saved; `both`: its input end too; `tie`: as one table."""
     table: Any = model.embed_tokens.embedding[...]
     if tie:
         return Copies({"embedding": table}, (True,), tied=True)
-    return Copies(
-        {key: table for key in ("embedding", TIED_HEAD) if key == TIED_HEAD or "embed_tokens" in saved}, (True,)
-    )
+    return Copies({key: table for key in ("embedding", TIED_HEAD) if key == TIED_HEAD or both}, (True,))
 
 
-def _biases(model: Decoder, chosen: Mapping[str, Layers] | None, saved: Mapping[str, Layers]) -> dict[str, Copies]:
+def _biases(model: Decoder, chosen: Mapping[Path, Layers] | None, saved: Mapping[Path, Layers]) -> dict[Path, Copies]:
     """Copies of the biases of the chosen maps, or of all."""
-    found = {}
-    for path, linear in names.linears(model).items():
+    copies: dict[Path, Copies] = {}
+    for path, linear in targets_lib.linears(model).items():
         if not isinstance(linear, Linear) or linear.bias is None or (chosen is not None and path not in chosen):
             continue
         if path in saved:
-            raise UserError(f"{path} is in modules_to_save, which trains its bias too: use bias 'none' or 'lora_only'.")
-        flags = (True,) * len(names.modules(model, path)) if chosen is None else chosen[path]
-        found[path] = Copies({"bias": linear.bias[...]}, flags)
-    if not found:
+            where = sharding.path_name(path)
+            raise UserError(
+                f"{where} is in modules_to_save, which trains its bias too: use bias 'none' or 'lora_only'."
+            )
+        flags = (True,) * len(targets_lib.modules(model, path)) if chosen is None else chosen[path]
+        copies[path] = Copies({"bias": linear.bias[...]}, flags)
+    if not copies:
         which = "linear maps of this model have" if chosen is None else "targeted linear maps have"
         raise UserError(f"bias is set to train, but the {which} none: leave it at 'none'.")
-    return found
+    return copies

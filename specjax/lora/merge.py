@@ -11,10 +11,13 @@ from flax import nnx
 from specjax import sharding
 from specjax.errors import UserError
 from specjax.hf.quantise import is_quantised, restore
-from specjax.lora.adapters import Copies, Factors, active, collect, is_stacked, scales, unload
-from specjax.lora.targets import EXPERTS, TIED_HEAD, linears, parts
+from specjax.lora.adapters import Copies, active, collect, unload
+from specjax.lora.targets import TIED_HEAD, is_stacked, linears, parts
+from specjax.lora.variants import LoRA
 from specjax.models import Decoder
-from specjax.models.layers import Linear
+from specjax.models.adapter import Path
+from specjax.models.layers import Embed, Linear
+from specjax.models.stack import Member
 
 
 def merge(model: Decoder, name: str | None = None, *, dequantise: bool = False) -> None:
@@ -48,66 +51,51 @@ def merge(model: Decoder, name: str | None = None, *, dequantise: bool = False) 
         restore(model)
     maps = linears(model)
     for path in adapter.factors:
-        _check_dtype(f"{path}.kernel", maps[path].kernel.dtype)
+        _check_dtype((*path, "kernel"), maps[path].kernel.dtype)
     for path, copies in adapter.copies.items():
         for parameter in copies.values:
             stored = "embedding" if parameter == TIED_HEAD else parameter
-            _check_dtype(f"{path}.{stored}", getattr(parts(model)[path], stored).dtype)
+            _check_dtype((*path, stored), getattr(parts(model)[path], stored).dtype)
     for path, copies in adapter.copies.items():
         _replace(model, path, copies)
     for path, factors in adapter.factors.items():
-        kernel = maps[path].kernel
-        merged = _merged(
-            kernel[...], factors, adapter.rslora, maps[path].in_dims, is_stacked(path), path.startswith(EXPERTS)
-        )
+        linear, kernel = maps[path], maps[path].kernel
+        scales = jnp.array(Member(0, factors.ranks, factors.alphas, 0.0, adapter.rslora).scales, jnp.float32)
+        stacked = is_stacked(linear)
+        merger = _merger(factors.variant, linear.in_dims, stacked, kernel[...].sharding)
+        merged = merger(kernel[...], factors.values, scales if stacked else scales[0])
         # Waited for: else the kernels of all maps, still being read, are in memory beside the merged ones.
         kernel[...] = jax.block_until_ready(merged)
     unload(model, name)
 
 
-def _check_dtype(name: str, dtype: Any) -> None:
+def _check_dtype(path: Path, dtype: Any) -> None:
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.dtype(dtype).itemsize < 2:
         raise UserError(
-            f"{name} is stored as {jnp.dtype(dtype).name}, a quantised base, into which a merge would be rounded: "
-            "load the base in bfloat16 or float32, and the adapter onto it, and merge there."
+            f"{sharding.path_name(path)} is stored as {jnp.dtype(dtype).name}, a quantised base, into which a merge "
+            "would be rounded: load the base in bfloat16 or float32, and the adapter onto it, and merge there."
         )
-
-
-def _merged(kernel: jax.Array, factors: Factors, rslora: bool, in_dims: int, stacked: bool, experts: bool) -> jax.Array:
-    by_layer = jnp.asarray(scales(factors.ranks, factors.alphas, rslora), jnp.float32)
-    scale = by_layer if stacked else by_layer[0]
-    return _merger(in_dims, stacked, experts, kernel.sharding)(kernel, factors.a, factors.b, scale, factors.magnitude)
 
 
 @functools.cache
-def _merger(in_dims: int, stacked: bool, experts: bool, place: jax.sharding.Sharding) -> Any:
-    """The compiled merge of a map's kind, shared by maps of the same shapes."""
+def _merger(variant: LoRA, in_dims: int, stacked: bool, place: jax.sharding.Sharding) -> Any:
+    """The compiled merge of a map's sort, shared by maps of the same shapes."""
 
-    def one(parts: tuple[Any, ...]) -> jax.Array:
-        w, a, b, scale, magnitude = parts
-        product = (
-            jnp.einsum("Eor,Eri->Eoi", b, a, precision="highest")
-            if experts
-            else jnp.tensordot(b, a, 1, precision="highest")
-        )
-        merged = w.astype(jnp.float32) + product * scale
-        if magnitude is not None:
-            norm = jnp.sqrt(jnp.sum(jnp.square(merged), axis=tuple(range(-in_dims, 0))))
-            factor = jnp.where(scale != 0, magnitude / norm, 1.0)
-            merged = merged * factor.reshape(factor.shape + (1,) * in_dims)
-        return merged.astype(w.dtype)
+    def of_layer(parts: tuple[Any, ...]) -> jax.Array:
+        kernel, factors, scale = parts
+        return variant.merge(kernel, factors, scale, in_dims).astype(kernel.dtype)
 
     def every(*parts: Any) -> jax.Array:
         # Layer by layer: float32 copies of all layers at once would be twice the model.
-        return jax.lax.map(one, parts) if stacked else one(parts)
+        return jax.lax.map(of_layer, parts) if stacked else of_layer(parts)
 
     return jax.jit(every, out_shardings=place)
 
 
-def _replace(model: Decoder, path: str, copies: Copies) -> None:
+def _replace(model: Decoder, path: Path, copies: Copies) -> None:
     """Puts an adapter's copies in the base's place, cast to its dtype."""
     part = parts(model)[path]
-    if path == "embed_tokens" and model.lm_head is None and not copies.tied:
+    if isinstance(part, Embed) and model.lm_head is None and not copies.tied:
         _untie(model, copies.values.get(TIED_HEAD, model.embed_tokens.embedding[...]))
     for parameter, value in copies.values.items():
         if parameter == TIED_HEAD:

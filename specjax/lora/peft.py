@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from specjax import sharding
 from specjax.cluster import processes
 from specjax.errors import UserError
 from specjax.hf import names as hf_names
 from specjax.hf.tensors import Tensors
-from specjax.lora import adapters, experts, targets
+from specjax.lora import adapters, fused, targets
 from specjax.lora.adapters import Adapter, Copies, Factors
 from specjax.lora.peft_config import CONFIG, WEIGHTS, read_config, write_config
-from specjax.lora.targets import EXPERTS, ROUTER, TIED_HEAD
+from specjax.lora.targets import TIED_HEAD, TIED_PATH
+from specjax.lora.variants import variant_of
 from specjax.models import Decoder
+from specjax.models.adapter import Path as ModulePath
 from specjax.models.layers import Linear
+from specjax.models.moe import ExpertLinear, Router
 
 _PREFIX = "base_model.model."
 
@@ -33,8 +37,8 @@ class _Row:
     """One tensor of the file: the layer of one of our arrays that it holds, and how."""
 
     key: str
-    path: str
-    field: str  # a, b, magnitude, or the parameter that a copy stands for
+    path: ModulePath
+    field: str  # of the variant's arrays, or the parameter that a copy stands for
     layer: int
     kind: str
 
@@ -73,7 +77,7 @@ def save(
     source = base or model.origin.source or None
     config = write_config(model, adapter, source, revision or (None if base else model.origin.revision or None))
     tensors = {row.key: _to_file(model, adapter, row) for row in _table(model, adapter)}
-    tensors |= dict(experts.tensors(adapter, _PREFIX))
+    tensors |= dict(fused.tensors(adapter, _PREFIX))
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -111,9 +115,9 @@ def read(model: Decoder, folder: Path) -> Adapter:
     try:
         adapter = _plan(model, config)
         rank_of, alpha_of = _patterns(config)
-        parameters = experts.parameters(model, config.get("target_parameters", []))
+        parameters = fused.parameters(model, config.get("target_parameters", []))
         more = parameters, held, _PREFIX, rank_of, alpha_of, adapter.rslora
-        by_expert, expert_keys = experts.read(model, *more)
+        by_expert, expert_keys = fused.read(model, *more)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
     rows = {row.key: row for row in _table(model, adapter)}
@@ -140,7 +144,7 @@ def read(model: Decoder, folder: Path) -> Adapter:
             raise UserError(f"{folder}: tensor {row.key} is {list(layer.shape)} where {list(wanted)} is needed.")
         target[...] = hf_names.view(layer, target.shape)
     adapter.factors |= by_expert
-    tied = adapter.copies.get("embed_tokens")
+    tied = adapter.copies.get(targets.embedding(model))
     if tied is not None and tied.tied:
         head = held[f"{_PREFIX}lm_head.weight"]
         if not np.array_equal(head.astype(np.float32), tied.values["embedding"]):
@@ -165,29 +169,33 @@ def _plan(model: Decoder, config: dict[str, Any]) -> Adapter:
             saved=config.get("modules_to_save", []),
             strict=False,
         )
+    maps, parts = targets.linears(model), targets.parts(model)
     rank_of, alpha_of = _patterns(config)
-    chosen = {path: flags for path, flags in chosen.items() if path != ROUTER and not path.startswith(EXPERTS)}
-    if "gate.weight" in experts.parameters(model, config.get("target_parameters", [])):
-        chosen[ROUTER] = (True,) * model.config.num_layers
+    chosen = {path: flags for path, flags in chosen.items() if not isinstance(maps[path], ExpertLinear | Router)}
+    if "gate.weight" in fused.parameters(model, config.get("target_parameters", [])):
+        routers = [path for path, one in maps.items() if isinstance(one, Router)]
+        chosen |= {path: (True,) * model.config.num_layers for path in routers}
     factors = {}
     for path, flags in chosen.items():
-        found = [f"{name}.weight" if path == ROUTER else name for name in targets.modules(model, path)]
-        ranks = tuple(int(rank_of(one)) if on else 0 for one, on in zip(found, flags, strict=True))
-        a, b, magnitude = (np.zeros(s, np.float32) for s in adapters.factor_shapes(model, path, max(ranks)))
-        alphas = tuple(float(alpha_of(one)) for one in found)
-        factors[path] = Factors(a, b, magnitude if config.get("use_dora") else None, ranks, alphas)
+        suffix = ".weight" if isinstance(maps[path], Router) else ""
+        modules = [f"{name}{suffix}" for name in targets.modules(model, path)]
+        ranks = tuple(int(rank_of(name)) if on else 0 for name, on in zip(modules, flags, strict=True))
+        variant = variant_of(maps[path], config)
+        arrays = variant.arrays(maps[path], max(ranks))
+        values: dict[str, Any] = {field: np.zeros(shape, np.float32) for field, (shape, _) in arrays.items()}
+        factors[path] = Factors(variant, values, ranks, tuple(float(alpha_of(name)) for name in modules))
     tie = bool(config.get("ensure_weight_tying")) and model.lm_head is None
-    copies: dict[str, Copies] = {}
+    copies: dict[ModulePath, Copies] = {}
     for path, flags in saved.items():
-        if path != TIED_HEAD or model.lm_head is not None:
-            part = targets.parts(model)[path]
-            copies[path] = _blank(model, path, targets.parameters(part), flags)
-    if model.lm_head is None and TIED_HEAD in saved or tie and "embed_tokens" in saved:
-        both = ("embedding",) if tie else ("embedding", TIED_HEAD) if "embed_tokens" in saved else (TIED_HEAD,)
-        copies["embed_tokens"] = _blank(model, "embed_tokens", both, (True,))
-        copies["embed_tokens"].tied = tie
+        if path in parts:
+            copies[path] = _blank(model, path, targets.parameters(parts[path]), flags)
+    embedding = targets.embedding(model)
+    if TIED_PATH in saved and TIED_PATH not in parts or tie and embedding in saved:
+        both = ("embedding",) if tie else ("embedding", TIED_HEAD) if embedding in saved else (TIED_HEAD,)
+        copies[embedding] = _blank(model, embedding, both, (True,))
+        copies[embedding].tied = tie
     bias = config.get("bias", "none")
-    for path, linear in targets.linears(model).items():
+    for path, linear in maps.items():
         if (
             bias == "none"
             or not isinstance(linear, Linear)
@@ -207,7 +215,7 @@ def _patterns(config: dict[str, Any]) -> tuple[Callable[[str], Any], Callable[[s
     return ranks, targets.by_pattern(config.get("alpha_pattern", {}), config.get("lora_alpha", 8), "alpha_pattern")
 
 
-def _blank(model: Decoder, path: str, fields: tuple[str, ...], layers: targets.Layers) -> Copies:
+def _blank(model: Decoder, path: ModulePath, fields: tuple[str, ...], layers: targets.Layers) -> Copies:
     """Arrays to read into: the base's own where a layer is left alone."""
     part = targets.parts(model)[path]
     values: dict[str, Any] = {}
@@ -221,17 +229,13 @@ def _blank(model: Decoder, path: str, fields: tuple[str, ...], layers: targets.L
 
 def _table(model: Decoder, adapter: Adapter) -> Iterator[_Row]:
     """Every tensor of the adapter's file."""
+    maps = targets.linears(model)
     for path, factors in adapter.factors.items():
-        if path.startswith(EXPERTS):  # see `experts.tensors`
-            continue
-        in_dims = targets.linears(model)[path].in_dims
+        tensors = factors.variant.tensors(maps[path].in_dims)  # none of experts: see `fused.tensors`
         for layer, module in enumerate(targets.modules(model, path)):
             if factors.ranks[layer]:
-                start = f"{_PREFIX}{module}.lora_"
-                yield _Row(f"{start}A.weight", path, "a", layer, f"kernel/{in_dims}")
-                yield _Row(f"{start}B.weight", path, "b", layer, "kernel/1")
-                if factors.magnitude is not None:
-                    yield _Row(f"{start}magnitude_vector", path, "magnitude", layer, "flat")
+                for field, end, kind in tensors:
+                    yield _Row(f"{_PREFIX}{module}.{end}", path, field, layer, kind)
     for path, copies in adapter.copies.items():
         ranks = adapter.factors[path].ranks if path in adapter.factors else (0,) * len(copies.layers)
         for field in copies.values:
@@ -247,14 +251,16 @@ def _table(model: Decoder, adapter: Adapter) -> Iterator[_Row]:
 
 def _place(model: Decoder, adapter: Adapter, row: _Row) -> np.ndarray:
     """The part of our array that a row's tensor is: a view."""
-    if row.field in ("a", "b", "magnitude") and row.path in adapter.factors:
-        factors = adapter.factors[row.path]
-        array = getattr(factors, row.field)
-        one = array[row.layer] if adapters.is_stacked(row.path) else array
-        rank = factors.ranks[row.layer]
-        return {"a": one[:rank], "b": one[..., :rank], "magnitude": one}[row.field]
-    array = np.asarray(adapter.copies[row.path].values[row.field])
-    return array[row.layer] if adapters.is_stacked(row.path) else array
+    part = targets.parts(model)[row.path]
+    factors = adapter.factors.get(row.path)
+    if factors is None or row.field not in factors.values:
+        array = np.asarray(adapter.copies[row.path].values[row.field])
+        return array[row.layer] if targets.is_stacked(part) else array
+    _, axes = factors.variant.arrays(targets.linears(model)[row.path], 1)[row.field]
+    index = {"layers": row.layer, "lora_rank": slice(factors.ranks[row.layer])}  # without the zeros of other layers
+    chosen: Any = tuple(index.get(axis or "", slice(None)) for axis in axes)
+    view: np.ndarray = np.asarray(factors.values[row.field])[chosen]
+    return view
 
 
 def _to_file(model: Decoder, adapter: Adapter, row: _Row) -> np.ndarray:
@@ -284,12 +290,7 @@ def _is_the_bases(model: Decoder, folder: Path, key: str, held: Tensors) -> bool
 def _host(adapter: Adapter) -> Adapter:
     """The same with NumPy arrays, whole on every process."""
     factors = {
-        path: dataclasses.replace(
-            one,
-            a=processes.gather(one.a),
-            b=processes.gather(one.b),
-            magnitude=None if one.magnitude is None else processes.gather(one.magnitude),
-        )
+        path: dataclasses.replace(one, values={field: processes.gather(value) for field, value in one.values.items()})
         for path, one in adapter.factors.items()
     }
     copies = {
@@ -306,14 +307,14 @@ def _differs(model: Decoder, wrote: Adapter, found: Adapter) -> str:
     for what in ("factors", "copies"):
         ours, theirs = getattr(wrote, what), getattr(found, what)
         if ours.keys() != theirs.keys():
-            return f"the set of modules ({', '.join(sorted(ours.keys() ^ theirs.keys()))})"
+            return f"the set of modules ({', '.join(sorted(map(sharding.path_name, ours.keys() ^ theirs.keys())))})"
     for path, one in wrote.factors.items():
         other = found.factors[path]
         alphas = [[a for a, r in zip(f.alphas, f.ranks, strict=True) if r] for f in (one, other)]
-        if one.ranks != other.ranks or alphas[0] != alphas[1]:
-            return f"rank or alpha of {path}"
+        if one.variant is not other.variant or one.ranks != other.ranks or alphas[0] != alphas[1]:
+            return f"variant, rank or alpha of {sharding.path_name(path)}"
     for row in _table(model, wrote):
         if _place(model, wrote, row).tobytes() != _place(model, found, row).tobytes():
             return row.key
-    pairs = zip(experts.tensors(wrote, _PREFIX), experts.tensors(found, _PREFIX), strict=True)
+    pairs = zip(fused.tensors(wrote, _PREFIX), fused.tensors(found, _PREFIX), strict=True)
     return next((key for (key, one), (_, other) in pairs if one.tobytes() != other.tobytes()), "")

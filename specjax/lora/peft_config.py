@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from specjax.errors import UserError, nearest
-from specjax.lora import experts, targets
+from specjax.lora import fused, targets
 from specjax.lora.adapters import Adapter
-from specjax.lora.targets import EXPERTS, ROUTER, TIED_HEAD
+from specjax.lora.targets import TIED_HEAD
+from specjax.lora.variants import VARIANTS
 from specjax.models import Decoder
+from specjax.models.moe import ExpertLinear, Router
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -121,16 +123,16 @@ def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: s
 
     `r` and `lora_alpha` are the most frequent ones, `rank_pattern` and `alpha_pattern` hold the others.
     """
-    maps = {path: targets.modules(model, path) for path in targets.linears(model)}
+    maps = targets.linears(model)
     ranks, alphas = {}, {}
     for path, factors in adapter.factors.items():
-        if path == ROUTER or path.startswith(EXPERTS):
+        if isinstance(maps[path], Router | ExpertLinear):
             continue
-        for name, rank, alpha in zip(maps[path], factors.ranks, factors.alphas, strict=True):
+        for name, rank, alpha in zip(targets.modules(model, path), factors.ranks, factors.alphas, strict=True):
             if rank:
                 ranks[name], alphas[name] = rank, alpha
     of_modules = list(ranks)
-    expert_ranks, expert_alphas, parameters = experts.settings(adapter)
+    expert_ranks, expert_alphas, parameters = fused.settings(model, adapter)
     ranks, alphas = ranks | expert_ranks, alphas | expert_alphas
     r, rank_pattern = _pattern(ranks)
     alpha, alpha_pattern = _pattern({name: int(a) if a == int(a) else a for name, a in alphas.items()})
@@ -147,7 +149,7 @@ def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: s
         "alpha_pattern": alpha_pattern,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
-        "use_dora": any(factors.magnitude is not None for factors in adapter.factors.values()),
+        **_variant_settings(adapter),
         "target_modules": targets.shorten(of_modules, everything, lambda name, end: name.endswith(f".{end}")),
         "target_parameters": parameters or None,
         "modules_to_save": targets.shorten(saved, everything, str.endswith) if saved else None,
@@ -159,6 +161,13 @@ def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: s
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _variant_settings(adapter: Adapter) -> dict[str, Any]:
+    """The keys that tell the variants of the adapter's maps, at their default where none has another value."""
+    default = {key: value for variant in reversed(VARIANTS) for key, value in variant.settings.items()}
+    told = [pair for one in adapter.factors.values() for pair in one.variant.settings.items()]
+    return default | {key: value for key, value in told if value != default[key]}
 
 
 def saved_modules(model: Decoder, adapter: Adapter) -> list[str]:

@@ -9,31 +9,33 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from flax import nnx
-
 from specjax import sharding
 from specjax.errors import UserError, nearest
 from specjax.hf import names as hf_names
 from specjax.models import Decoder
-from specjax.models.adapter import Adaptable
-from specjax.models.layers import Linear
-from specjax.models.moe import ExpertLinear
+from specjax.models.adapter import Adaptable, Path, adaptables
+from specjax.models.layers import Embed, Linear
+from specjax.models.moe import ExpertLinear, Router
 
 Layers = tuple[bool, ...]
-ROUTER, EXPERTS = "layers.mlp.gate", "layers.mlp.experts."  # of a mixture of experts
 TIED_HEAD = "lm_head"  # the name of a tied output layer among the copies of the embedding
+TIED_PATH: Path = (TIED_HEAD,)  # and among the modules that are matched, where it is none
 _PARAMETERS = ("kernel", "bias", "scale", "embedding")
 
 
-def parts(model: Decoder) -> dict[str, Adaptable]:
-    """The modules that can wear an adapter, by dotted path ("layers.self_attn.q_proj" is that map in every layer)."""
-    found = nnx.iter_modules(model)
-    return {sharding.path_name(path): module for path, module in found if isinstance(module, Adaptable)}
+def parts(model: Decoder) -> dict[Path, Adaptable]:
+    """The modules that can wear an adapter, by path (("layers", "self_attn", "q_proj"): that map in every layer)."""
+    return adaptables(model)
 
 
-def linears(model: Decoder) -> dict[str, Linear | ExpertLinear]:
+def linears(model: Decoder) -> dict[Path, Linear | ExpertLinear]:
     """The linear maps among them."""
     return {path: part for path, part in parts(model).items() if isinstance(part, Linear | ExpertLinear)}
+
+
+def embedding(model: Decoder) -> Path:
+    """The path of the embedding."""
+    return next(path for path, part in parts(model).items() if isinstance(part, Embed))
 
 
 def parameters(part: Adaptable) -> tuple[str, ...]:
@@ -41,21 +43,28 @@ def parameters(part: Adaptable) -> tuple[str, ...]:
     return tuple(name for name in _PARAMETERS if getattr(part, name, None) is not None)
 
 
-def tensors(model: Decoder, path: str, parameter: str) -> tuple[list[str], str]:
+def is_stacked(part: Adaptable) -> bool:
+    """Whether the module's arrays have a leading layer axis."""
+    return bool(getattr(part, parameters(part)[0]).get_metadata("axes")[0] == "layers")
+
+
+def tensors(model: Decoder, path: Path, parameter: str) -> tuple[list[str], str]:
     """The Hugging Face tensors of a module's parameter, by layer, and how they lie in a file (see `hf.names`)."""
     if parameter == TIED_HEAD:
         return ["lm_head.weight"], "table"
-    (entry,) = hf_names.entries(model.config, [f"{path}.{parameter}"])
+    (entry,) = hf_names.entries(model.config, [sharding.path_name((*path, parameter))])
     shape = getattr(parts(model)[path], parameter).shape
     return [name for _, name in entry.tensors(shape)], entry.kind
 
 
-def modules(model: Decoder, path: str) -> list[str]:
+def modules(model: Decoder, path: Path) -> list[str]:
     """The names PEFT knows a module by, one a layer: "model.layers.0.mlp.up_proj", ..."""
-    if path == ROUTER or path.startswith(EXPERTS):  # transformers 5 knows them so, whatever the files say
-        return [f"model.{path.replace('layers', f'layers.{layer}', 1)}" for layer in range(model.config.num_layers)]
-    found, _ = tensors(model, path, parameters(parts(model)[path])[0])
-    return [name.removesuffix(".weight") for name in found]
+    part = parts(model)[path]
+    if isinstance(part, Router | ExpertLinear):  # transformers 5 knows them so, whatever the files say
+        first, *rest = path
+        return [sharding.path_name(("model", first, layer, *rest)) for layer in range(model.config.num_layers)]
+    tensor_names, _ = tensors(model, path, parameters(part)[0])
+    return [name.removesuffix(".weight") for name in tensor_names]
 
 
 def match(
@@ -67,7 +76,7 @@ def match(
     layers_pattern: str | Sequence[str] | None = None,
     saved: Sequence[str] = (),
     strict: bool = True,
-) -> dict[str, Layers]:
+) -> dict[Path, Layers]:
     """The linear maps that `targets` names, and in which layers.
 
     Args:
@@ -84,7 +93,7 @@ def match(
       UserError: a target matches nothing; the names that are there are listed.
     """
     maps = linears(model)
-    known = sorted({path.rsplit(".", 1)[-1] for path in maps})
+    known = sorted({str(path[-1]) for path in maps})
     pattern = targets if isinstance(targets, str) and targets.lower() != "all-linear" else None
     hit = _compiled(pattern, "LoRA targets") if pattern is not None else None
     names = {path: modules(model, path) for path in maps}
@@ -98,11 +107,11 @@ def match(
     left_out = _compiled(exclude, "exclude_modules") if isinstance(exclude, str) else _ends(exclude or ())
     whole = [_compiled(rf"(^|.*\.){name}($|\..*)", "modules_to_save") for name in saved]
 
-    def chosen(path: str, name: str) -> bool:
+    def chosen(path: Path, name: str) -> bool:
         if left_out(name) or any(inside(name) for inside in whole):
             return False
         if isinstance(targets, str):
-            return hit(name) if hit else path != "lm_head"
+            return hit(name) if hit else maps[path] is not model.lm_head
         if name in targets:  # PEFT asks a full name for no layer
             return True
         return _ends(targets)(name) and (
@@ -119,7 +128,7 @@ def match(
     return found
 
 
-def match_saved(model: Decoder, wanted: Sequence[str], *, strict: bool = True) -> dict[str, Layers]:
+def match_saved(model: Decoder, wanted: Sequence[str], *, strict: bool = True) -> dict[Path, Layers]:
     """The modules, of any kind, whose name, or that of a module around them, ends in one of `wanted`.
 
     PEFT matches `modules_to_save` so: "norm" names every norm, "model.norm" the last one. A tied output layer, which
@@ -128,11 +137,11 @@ def match_saved(model: Decoder, wanted: Sequence[str], *, strict: bool = True) -
     Raises:
       UserError: one matches nothing; the names that are there are listed.
     """
-    names = {p: modules(model, p) for p in parts(model) if p != ROUTER and not p.startswith(EXPERTS)}
+    names = {p: modules(model, p) for p, part in parts(model).items() if not isinstance(part, Router | ExpertLinear)}
     if model.lm_head is None:
-        names[TIED_HEAD] = ["lm_head"]
+        names[TIED_PATH] = [TIED_HEAD]
     if strict:
-        known = sorted({path.rsplit(".", 1)[-1] for path in names})
+        known = sorted({str(path[-1]) for path in names})
         for one in wanted:
             if not any(_inside(name, [one]) for found in names.values() for name in found):
                 raise UserError(

@@ -1,87 +1,23 @@
-"""What an adapter adds to a module: low-rank factors beside a linear map, and copies of parameters in their place.
+"""What adapters add to a module: updates beside a linear map, and copies of parameters in their place; which answer.
 
-R rank, L layers. A stacked module's arrays have a leading layer axis here too; its methods see one layer's slice.
+Several adapters lie over one base. The model numbers them: an adapter's slot is its place in `Decoder.adapters`, which
+alone has the names. Their updates of a map are a stack (`specjax.models.stack`), and which adapter answers is
+`Adaptable.active`: none, one for all rows, or one for each of G equal groups of consecutive rows (`select`).
 """
 
+from collections.abc import Sequence
+from types import EllipsisType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from specjax.models.products import contract, expand
+from specjax.errors import UserError
+from specjax.models.stack import Constant, Update
 
-
-class PerLayer(nnx.Variable):
-    """A constant of an adapter that differs by layer, float32 [L]: part of the state, because layers are scanned."""
-
-
-class LoRA(nnx.Module):
-    """Low-rank update y += scale * B A dropout(x) (Hu et al. 2021, arXiv:2106.09685), in PEFT's semantics.
-
-    `a` is [(L,) R, *in_dims] and `b` [(L,) *out_dims, R], both float32 whatever the compute dtype; a layer of a smaller
-    rank has zeros behind it, which stay zero in training (A = 0 gives dB = 0, and B = 0 gives dA = 0). With `magnitude`
-    [(L,) *out_dims] it is DoRA (Liu et al. 2024, arXiv:2402.09353), whose weight norm has no gradient.
-
-    Attributes:
-      ranks: the true rank of each layer (one number for a map that is not stacked); 0: the layer is left alone.
-      alphas: likewise.
-      scale: a number, or a PerLayer array where layers differ; 0 where the rank is 0.
-    """
-
-    def __init__(
-        self,
-        a: nnx.LoRAParam,
-        b: nnx.LoRAParam,
-        magnitude: nnx.LoRAParam | None = None,
-        *,
-        ranks: tuple[int, ...],
-        alphas: tuple[float, ...],
-        scale: float | PerLayer,
-        dropout: float,
-        rslora: bool,
-    ):
-        self.a, self.b, self.magnitude = a, b, magnitude
-        self.ranks, self.alphas, self.scale = ranks, alphas, scale
-        self.dropout, self.rslora = dropout, rslora
-
-    def __call__(
-        self,
-        x: jax.Array,
-        in_dims: int,
-        dropout_key: jax.Array | None,
-        y: jax.Array | None = None,
-        kernel: jax.Array | None = None,
-        low: jax.Array | None = None,
-    ) -> jax.Array:
-        """[B,T,*in_dims] -> what is added to y, [B,T,*out_dims]; dropout only where a key is given.
-
-        Args:
-          x: the map's input.
-          in_dims: how many axes it contracts.
-          dropout_key: None: no dropout.
-          y: W x, for DoRA alone.
-          kernel: W, for DoRA alone.
-          low: A x, where it was made together with that of other maps.
-        """
-        scale = self.scale[...] if isinstance(self.scale, PerLayer) else self.scale
-        dropped = False
-        if dropout_key is not None and self.dropout > 0:
-            dropped = True
-            keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), jnp.zeros_like(x))
-        low = contract(x, self.a[...], in_dims) if low is None else low  # scaled here, where it is small
-        update = expand(low * jnp.asarray(scale, low.dtype), self.b[...])
-        if self.magnitude is None:
-            return update
-        assert y is not None and kernel is not None
-        plain = contract(x, kernel, in_dims, y.dtype) if dropped else y  # PEFT drops x before W too
-        norm = update_norm(kernel, self.a[...], self.b[...], scale, in_dims, x.dtype)
-        factor = self.magnitude[...] / jax.lax.stop_gradient(norm)
-        if isinstance(self.scale, PerLayer):  # the magnitude of a layer that is left alone means nothing
-            factor = jnp.where(scale != 0, factor, 1.0)
-        factor = factor.reshape((1,) * (y.ndim - factor.ndim) + factor.shape)
-        return ((factor - 1) * plain.astype(jnp.float32) + factor * update.astype(jnp.float32)).astype(y.dtype)
+Path = tuple[str | int, ...]
 
 
 class Own(nnx.Module):
@@ -94,48 +30,123 @@ class Own(nnx.Module):
       tied: of a tied embedding: the copy is the output's table too.
     """
 
-    def __init__(self, values: dict[str, nnx.LoRAParam], layers: tuple[bool, ...], mask: PerLayer | None, tied: bool):
+    def __init__(self, values: dict[str, nnx.LoRAParam], layers: tuple[bool, ...], mask: Constant | None, tied: bool):
         for name, value in values.items():
             setattr(self, name, value)
         self.parameters, self.layers, self.mask, self.tied = tuple(values), layers, mask, tied
 
 
 class Adaptable(nnx.Module):
-    """A module whose parameters an adapter may replace by its own.
+    """A module whose parameters adapters may replace by their own.
 
-    `own` maps an adapter's name to its copies; `active` names the adapter in use, None is the base alone.
+    Attributes:
+      own: an adapter's copies by its slot, written as a string.
+      active: the slot of the adapter in use; None: the base alone; `...`: those of the groups of rows.
     """
 
     def __init__(self) -> None:
         self.own = nnx.Dict()
-        self.active: str | None = None
+        self.active: int | EllipsisType | None = None
+
+    @property
+    def copies(self) -> Own | None:
+        """The copies in use."""
+        key = str(self.active)
+        return self.own[key] if isinstance(self.active, int) and key in self.own else None
 
     def used(self, name: str, base: str = "") -> jax.Array:
         """The parameter `name` that is in use: the active adapter's copy, else the base's (called `base` there)."""
         value: jax.Array = getattr(self, base or name)[...]
-        own = self.own[self.active] if self.active is not None and self.active in self.own else None
+        own = self.copies
         if own is None or name not in own.parameters:
             return value
         copy: jax.Array = getattr(own, name)[...]
         return copy if own.mask is None else jnp.where(own.mask[...] != 0, copy, value.astype(copy.dtype))
 
 
-def update_norm(
-    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: Any, in_dims: int, dtype: Any = jnp.float32
-) -> jax.Array:
-    """||W + s B A|| over the inputs, float32 [*out], of W [*out, *in], without making B A.
+class AdaptableMap(Adaptable):
+    """A linear map, whose updates are a stack for each variant that the loaded adapters have."""
 
-    By ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2, where <W, B A> sums B * (W A^T) and ||B A||^2 sums B * (B A A^T), both
-    over R: no array of the kernel's size. Products take `dtype` and accumulate in float32.
+    def __init__(self) -> None:
+        super().__init__()
+        self.updates = nnx.Dict()
+
+    def active_updates(self) -> list[Update]:
+        """The updates in use: one at most, but of groups, whose adapters may be of several variants."""
+        found = (stack.update(self.active) for stack in self.updates.values()) if self.active is not None else ()
+        return [update for update in found if update is not None]
+
+
+def adaptables(model: nnx.Module) -> dict[Path, Adaptable]:
+    """The modules that can wear an adapter, by NNX path."""
+    return {path: module for path, module in nnx.iter_modules(model) if isinstance(module, Adaptable)}
+
+
+def select(model: Any, adapters: int | Sequence[int] | jax.Array | None) -> Any:
+    """The same model with the same parameters, whose rows other adapters answer; the given one stays as it is.
+
+    It may be called inside a traced function, and the gradient of the new model's factors is that of the given one's.
+
+    Args:
+      model: a `Decoder`.
+      adapters: None: the base; a slot: that adapter for all rows; int32 [G]: the slots of G equal groups of consecutive
+        rows of the batch, a negative one for the base. An array of JAX may change without compiling again.
+
+    Raises:
+      UserError: no adapter has such a slot, or one of several has copies of whole modules, which cannot share a batch.
     """
-    axes = tuple(range(-in_dims, 0))
-    squares = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=axes)
+    if adapters is not None and not isinstance(adapters, jax.Array):
+        check_slots(model, adapters)
+    model = nnx.merge(*nnx.split(model))
+    parts = adaptables(model).values()
+    if adapters is None or isinstance(adapters, int):
+        for part in parts:
+            part.active = None if adapters is None or adapters < 0 else adapters
+        return model
+    # Of slots that are known only when the program runs, any may be asked for.
+    slots = adapters if isinstance(adapters, jax.Array) else np.asarray(adapters, np.int32)
+    asked = range(len(model.adapters)) if isinstance(slots, jax.Array) else slots.tolist()
+    for part in parts:
+        part.active = ...
+        held = [model.adapters[int(slot)] for slot in part.own if int(slot) in asked]
+        if held:
+            raise UserError(
+                f"adapter {held[0]!r} has copies of whole modules, which cannot share a batch: give it one of its own, "
+                "or unload it."
+            )
+        if isinstance(part, AdaptableMap):
+            for name, stack in list(part.updates.items()):
+                part.updates[name] = stack.grouped(slots, len(model.adapters))
+    return model
 
-    def product(left: jax.Array, right: jax.Array, axes: Any) -> jax.Array:
-        found = jnp.tensordot(left.astype(dtype), right.astype(dtype), axes, preferred_element_type=jnp.float32)
-        return found.astype(jnp.float32)
 
-    cross = jnp.sum(b * product(kernel, a, (axes, axes)), axis=-1)
-    gram = product(a, a, (axes, axes))
-    quadratic = jnp.sum(b * jnp.tensordot(b, gram, 1), axis=-1)
-    return jnp.sqrt(jnp.maximum(squares + 2 * scale * cross + scale * scale * quadratic, 0))
+def check_slots(model: Any, slots: Any) -> None:
+    """Raises `UserError` at a slot, of a number or of several, that no adapter has; below 0 is the base."""
+    for slot in np.atleast_1d(np.asarray(slots)).tolist():
+        if slot >= len(model.adapters) or slot >= 0 and model.adapters[slot] is None:
+            raise UserError(f"no adapter has the slot {slot}: give those that `specjax.lora.slots` gives.")
+
+
+def in_use(module: Any) -> Any:
+    """The module with the updates of the one adapter in use alone, without the axis of adapters.
+
+    So what is scanned over the layers, and kept for the backward pass, is what a model with that adapter alone has.
+    """
+    maps = [part for part in adaptables(module).values() if isinstance(part, AdaptableMap) and part.updates]
+    if not any(isinstance(part.active, int) for part in maps):
+        return module
+    module = nnx.merge(*nnx.split(module))
+    for part in adaptables(module).values():
+        if isinstance(part, AdaptableMap) and isinstance(part.active, int):
+            for name, stack in list(part.updates.items()):
+                only = stack.only(part.active)
+                if only is None:
+                    del part.updates[name]
+                else:
+                    part.updates[name] = only
+    return module
+
+
+def without_adapters(model: Any) -> Any:
+    """The same model with the same parameters and no adapter in use; see `select`."""
+    return select(model, None)

@@ -6,6 +6,7 @@ B batch, T length, S cache length, D embed, V vocab, L layers, K kv heads, H hea
 import functools
 import math
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 
 from specjax import sharding
 from specjax.models import rope
+from specjax.models.adapter import check_slots, in_use, select
 from specjax.models.attention import NAME, Cache, OneOf
 from specjax.models.config import ModelConfig
 from specjax.models.layers import MLP, Attention, Embed, Keys, Kind, Linear, RMSNorm
@@ -106,11 +108,13 @@ class Decoder(nnx.Module):
       remat: "none" keeps every activation; of `POLICIES`, "full" recomputes each layer in the backward pass,
         "attention" all but the attention's output, "dots" all but the linear maps' outputs, "offload" as "attention",
         whose output waits in the host's memory.
+      adapters: the names of the loaded adapters; an adapter's place here is its slot (None: a slot that is free).
       origin: where its weights came from.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: Any = jnp.float32, remat: str = "none"):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
+        self.adapters: tuple[str | None, ...] = ()
         self.origin = Origin()
         self.embed_tokens = Embed(config.vocab_size, config.embed_dim, rngs=rngs)
         self.layers = DecoderLayer(config, layers=config.num_layers, rngs=rngs)
@@ -119,7 +123,11 @@ class Decoder(nnx.Module):
         self.lm_head = None if config.tied else head
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        adapters: int | Sequence[int] | jax.Array | EllipsisType | None = ...,
     ) -> jax.Array:
         """Logits of the next token.
 
@@ -127,13 +135,23 @@ class Decoder(nnx.Module):
           tokens: int32 [B,T].
           positions: int32 [B,T], default 0..T-1.
           segment_ids: int32 [B,T], the document of each token in a packed row, 0 for padding; default all one document.
+          adapters: which adapters answer, see `adapter.select`; default the one in use.
 
         Returns:
           float32 [B,T,V].
+
+        Raises:
+          UserError: no such adapters, or rows that do not divide into their groups.
         """
+        grouped = adapters is not None and not isinstance(adapters, int | EllipsisType)
+        slots = None
+        if grouped:
+            check_slots(self, adapters)
+            slots = jnp.asarray(adapters, jnp.int32)
+        model = self if grouped or adapters is ... else select(self, adapters)
         # Compiled once a shape: run eagerly, the scan over the layers would be compiled anew at every call.
-        graph, state = nnx.split(self)
-        return _logits(graph, state, tokens, positions, segment_ids)
+        graph, state = nnx.split(model)
+        return _logits(graph, state, tokens, positions, segment_ids, slots)
 
     def hidden(
         self,
@@ -241,7 +259,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(c.embed_scale, self.dtype)
         x = sharding.constrain(x, "batch", "residual", None)
         # The module is split once; the scan's body sees one layer's slice of every stacked parameter.
-        graph, stacked = nnx.split(self.layers)
+        graph, stacked = nnx.split(in_use(self.layers) if layers is None else self.layers)
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
         kinds = None if c.layer_kinds is None else np.array(c.layer_kinds, np.int32)
 
@@ -283,7 +301,7 @@ class Decoder(nnx.Module):
         head = self.lm_head
         if head is None:
             return self.embed_tokens.output()
-        return None if head.active is not None and head.active in head.lora else head.used("kernel")
+        return None if head.active_updates() else head.used("kernel")
 
     def unembed(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
         """[..., D] in the compute dtype -> float32 logits [..., V]; the product accumulates in float32.
@@ -314,6 +332,7 @@ def _document_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(graph: Any, state: Any, tokens: jax.Array, positions: Any, segment_ids: Any) -> jax.Array:
+def _logits(graph: Any, state: Any, tokens: jax.Array, positions: Any, segment_ids: Any, slots: Any) -> jax.Array:
     model = nnx.merge(graph, state)
+    model = model if slots is None else select(model, slots)
     return model.unembed(model.hidden(tokens, positions, segment_ids))

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from specjax.models.adapter import Adaptable
+from specjax.models.adapter import Adaptable, AdaptableMap
 from specjax.models.attention import Cache, attend, store
 from specjax.models.config import ModelConfig
 from specjax.models.products import contract
 from specjax.models.quantised import Quantised
 from specjax.models.rope import rotate
+from specjax.models.stack import Call
 
 Axes = tuple[str | None, ...]
 Kind = tuple[Any, tuple[jax.Array, jax.Array]]  # window (None, an integer, or OneOf), (cosines, sines)
@@ -51,8 +52,8 @@ def kernel_init(stddev: float, in_dims: int, lead: int) -> Any:
     return init
 
 
-class Linear(Adaptable):
-    """y = x W^T (+ bias) (+ the active LoRA); `lora` maps an adapter's name to its factors.
+class Linear(AdaptableMap):
+    """y = x W^T (+ bias) (+ the updates in use).
 
     `kernel` is [(L,) *out_shape, *in_shape], in the order of Hugging Face's files, so that loading is a copy; of a
     frozen base it may be a `Quantised`, which stands for such an array.
@@ -76,7 +77,6 @@ class Linear(Adaptable):
         self.kernel: nnx.Param | Quantised = kernel
         self.bias = parameter(nnx.initializers.zeros, out_shape, out_axes, layers, rngs) if bias else None
         self.in_dims = len(in_shape)
-        self.lora = nnx.Dict()
 
     def __call__(
         self,
@@ -101,21 +101,26 @@ class Linear(Adaptable):
         y = plain = contract(x, kernel, self.in_dims, accumulate)
         if self.bias is not None:
             y += jnp.broadcast_to(self.used("bias").astype(y.dtype), y.shape)
-        if self.active is not None and self.active in self.lora:
-            y += self.lora[self.active](x, self.in_dims, dropout_key, plain, kernel, low)
+        for update in self.active_updates():
+            y += update(Call(x, plain, kernel, self.in_dims, dropout_key, low))
         return y
 
 
 def beside(x: jax.Array, maps: Sequence[Linear], keys: Keys) -> list[jax.Array]:
     """The outputs of maps that share an input; their factors A, small each, are multiplied by it together."""
-    worn = [each.lora[each.active] if each.active is not None and each.active in each.lora else None for each in maps]
-    together = [lora for lora in worn if lora is not None]
-    if len(together) < 2 or any(lora.dropout > 0 for lora in together) and keys[0] is not None:
+    in_use = [each.active_updates() for each in maps]
+    updates = [update for of_map in in_use for update in of_map]
+    factors = (update.variant.shared(update.factors) for update in updates)
+    shared = [factor for factor in factors if factor is not None]
+    several = any(len(of_map) > 1 for of_map in in_use)  # of one map, whose groups of rows differ in variant
+    drops = any(update.drops(keys[0]) for update in updates)
+    if len(updates) < 2 or several or drops or len(shared) < len(updates):
         return [each(x, key) for each, key in zip(maps, keys, strict=False)]
-    low = contract(x, jnp.concatenate([lora.a[...] for lora in together]), 1)
-    ends = np.cumsum([lora.a.shape[0] for lora in together])[:-1].tolist()
+    axis = 0 if updates[0].groups is None else 1
+    low = updates[0].reduce(x, jnp.concatenate(shared, axis))
+    ends = np.cumsum([factor.shape[axis] for factor in shared])[:-1].tolist()
     lows = iter(jnp.split(low, ends, axis=-1))
-    parts = [None if lora is None else next(lows) for lora in worn]
+    parts = [next(lows) if of_map else None for of_map in in_use]
     return [each(x, key, low=part) for each, key, part in zip(maps, keys, parts, strict=False)]
 
 
@@ -171,7 +176,7 @@ class Embed(Adaptable):
 
     def output(self) -> jax.Array:
         """The table [V,D] of a tied output layer; an adapter's copy of the embedding is not it, unless it ties them."""
-        tied = self.active is not None and self.active in self.own and self.own[self.active].tied
+        tied = self.copies is not None and self.copies.tied
         return self.used("embedding") if tied else self.used("lm_head", base="embedding")
 
 

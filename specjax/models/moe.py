@@ -16,20 +16,21 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from specjax import sharding
-from specjax.models.adapter import Adaptable
+from specjax.models.adapter import AdaptableMap
 from specjax.models.grouped import grouped_matmul
 from specjax.models.layers import Axes, Linear, activate, kernel_init, parameter
 from specjax.models.quantised import Quantised
+from specjax.models.stack import Call, group_of_rows
 
 Stats = dict[str, jax.Array]
 
 
-class ExpertLinear(Adaptable):
-    """y = x W_e^T (+ the active LoRA of expert e): one linear map an expert, W [(L,) E, out, in].
+class Router(Linear):
+    """A token's score of each expert: its output stays whole on every device, because a token compares all experts."""
 
-    `lora` and `active` are those of `Linear`; the factors are a [(L,) E, R, in] and b [(L,) E, out, R]. There is no
-    dropout on them, as in PEFT's `ParamWrapper`.
-    """
+
+class ExpertLinear(AdaptableMap):
+    """y = x W_e^T (+ the updates in use, of expert e): one linear map per expert, W [(L,) E, out, in]."""
 
     def __init__(
         self,
@@ -48,15 +49,15 @@ class ExpertLinear(Adaptable):
         init = kernel_init(stddev, 1, 1 + int(layers is not None))
         self.kernel: nnx.Param | Quantised = parameter(init, shape, axes, layers, rngs)
         self.in_dims = 1
-        self.lora = nnx.Dict()
 
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Rows of expert 0, then of expert 1, ...: [M, in] -> [M, out] in x's dtype; `sizes` int32 [E] counts them."""
-        y = grouped_matmul(x, self.kernel[...].astype(x.dtype), sizes)
-        if self.active is not None and self.active in self.lora:
-            lora = self.lora[self.active]
-            low = grouped_matmul(x, lora.a[...].astype(x.dtype), sizes)
-            y += grouped_matmul(low, lora.b[...].astype(x.dtype), sizes) * lora.scale
+        """Rows of expert 0, then of expert 1, ...: [M, in] -> [M, out] in x's dtype; `sizes` int32 [E] counts them.
+
+        Where the rows of an expert are sorted by their groups of adapters, `sizes` is [E,G].
+        """
+        y = grouped_matmul(x, self.kernel[...].astype(x.dtype), sizes if sizes.ndim == 1 else jnp.sum(sizes, axis=1))
+        for update in self.active_updates():  # not `update` itself: its groups are parts of `sizes`, not of the rows
+            y += update.variant.apply(update.factors, update.scale, update.dropout, Call(x, sizes=sizes))
         return y
 
 
@@ -84,7 +85,20 @@ class Experts(nnx.Module):
         self.down_proj = linear(mlp_dim, embed_dim, "mlp", "embed", out_stddev)
         self.activation = activation
 
-    def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    @property
+    def groups(self) -> int | None:
+        """Into how many groups adapters divide the rows; None: one answers all of them, or none."""
+        maps = (self.gate_proj, self.up_proj, self.down_proj)
+        return next((update.groups for linear in maps for update in linear.active_updates()), None)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+        first: jax.Array | int = 0,
+        group: jax.Array | None = None,
+    ) -> jax.Array:
         """The weighted sum of each token's experts.
 
         Args:
@@ -92,6 +106,7 @@ class Experts(nnx.Module):
           chosen: int32 [N,k], the experts of each token; those outside of first..first+E-1 add nothing.
           weights: [N,k].
           first: the number of this module's first expert (a device may hold some of them only).
+          group: int32 [N], each token's group of adapters, where there are `groups`.
 
         Returns:
           [N,D] in x's dtype, summed in float32.
@@ -99,9 +114,13 @@ class Experts(nnx.Module):
         num_experts = self.gate_proj.kernel.shape[0]
         local = chosen.reshape(-1) - first
         local = jnp.where((local >= 0) & (local < num_experts), local, num_experts)  # the others sort to the end
+        shape: tuple[int, ...] = (num_experts,)
+        if group is not None:  # sorted by it within an expert
+            shape = (num_experts, self.groups or 1)
+            local = local * shape[1] + jnp.repeat(group, chosen.shape[1])
         order = jnp.argsort(local, stable=True)
         place = jnp.argsort(order)
-        sizes = jnp.sum(local[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
+        sizes = jnp.sum(local[:, None] == jnp.arange(math.prod(shape))[None], axis=0, dtype=jnp.int32).reshape(shape)
         rows = _permute(jnp.repeat(x, chosen.shape[1], axis=0), order, place)
         hidden = activate(self.gate_proj(rows, sizes), self.activation) * self.up_proj(rows, sizes)
         y = _permute(self.down_proj(hidden, sizes), place, order).reshape(*chosen.shape, -1)
@@ -164,8 +183,7 @@ class MoE(nnx.Module):
     ):
         if not 1 <= experts_per_token <= num_experts:
             raise ValueError(f"{experts_per_token} experts a token of {num_experts}: give 1 to {num_experts}.")
-        # Its output stays whole on every device: each token compares all experts.
-        self.gate = Linear((embed_dim,), (num_experts,), ("embed",), (None,), layers=layers, rngs=rngs)
+        self.gate = Router((embed_dim,), (num_experts,), ("embed",), (None,), layers=layers, rngs=rngs)
         self.experts = Experts(
             embed_dim=embed_dim,
             mlp_dim=mlp_dim,
@@ -236,14 +254,17 @@ class MoE(nnx.Module):
         # Cast first: what is gathered over fsdp is then in the compute dtype.
         params = {path: leaf[...].astype(x.dtype) for path, leaf in nnx.to_flat_state(state)}
 
-        def share(params: Any, x: jax.Array, chosen: jax.Array, weights: jax.Array, first: Any = 0) -> jax.Array:
+        def share(params: Any, first: Any, x: jax.Array, *routes: jax.Array) -> jax.Array:
             experts = nnx.merge(graph, nnx.from_flat_state(list(params.items())))
-            k = chosen.shape[-1]
-            return experts(x.reshape(-1, x.shape[-1]), chosen.reshape(-1, k), weights.reshape(-1, k), first)
+            chosen, weights, *group = (part.reshape(-1, part.shape[-1]) for part in routes)
+            return experts(x.reshape(-1, x.shape[-1]), chosen, weights, first, *(part[:, 0] for part in group))
 
+        given: tuple[jax.Array, ...] = (x, chosen, weights)
+        if experts.groups is not None:
+            given = (*given, jnp.broadcast_to(group_of_rows(len(x), experts.groups)[:, None, None], (*x.shape[:2], 1)))
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
-            return share(params, x, chosen, weights).reshape(x.shape)
+            return share(params, 0, *given).reshape(x.shape)
 
         rows, columns = _dividing(mesh, "batch", x.shape[0]), _dividing(mesh, "length", x.shape[1])
         (expert,), mlp = sharding.RULES["expert"], sharding.RULES["mlp"]
@@ -251,21 +272,20 @@ class MoE(nnx.Module):
         specs = {path: _expert_spec(leaf.get_metadata("axes")) for path, leaf in nnx.to_flat_state(state)}
         tokens = PartitionSpec(rows, columns, None)
 
-        def local(params: Any, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
+        def local(params: Any, *given: jax.Array) -> jax.Array:
             # Everything is made to vary over the same axes, so that gradients are summed here and nowhere within.
             params = {path: _vary(leaf, specs[path], (*rows, *columns, expert, *mlp)) for path, leaf in params.items()}
-            inputs = tuple(_vary(part, tokens, (expert, *mlp)) for part in (x, chosen, weights))
+            inputs = tuple(_vary(part, tokens, (expert, *mlp)) for part in given)
             if gathers:
                 inputs = tuple(jax.lax.all_gather(part, expert, axis=0, tiled=True) for part in inputs)
             first = jax.lax.axis_index(expert) * (self.num_experts // mesh.shape[expert])
-            y = share(params, inputs[0], inputs[1], inputs[2], first).reshape(inputs[0].shape)
+            y = share(params, first, *inputs).reshape(inputs[0].shape)
             if gathers:
                 y = jax.lax.psum_scatter(y, expert, scatter_dimension=0, tiled=True)
             return jax.lax.psum(y, mlp if expert in rows else (expert, *mlp))
 
-        return jax.shard_map(local, in_specs=(specs, tokens, tokens, tokens), out_specs=tokens)(
-            params, x, chosen, weights
-        )
+        in_specs = (specs, *(tokens for _ in given))
+        return jax.shard_map(local, in_specs=in_specs, out_specs=tokens)(params, *given)
 
 
 def _top(values: jax.Array, k: int) -> jax.Array:

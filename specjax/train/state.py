@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -75,9 +74,9 @@ class Run:
             raise UserError("the trainable filter selects no parameter: inject LoRA first, or train specjax.ALL.")
         if not all(jnp.issubdtype(value.dtype, jnp.floating) for value in self.trainable.values()):
             raise UserError("the base is quantised and can't train: train specjax.LORA, or load it with quantise=''.")
-        adapters = {hit[1] for path in self.trainable if (hit := re.search(r"\.(?:lora|own)\.([^.]+)\.", path))}
-        if len(adapters) > 1:
-            raise UserError(f"adapters {', '.join(sorted(adapters))} are loaded: unload all but the one to train.")
+        loaded = [name for name in model.adapters if name is not None]
+        if len(loaded) > 1 and nnx.to_flat_state(nnx.state(model, nnx.All(trainable, nnx.LoRAParam))):
+            raise UserError(f"adapters {', '.join(sorted(loaded))} are loaded: unload all but the one to train.")
         steps_lib.check_host_memory(jax.default_backend(), model.remat, optimizer)
         self.mesh = sharding.mesh_of(next(iter(self.trainable.values())))
         self.checkpoints = Checkpoints(Path(workdir) / "checkpoints") if workdir else None

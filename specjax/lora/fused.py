@@ -15,31 +15,36 @@ from typing import Any
 
 import numpy as np
 
+from specjax import sharding
 from specjax.errors import UserError
 from specjax.lora.adapters import Adapter, Factors
-from specjax.lora.targets import EXPERTS, ROUTER
+from specjax.lora.targets import linears
+from specjax.lora.variants import ExpertLoRA, variant_of
 from specjax.models import Decoder
+from specjax.models.adapter import Path
+from specjax.models.moe import ExpertLinear, Router
 
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def check(factors: Mapping[str, Factors], dropout: float) -> None:
+def check(model: Decoder, factors: Mapping[Path, Factors], dropout: float, dora: bool) -> None:
     """Raises `UserError` for an adapter on experts or router that PEFT's files cannot hold."""
-    touched = [path for path in factors if path.startswith(EXPERTS) or path == ROUTER]
+    maps = linears(model)
+    touched = [path for path in factors if isinstance(maps[path], ExpertLinear | Router)]
     if not touched:
         return
-    if dropout or any(factors[path].magnitude is not None for path in touched):
+    if dropout or dora:
         raise UserError(
-            f"{touched[0]} is part of a mixture of experts, where PEFT has neither dropout nor DoRA: leave those "
-            "out, or target the attention's maps alone."
+            f"{sharding.path_name(touched[0])} is part of a mixture of experts, where PEFT has neither dropout nor "
+            "DoRA: leave those out, or target the attention's maps alone."
         )
-    for maps in FUSED.values():
-        found = [factors[f"{EXPERTS}{name}"] for name in maps if f"{EXPERTS}{name}" in factors]
-        ranks = {rank for one in found for rank in one.ranks}
-        alphas = {alpha for one in found for alpha in one.alphas}
-        if found and (len(found) < len(maps) or len(ranks) > 1 or len(alphas) > 1):
+    for parameter, fused in FUSED.items():
+        held = _held(factors, parameter)
+        ranks = {rank for one in held for rank in one.ranks}
+        alphas = {alpha for one in held for alpha in one.alphas}
+        if held and (len(held) < len(fused) or len(ranks) > 1 or len(alphas) > 1):
             raise UserError(
-                f"{' and '.join(maps)} of the experts must be targeted together, in every layer, with one rank and "
+                f"{' and '.join(fused)} of the experts must be targeted together, in every layer, with one rank and "
                 "alpha: PEFT holds them in one tensor."
             )
 
@@ -70,19 +75,21 @@ def _name(layer: int, parameter: str) -> str:
     return f"model.layers.{layer}.mlp.{'' if parameter == 'gate.weight' else 'experts.'}{parameter}"
 
 
-def settings(adapter: Adapter) -> tuple[dict[str, int], dict[str, float], list[str]]:
+def settings(model: Decoder, adapter: Adapter) -> tuple[dict[str, int], dict[str, float], list[str]]:
     """Rank and alpha of each targeted parameter, by PEFT's name in every layer, and `target_parameters`."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     targets = []
-    if ROUTER in adapter.factors:
-        targets.append("gate.weight")
-        for layer, rank in enumerate(adapter.factors[ROUTER].ranks):
-            if rank:
-                ranks[_name(layer, "gate.weight")] = rank
-                alphas[_name(layer, "gate.weight")] = adapter.factors[ROUTER].alphas[layer]
+    maps = linears(model)
+    for path, factors in adapter.factors.items():
+        if isinstance(maps[path], Router):
+            targets.append("gate.weight")
+            for layer, rank in enumerate(factors.ranks):
+                if rank:
+                    ranks[_name(layer, "gate.weight")] = rank
+                    alphas[_name(layer, "gate.weight")] = factors.alphas[layer]
     for parameter in FUSED:
-        held = _held(adapter, parameter)
+        held = _held(adapter.factors, parameter)
         if held:
             targets.append(parameter)
             own, fused = held[0].ranks[0], _fused_rank(held)
@@ -94,9 +101,9 @@ def settings(adapter: Adapter) -> tuple[dict[str, int], dict[str, float], list[s
 
 def tensors(adapter: Adapter, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the file that holds the experts' factors."""
-    both = all(_held(adapter, parameter) for parameter in FUSED)
+    both = all(_held(adapter.factors, parameter) for parameter in FUSED)
     for parameter in FUSED:
-        held = _held(adapter, parameter)
+        held = _held(adapter.factors, parameter)
         for layer in range(len(held[0].ranks) if held else 0):
             a, b = _fuse(held, layer)
             rows = {
@@ -109,7 +116,7 @@ def tensors(adapter: Adapter, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
 
 def _fuse(held: list[Factors], layer: int) -> tuple[np.ndarray, np.ndarray]:
     """A [E, R, in] and B [E, out, R] of one layer's fused parameter."""
-    a, b = ([np.asarray(getattr(one, letter))[layer] for one in held] for letter in "ab")
+    a, b = ([np.asarray(one.values[letter])[layer] for one in held] for letter in "ab")
     if _fused_rank(held) == held[0].ranks[0]:
         return a[0], np.concatenate(b, axis=1)
     gate, up = b
@@ -127,13 +134,13 @@ def read(
     rank_of: Callable[[str], Any],
     alpha_of: Callable[[str], Any],
     rslora: bool,
-) -> tuple[dict[str, Factors], set[str]]:
+) -> tuple[dict[Path, Factors], set[str]]:
     """The experts' factors of a file, by our paths, and the tensors that they were read from.
 
     Raises:
       UserError: a tensor is missing or has another shape, or layers differ in rank or alpha.
     """
-    found: dict[str, Factors] = {}
+    found: dict[Path, Factors] = {}
     keys: set[str] = set()
     layers = range(model.config.num_layers)
     both = set(FUSED) <= wanted
@@ -156,7 +163,7 @@ def _layer(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A [E, R, in] and B [E, out, R] of one layer's fused parameter."""
     count = model.config.num_experts
-    kernels = [getattr(model.layers.mlp.experts, name).kernel for name in FUSED[parameter]]
+    kernels = [linear.kernel for _, linear in _maps_of(model, parameter)]
     size, out = kernels[0].shape[3], sum(kernel.shape[2] for kernel in kernels)
     for key, shape in zip(keys, ((rank * count, size), (out, rank * count)), strict=True):
         if key not in held:
@@ -167,32 +174,41 @@ def _layer(
     return a.reshape(count, rank, size), b.reshape(out, rank, count).transpose(2, 0, 1)
 
 
+def _maps_of(model: Decoder, parameter: str) -> list[tuple[Path, ExpertLinear]]:
+    """Our maps that PEFT has as one parameter, by path, in its order."""
+    by_name = {path[-1]: (path, one) for path, one in linears(model).items() if isinstance(one, ExpertLinear)}
+    return [by_name[name] for name in FUSED[parameter]]
+
+
 def _maps(
     model: Decoder, parameter: str, a: np.ndarray, b: np.ndarray, alpha: float, rslora: bool
-) -> dict[str, Factors]:
+) -> dict[Path, Factors]:
     """The fused update, a [L,E,R,in] and b [L,E,out,R], as those of our maps."""
-    maps, layers, rank = FUSED[parameter], len(a), a.shape[2]
-    half, first = rank // 2, getattr(model.layers.mlp.experts, maps[0]).kernel.shape[2]
+    maps, layers, rank = _maps_of(model, parameter), len(a), a.shape[2]
+    half, first = rank // 2, maps[0][1].kernel.shape[2]
     blocks = not b[:, :, first:, :half].any() and not b[:, :, :first, half:].any()
     apart = len(maps) > 1 and rank % 2 == 0 and blocks  # as we write it: gate and up have updates of their own
     if apart:
         alpha = round(alpha / (math.sqrt(2) if rslora else 2), 12)
-    found = {}
-    for number, name in enumerate(maps):
+    result: dict[Path, Factors] = {}
+    for number, (path, linear) in enumerate(maps):
         rows = slice(number * half, (number + 1) * half) if apart else slice(0, rank)
         columns = slice(number * first, (number + 1) * first)
-        one_a, one_b = np.ascontiguousarray(a[:, :, rows]), np.ascontiguousarray(b[:, :, columns, rows])
-        found[f"{EXPERTS}{name}"] = Factors(one_a, one_b, None, (one_a.shape[2],) * layers, (alpha,) * layers)
-    return found
+        values = {"a": np.ascontiguousarray(a[:, :, rows]), "b": np.ascontiguousarray(b[:, :, columns, rows])}
+        ranks = (values["a"].shape[2],) * layers
+        result[path] = Factors(variant_of(linear, {}), values, ranks, (alpha,) * layers)
+    return result
 
 
-def _held(adapter: Adapter, parameter: str) -> list[Factors]:
-    return [adapter.factors[f"{EXPERTS}{n}"] for n in FUSED[parameter] if f"{EXPERTS}{n}" in adapter.factors]
+def _held(factors: Mapping[Path, Factors], parameter: str) -> list[Factors]:
+    """The factors of our maps that PEFT has as one parameter."""
+    of_experts = {path[-1]: one for path, one in factors.items() if isinstance(one.variant, ExpertLoRA)}
+    return [of_experts[name] for name in FUSED[parameter] if name in of_experts]
 
 
 def _fused_rank(held: list[Factors]) -> int:
     """The rank of the fused update: gate's alone where gate and up share A."""
-    shared = len(held) < 2 or np.array_equal(np.asarray(held[0].a), np.asarray(held[1].a))
+    shared = len(held) < 2 or np.array_equal(np.asarray(held[0].values["a"]), np.asarray(held[1].values["a"]))
     return held[0].ranks[0] if shared else sum(one.ranks[0] for one in held)
 
 
