@@ -8,12 +8,13 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from specjax import lora
 from specjax.config import check_length, load_config_file, lora_settings
-from specjax.data import Data
-from specjax.data import load as load_data
+from specjax.data import Corpus, Data, tokenise
 from specjax.data.chat import resolve as resolve_template
+from specjax.data.report import watched
 from specjax.errors import UserError
 from specjax.generation.generate import generate as generate_texts
 from specjax.hf import config as hf_config
@@ -40,39 +41,70 @@ def tokenizer_of(config: ConfigDict, *, weights: bool = True) -> tuple[Path, Any
     return folder, tokenizer
 
 
-def train_data_of(config: ConfigDict, tokenizer: Any) -> Data:
+def data_of(config: ConfigDict, tokenizer: Any, console: Console | None = None) -> tuple[Data, dict[str, Data]]:
+    """`train_data_of` and `eval_data_of`, of one reading of the training rows where some of them are held out."""
+    corpus = _corpus(config, tokenizer, config.data.train, console)
+    return _train(config, corpus), eval_data_of(config, tokenizer, console, corpus)
+
+
+def train_data_of(config: ConfigDict, tokenizer: Any, console: Console | None = None) -> Data:
     """The training rows, without those held out."""
-    holdout = (config.data.eval_fraction, "train") if config.data.eval_fraction and not config.data.eval else None
-    return _load(config, tokenizer, config.data.train, batch_size=config.batch_size, holdout=holdout)
+    return _train(config, _corpus(config, tokenizer, config.data.train, console))
 
 
-def eval_data_of(config: ConfigDict, tokenizer: Any) -> dict[str, Data]:
-    """The named sets: those given, or the part of the training rows that is held out."""
+def eval_data_of(
+    config: ConfigDict, tokenizer: Any, console: Console | None = None, corpus: Corpus | None = None
+) -> dict[str, Data]:
+    """The named sets: those given, or the part of the training rows that is held out.
+
+    Args:
+      config: of a run.
+      tokenizer: of its model.
+      console: shows how far it is; None: nothing is shown.
+      corpus: of the training rows, if it is there already.
+    """
     # No more rows at once than a micro-batch: what trains must also fit when it is measured.
-    rows = {"batch_size": config.batch_size // config.accumulate}
+    rows = config.batch_size // config.accumulate
     if config.data.eval:
         # A set that is measured may be of another kind than the one that trains, and call its columns otherwise.
-        rows |= {"format": "auto", "own_columns": True}
-        return {name: _load(config, tokenizer, path, **rows) for name, path in sorted(config.data.eval.items())}
+        sets = {
+            name: _corpus(config, tokenizer, path, console, format="auto", own_columns=True)
+            for name, path in sorted(config.data.eval.items())
+        }
+        return {name: _packed(config, corpus, rows) for name, corpus in sets.items()}
     if not config.data.eval_fraction:
         return {}
-    holdout = (config.data.eval_fraction, "eval")
-    return {"heldout": _load(config, tokenizer, config.data.train, holdout=holdout, **rows)}
+    corpus = corpus or _corpus(config, tokenizer, config.data.train, console)
+    return {"heldout": _packed(config, corpus, rows, "eval")}
 
 
-def _load(config: ConfigDict, tokenizer: Any, source: str, **settings: Any) -> Data:
+def _corpus(config: ConfigDict, tokenizer: Any, source: str, console: Console | None, **settings: Any) -> Corpus:
     d = config.data
     common = {
-        "length": d.length,
         "format": d.format,
-        "seed": config.seed,
-        "packing": d.packing,
         "template": d.template or None,
-        "overlong": d.overlong,
         "columns": d.columns.to_dict(),
         "split": d.split,
+        "seed": config.seed,
+        "holdout": _holds_out(config),
+        "cache": {"": True, "off": False}.get(d.cache, d.cache),
     }
-    return load_data(source, tokenizer, **(common | settings))
+    with watched(source, console) as progress:
+        return tokenise(source, tokenizer, progress=progress, **(common | settings))
+
+
+def _train(config: ConfigDict, corpus: Corpus) -> Data:
+    return _packed(config, corpus, config.batch_size, "train" if _holds_out(config) else "")
+
+
+def _packed(config: ConfigDict, corpus: Corpus, batch_size: int, part: str = "") -> Data:
+    d = config.data
+    holdout = (d.eval_fraction, part) if part else None
+    return corpus.pack(length=d.length, batch_size=batch_size, packing=d.packing, overlong=d.overlong, holdout=holdout)
+
+
+def _holds_out(config: ConfigDict) -> bool:
+    return bool(config.data.eval_fraction and not config.data.eval)
 
 
 def model_of(config: ConfigDict, folder: Path, mesh: Mesh) -> Decoder:

@@ -20,7 +20,7 @@ CHOICES = {
     "model.init": ("checkpoint", "random"),
     "model.remat": ("none", "full", "attention", "dots", "offload"),
     "model.quantise": ("", "int8", "nf4"),
-    "data.format": ("auto", "text", "instruct", "prompt", "messages", "conversations"),
+    "data.format": ("auto", "text", "instruct", "prompt", "messages", "conversations", "preference"),
     "data.overlong": ("drop", "truncate", "keep_end", "split"),
     "optimizer.name": ("adamw", "lion"),
     "optimizer.schedule": ("cosine", "linear", "constant"),

@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     config.data.split = "train"  # of a hub name or of a folder of splits
     config.data.eval = ConfigDict()  # name -> file; empty: `eval_fraction` of the train rows, named "heldout"
     config.data.eval_fraction = 0.02  # 0: nothing is held out
-    config.data.format = "auto"  # auto | text | instruct | prompt | messages | conversations
+    config.data.format = "auto"  # auto | text | instruct | prompt | messages | conversations | preference
     config.data.columns = ConfigDict()  # role -> column, such as instruction -> question
     config.data.template = ""  # a built-in such as chatml or alpaca, or a .jinja file; "": the tokenizer's own
     config.data.length = 1024  # tokens in a row
@@ -69,6 +69,8 @@ def get_config() -> ConfigDict:
     # Pairs and chats over `length`: drop | truncate: keep the start | keep_end: keep the answer's end | split: into
     # several documents. Raw text is always cut into pieces and never lost.
     config.data.overlong = "drop"
+    # Where tokens are kept, so that a second start makes none: a folder; "": ~/.cache/specjax/data; off: nowhere.
+    config.data.cache = ""
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | lion
@@ -176,7 +178,7 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     was, now, absent = dict(flat(old)), dict(flat(new)), object()
     keys = (key for key in {**was, **now} if was.get(key, absent) != now.get(key, absent))
-    return [key for key in keys if not re.match(r"(log|export|compare|checkpoint\.every)(\.|$)", key)]
+    return [key for key in keys if not re.match(r"(log|export|compare|checkpoint\.every|data\.cache)(\.|$)", key)]
 
 
 def merge(config: ConfigDict, overrides: Mapping[str, Any], where: str = "config") -> ConfigDict:

@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
     with processes.agreement("nothing was trained"):
         mesh = sharding.make_mesh(**config.mesh)
         folder, tokenizer = build.tokenizer_of(config)
-        data, eval_data = build.train_data_of(config, tokenizer), build.eval_data_of(config, tokenizer)
+        data, eval_data = build.data_of(config, tokenizer, Console(quiet=not processes.first()))
     with processes.agreement("nothing was trained"):
         if processes.first():
             report = {"train": data.report} | {name: d.report for name, d in eval_data.items()}
@@ -105,7 +105,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
         model, run_config = build.load_run(workdir, "best", sharding.make_mesh(**config.mesh))
         _, tokenizer = build.tokenizer_of(run_config)
         check_length(config.data.length, model.config.max_positions)
-        eval_data = build.eval_data_of(config, tokenizer)
+        eval_data = build.eval_data_of(config, tokenizer, Console(quiet=not processes.first()))
         if not eval_data:
             raise UserError(
                 "config.data.eval is empty and config.data.eval_fraction is 0: name a set, "
@@ -223,7 +223,8 @@ def data(config: ConfigDict) -> None:
     """Prints what the model will see: counts, truncation, first rows decoded with the mask in colour."""
     validate(config, None)
     _, tokenizer = build.tokenizer_of(config)
-    sets = {"train": build.train_data_of(config, tokenizer), **build.eval_data_of(config, tokenizer)}
+    train_data, eval_data = build.data_of(config, tokenizer, Console())
+    sets = {"train": train_data, **eval_data}
     for name, rows in sets.items():
         Console().rule(name)
         show(rows.report, rows.preview(2 if name == "train" else 0))

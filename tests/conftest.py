@@ -1,7 +1,10 @@
 """The suite runs on 8 fake CPU devices, without a network, and with warnings as errors (pyproject.toml)."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 assert "jax" not in sys.modules, "the devices are counted when jax is imported: nothing may import it before this file"
 
@@ -15,3 +18,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # [B] with [B,T] is a mistake 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and a fork do not go together
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+# What is kept between starts goes to a folder of this process, which its children share.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="specjax-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

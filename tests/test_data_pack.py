@@ -312,7 +312,10 @@ def test_whatever_becomes_of_overlong_rows_nothing_is_lost_uncounted(masks, leng
         originals.append(Document(np.arange(start, start + len(mask), dtype=np.int32), np.array(mask)))
         start += len(mask)
     tally = Tally(length, overlong)
-    kept = [document for original in originals for document in tally.fit(original, whole=True)]
+    ids, trained = np.arange(start, dtype=np.int32), np.concatenate(masks)
+    offsets = np.cumsum([0, *map(len, masks)])
+    slices = tally.fit(trained, offsets, np.arange(len(masks)), whole=True)
+    kept = [Document(ids[first:last], trained[first:last]) for first, last in slices.tolist()]
     assert all(len(document.ids) <= length and document.trained[1:].any() for document in kept)
     targets = lambda found: np.sort(np.concatenate([d.ids[1:][d.trained[1:]] for d in found] or [[]])).tolist()  # noqa: E731
     report = tally.report()

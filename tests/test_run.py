@@ -150,7 +150,8 @@ def test_mfu_is_counted_where_the_peak_is_known_and_a_trace_is_written_where_it_
 def test_without_an_eval_set_rows_are_held_out_and_never_trained_on(base, runs):
     config = load_config_file(str(runs["full"] / "config.json"))
     _, tokenizer = build.tokenizer_of(config)
-    data = {"train": build.train_data_of(config, tokenizer), **build.eval_data_of(config, tokenizer)}
+    train_data, eval_data = build.data_of(config, tokenizer)
+    data = {"train": train_data, **eval_data}
     report = json.loads((runs["full"] / "data.json").read_text())
     texts = {}
     for name, part in data.items():

@@ -1,6 +1,8 @@
 """Data: from files to masked, packed, randomly addressed batches. Knows tokenizers and NumPy, and no model."""
 
+from specjax.data.corpus import Corpus
 from specjax.data.loader import Data
-from specjax.data.prepare import chat, instruct, load, text
+from specjax.data.prepare import chat, instruct, load, preference, text
+from specjax.data.tokens import tokenise
 
-__all__ = ["Data", "chat", "instruct", "load", "text"]
+__all__ = ["Corpus", "Data", "chat", "instruct", "load", "preference", "text", "tokenise"]

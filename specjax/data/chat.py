@@ -7,12 +7,14 @@ The characters that train (see `specjax.data.turns`) become tokens through the o
 
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from specjax.data.formats import Conversation, Example, Pair, Text
+from specjax.data.formats import Conversation, Example, Pair, Preference, Text
+from specjax.data.turns import render
 from specjax.data.turns import spans as spans
 from specjax.errors import UserError, nearest
 
@@ -96,6 +98,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, template: str | None = N
     - `Pair`: prompt and completion joined as they are, end-of-text appended; what the completion adds to the prompt's
       own tokens trains (as TRL's completion-only loss).
     - `Conversation`: the assistant's turns train.
+    - `Preference`: two documents, prompt and chosen, prompt and rejected. All that follows the prompt trains.
 
     The end-of-text token trains like any other, even where it doubles as the padding token. Examples of different kinds
     come out in this order of kinds.
@@ -103,9 +106,15 @@ def encode(examples: Sequence[Example], tokenizer: Any, template: str | None = N
     texts = [example for example in examples if isinstance(example, Text)]
     pairs = [example for example in examples if isinstance(example, Pair)]
     chats = [example for example in examples if isinstance(example, Conversation)]
-    if (texts or pairs) and tokenizer.eos_token_id is None:
+    preferences = [example for example in examples if isinstance(example, Preference)]
+    if (texts or pairs or any(isinstance(p.chosen, Pair) for p in preferences)) and tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no eos token to end a document with: set tokenizer.eos_token.")
-    return [*_texts(texts, tokenizer), *_pairs(pairs, tokenizer), *_conversations(chats, tokenizer, template)]
+    return [
+        *_texts(texts, tokenizer),
+        *_pairs(pairs, tokenizer),
+        *_conversations(chats, tokenizer, template),
+        *_preferences(preferences, tokenizer, template),
+    ]
 
 
 def _texts(texts: Sequence[Text], tokenizer: Any) -> Iterator[Document]:
@@ -118,9 +127,39 @@ def _pairs(pairs: Sequence[Pair], tokenizer: Any) -> Iterator[Document]:
     prompts = plain_ids(tokenizer, [pair.prompt for pair in pairs])
     for ids, prompt in zip(plain_ids(tokenizer, [p.prompt + p.completion for p in pairs]), prompts, strict=True):
         ids = _ended(ids, tokenizer)
-        shared = min(len(ids), len(prompt))
-        differ = np.flatnonzero(ids[:shared] != prompt[:shared])  # not empty where tokens merge across the seam
-        yield Document(ids, np.arange(len(ids)) >= (differ[0] if len(differ) else shared))
+        yield Document(ids, np.arange(len(ids)) >= _shared(prompt, ids))
+
+
+def _preferences(preferences: Sequence[Preference], tokenizer: Any, template: str | None) -> Iterator[Document]:
+    """Chosen and rejected of each, as TRL's DPOTrainer has them: what trains begins at the same place in both."""
+    for kind, group in groupby(preferences, lambda p: type(p.chosen)):
+        rows = list(group)
+        sides: list[list[Any]] = [[p.chosen for p in rows], [p.rejected for p in rows]]
+        if kind is Pair:
+            eos = tokenizer.eos_token
+            texts = [pair.prompt for pair in sides[0]]
+            texts += [pair.prompt + pair.completion.removesuffix(eos) + eos for pair in chain(*sides)]
+            ids = plain_ids(tokenizer, texts)
+        else:
+            template = template or resolve(tokenizer)
+            texts = [
+                render(tokenizer, template, chat._replace(messages=chat.messages[: chat.first]), prompt=True)
+                for chat in sides[0]
+            ]
+            texts += [render(tokenizer, template, chat) for chat in chain(*sides)]
+            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            ids = [np.asarray(one, np.int32) for one in encoded["input_ids"]]
+        prompts, chosen, rejected = (ids[at : at + len(rows)] for at in range(0, len(ids), len(rows)))
+        for prompt, *answers in zip(prompts, chosen, rejected, strict=True):
+            start = min(_shared(prompt, answer) for answer in answers)
+            yield from (Document(answer, np.arange(len(answer)) >= start) for answer in answers)
+
+
+def _shared(prompt: np.ndarray, ids: np.ndarray) -> int:
+    """How many first tokens two texts share; fewer than the prompt has where tokens merge across the seam."""
+    least = min(len(prompt), len(ids))
+    differ = np.flatnonzero(prompt[:least] != ids[:least])
+    return int(differ[0]) if len(differ) else least
 
 
 def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """What a row is: its format, told by its columns, and the shape in which the rest of the package knows it.
 
-`recognise` finds the format, and `examples` turns rows of any format into `Text`, `Pair` or `Conversation`.
+`recognise` finds the format, and `examples` turns rows of any format into `Text`, `Pair`, `Conversation` or
+`Preference`.
 """
 
 import json
@@ -17,6 +18,7 @@ FORMATS = {
     "conversations": ("conversations", "tools?"),
     "prompt": ("prompt", "completion"),
     "instruct": ("instruction", "response|output", "input?"),
+    "preference": ("chosen", "rejected", "prompt?", "tools?"),
     "text": ("text",),
 }
 
@@ -60,11 +62,21 @@ class Conversation(NamedTuple):
     first: int = 0
 
 
-Example = Text | Pair | Conversation
+class Preference(NamedTuple):
+    """An answer that is preferred to another one to the same prompt, each with the prompt."""
+
+    where: str
+    chosen: Pair | Conversation
+    rejected: Pair | Conversation
+
+
+Example = Text | Pair | Conversation | Preference
 
 
 def blank(example: Example) -> bool:
     """Whether there is nothing to learn: an empty text, completion, or no words and no tool calls by the assistant.
+
+    Of a preference: in the chosen answer, or answers that do not differ. (To say nothing may well be rejected.)
 
     >>> blank(Text("x:1", " ")), blank(Pair("x:1", "2+2=", "4"))
     (True, False)
@@ -77,6 +89,8 @@ def blank(example: Example) -> bool:
         case Conversation(_, messages, _, first):
             answers = [turn for turn in messages[first:] if turn["role"] == "assistant"]
             return not any(str(turn["content"]).strip() or turn.get("tool_calls") for turn in answers)
+        case Preference(_, chosen, rejected):
+            return blank(chosen) or chosen == rejected
 
 
 def recognise(
@@ -144,10 +158,15 @@ def recognise(
 
 
 def examples(rows: Iterable[tuple[str, Row]], format: str, mapping: Mapping[str, str]) -> Iterator[Example]:
-    """Rows of one format as `Text`, `Pair` or `Conversation`; a row that lacks a column is an error with its place."""
-    make = {"text": _text, "prompt": _prompt, "instruct": _instruct, "messages": _messages, "conversations": _messages}[
-        format
-    ]
+    """Rows of one format, each as an `Example`; a row that lacks a column is an error with its place."""
+    make = {
+        "text": _text,
+        "prompt": _prompt,
+        "instruct": _instruct,
+        "preference": _preference,
+        "messages": _messages,
+        "conversations": _messages,
+    }[format]
     for where, row in rows:
         yield make(where, row, mapping)
 
@@ -191,15 +210,57 @@ def _instruct(where: str, row: Row, mapping: Mapping[str, str]) -> Example:
     return Conversation(where, [user, {"role": "assistant", "content": response}])
 
 
+def _preference(where: str, row: Row, mapping: Mapping[str, str]) -> Example:
+    """`{prompt, chosen, rejected}`, strings or messages.
+
+    As TRL has it, the prompt may be left out: then it is what both answers begin with. It is left out, too, where it is
+    a string beside whole conversations (ultrafeedback_binarized).
+    """
+    prompt = row.get(mapping["prompt"])
+    if isinstance(row.get(mapping["chosen"]), list):
+        answers = [_turns(where, row, mapping[role]) for role in ("chosen", "rejected")]
+        if isinstance(prompt, list):
+            before = _turns(where, row, mapping["prompt"])
+            answers = [before + turns for turns in answers]
+            shared = len(before)
+        else:
+            shared = _shared(*answers)
+        if not shared:
+            raise UserError(
+                f"{where}: '{mapping['chosen']}' and '{mapping['rejected']}' share no first message to be the prompt: "
+                f"give '{mapping['prompt']}' as a list of messages."
+            )
+        tools = _tools(where, row, mapping)
+        return Preference(where, *(Conversation(where, turns, tools, shared) for turns in answers))
+    texts = [_value(where, row, mapping[role], str) for role in ("chosen", "rejected")]
+    if prompt is not None:
+        prompt = _value(where, row, mapping["prompt"], str)
+        return Preference(where, *(Pair(where, prompt, text) for text in texts))
+    shared = _shared(*texts)
+    if shared and texts[0][shared] != texts[1][shared]:
+        shared -= texts[0][shared - 1] == " "  # the space belongs to the answers
+    return Preference(where, *(Pair(where, text[:shared], text[shared:]) for text in texts))
+
+
+def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """How many first messages, or characters, two answers share; something is left of the shorter one."""
+    least = min(len(chosen), len(rejected))
+    return next((i for i in range(least) if chosen[i] != rejected[i]), max(0, least - 1))
+
+
 def _messages(where: str, row: Row, mapping: Mapping[str, str]) -> Example:
     column = mapping.get("messages") or mapping["conversations"]
+    return Conversation(where, _turns(where, row, column), _tools(where, row, mapping))
+
+
+def _tools(where: str, row: Row, mapping: Mapping[str, str]) -> list[Any] | None:
     tools = row.get(mapping["tools"])
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: '{mapping['tools']}' is not JSON: {error.msg}.") from error
-    return Conversation(where, _turns(where, row, column), tools or None)
+    return tools or None
 
 
 def _turns(where: str, row: Row, column: str) -> list[dict[str, Any]]:

@@ -62,18 +62,22 @@ class Data:
         batch_size: int,
         seed: int = 0,
         packing: bool = True,
+        together: int = 1,
         template: str | None = None,
         end_of_turn: int | None = None,
         report: dict[str, Any] | None = None,
     ):
-        """Plans the rows of documents `tokens[offsets[d]:offsets[d+1]]`; `trained` [N] marks what the loss counts."""
+        """Plans the rows of documents `tokens[offsets[d]:offsets[d+1]]`; `trained` [N] marks what the loss counts.
+
+        So many documents as `together` says lie side by side in one row, see `plan`.
+        """
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.tokenizer, self.template, self.end_of_turn = tokenizer, template, end_of_turn
         self.tokens, self.offsets = tokens, offsets
         self.loss_mask = np.append(trained[1:], False)  # aligned with targets; a document's last token has none
         self.loss_mask[offsets[1:] - 1] = False
         self._added: dict[str, np.ndarray] = {}  # column -> a value per token
-        self.plan: Plan = plan(offsets, length, packing)
+        self.plan: Plan = plan(offsets, length, packing, together)
         self.num_rows = len(self.plan.rows) - 1
         self.most_documents = int(np.diff(self.plan.rows).max(initial=1))
         self._sizes = np.diff(np.append(0, np.cumsum(self.plan.sizes))[self.plan.rows])  # tokens a row

@@ -72,14 +72,29 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
     return row_of
 
 
-def plan(offsets: np.ndarray, length: int, packing: bool = True) -> Plan:
+def plan(offsets: np.ndarray, length: int, packing: bool = True, together: int = 1) -> Plan:
     """The plan of documents at `offsets` [D+1] in rows of `length`; without packing, a row holds one piece.
+
+    Args:
+        offsets: where documents begin and end.
+        length: tokens in a row.
+        packing: whether a row may hold more than one piece, or group of documents.
+        together: documents that go side by side into one row: groups of so many, each of at most `length` tokens. 1:
+            each for itself, cut into pieces where it is longer.
 
     >>> plan(np.array([0, 3, 8, 10, 16, 18]), 8).rows.tolist()
     [0, 2, 4, 5]
+    >>> plan(np.array([0, 3, 5, 6, 8]), 8, together=2)[::2]
+    (array([0, 3, 5, 6]), array([0, 4]))
     """
-    starts, sizes = cut(offsets, length)
-    row_of = best_fit(sizes, length) if packing else np.arange(len(sizes))
+    if together == 1:
+        starts, sizes = cut(offsets, length)
+    else:
+        starts, sizes = offsets[:-1], np.diff(offsets)
+    units = sizes.reshape(-1, together).sum(1)
+    if together > 1 and units.max(initial=0) > length:
+        raise ValueError(f"{together} documents have {units.max()} tokens together, and a row has {length}")
+    row_of = np.repeat(best_fit(units, length) if packing else np.arange(len(units)), together)
     order = np.argsort(row_of, kind="stable")
     count = int(row_of.max(initial=-1)) + 1
     rows = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=count))])

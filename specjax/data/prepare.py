@@ -1,24 +1,12 @@
-"""From a source of rows to `Data`: read, recognise, tokenise, count what is left out, pack."""
+"""From a source of rows to `Data` in one call: `load` of any format, and a name for each kind of data."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, compress, islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from specjax.data.chat import Document, end_of_turn, resolve
-from specjax.data.formats import examples, recognise
+from specjax.data.corpus import check_overlong
 from specjax.data.loader import Data
-from specjax.data.read import Row, read
-from specjax.data.tally import OVERLONG, Tally
-from specjax.errors import UserError, nearest
-
-Source = str | Path | Sequence[Row | str]
-
-CHUNK = 1024  # rows tokenised at a time
+from specjax.data.tokens import Progress, Source, tokenise
 
 
 def load(
@@ -36,6 +24,8 @@ def load(
     own_columns: bool = False,
     split: str = "train",
     holdout: tuple[float, str] | None = None,
+    cache: str | Path | bool = True,
+    progress: Progress | None = None,
 ) -> Data:
     """Reads, tokenises and packs data of any known format.
 
@@ -51,62 +41,36 @@ def load(
         template: see `resolve`. Prompt/completion strings go through a template only where one is named.
         overlong: what becomes of conversations and pairs over `length`, each counted in the report: "drop" them;
             "truncate" keeps their start; "keep_end" keeps what lies before the end of the last answer (both as TRL's
-            `truncation_mode`); "split" makes several documents of one. Raw text is cut into pieces, never lost.
+            `truncation_mode`); "split" makes several documents of one. Raw text is cut into pieces, never lost, and
+            preference pairs can only be dropped.
         columns: role -> column, where the data calls a role by another name.
         own_columns: whether data that has none of `columns` may be recognised by its own instead.
         split: of a hub name, a `datasets` folder, or files named after their split.
         holdout: (fraction, "train" or "eval"): one part of a split by each row's content, which neither the rows' order
             nor their repetition changes. None: all rows.
+        cache: the folder where tokens are kept under the digest of the rows, the tokenizer, the template and this
+            package's code, so that a second start makes none. True: `$XDG_CACHE_HOME/specjax/data`, or
+            `~/.cache/specjax/data`; False: nowhere. Any number of processes may share it.
+        progress: called now and then while tokens are made, with the rows done and how many there are, or None.
 
     Raises:
         UserError: anything wrong with the data, the template or these arguments, with file and line where there is one.
     """
-    if overlong not in OVERLONG:
-        raise UserError(
-            f"data.overlong is '{overlong}': use one of {', '.join(OVERLONG)}.{nearest(overlong, OVERLONG)}"
-        )
-    name = str(source) if isinstance(source, str | Path) else "the data"
-    rows = read(source, split)
-    if holdout:
-        rows = compress(rows, _part((row for _, row in read(source, split)), *holdout, seed=seed, name=name))
-    head = list(islice(rows, CHUNK))
-    if not head:
-        raise UserError(f"{name} is empty: there is no row to learn from.")
-    found = list(dict.fromkeys(column for _, row in head for column in row))
-    kind, mapping = recognise(found, format, columns, own_columns=own_columns)
-    if kind in ("messages", "conversations", "instruct") or template:
-        template = resolve(tokenizer, template) if kind != "text" else None
-    tally = Tally(length, overlong)
-    documents: list[Document] = []
-    stream = examples(chain(head, rows), kind, mapping)
-    while chunk := list(islice(stream, CHUNK)):
-        documents += tally.keep(chunk, tokenizer, template)
-    if not documents:
-        raise UserError(tally.nothing(name))
-    offsets = np.cumsum([0, *(len(document.ids) for document in documents)])
-    tokens, trained = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
-    end = end_of_turn(documents[0], tokenizer) if template else None
-    report: dict[str, Any] = {
-        "source": name,
-        "format": kind,
-        "columns": {role: column for role, column in mapping.items() if column in found},
-        "ignored_columns": [column for column in found if column not in mapping.values()],
-        "end_of_turn": None if end is None else tokenizer.convert_ids_to_tokens(end),
-        "holdout": list(holdout) if holdout else None,
-    }
-    return Data(
-        tokens,
-        trained,
-        offsets,
-        tokenizer=tokenizer,
-        length=length,
-        batch_size=batch_size,
-        seed=seed,
-        packing=packing,
+    check_overlong(overlong)
+    corpus = tokenise(
+        source,
+        tokenizer,
+        format=format,
         template=template,
-        end_of_turn=end,
-        report=report | tally.report(),
+        columns=columns,
+        own_columns=own_columns,
+        split=split,
+        seed=seed,
+        holdout=holdout is not None,
+        cache=cache,
+        progress=progress,
     )
+    return corpus.pack(length=length, batch_size=batch_size, packing=packing, overlong=overlong, holdout=holdout)
 
 
 def text(
@@ -120,6 +84,7 @@ def text(
     columns: Mapping[str, str] | None = None,
     split: str = "train",
     holdout: tuple[float, str] | None = None,
+    cache: str | Path | bool = True,
 ) -> Data:
     """Raw text: every token trains, long documents go on in other rows. Arguments as `load`."""
     return load(
@@ -133,6 +98,7 @@ def text(
         columns=columns,
         split=split,
         holdout=holdout,
+        cache=cache,
     )
 
 
@@ -149,6 +115,7 @@ def instruct(
     columns: Mapping[str, str] | None = None,
     split: str = "train",
     holdout: tuple[float, str] | None = None,
+    cache: str | Path | bool = True,
 ) -> Data:
     """Pairs: instruction/response|output[/input] through the chat template, or prompt/completion joined as they are.
 
@@ -167,6 +134,7 @@ def instruct(
         columns=columns,
         split=split,
         holdout=holdout,
+        cache=cache,
     )
 
 
@@ -183,6 +151,7 @@ def chat(
     columns: Mapping[str, str] | None = None,
     split: str = "train",
     holdout: tuple[float, str] | None = None,
+    cache: str | Path | bool = True,
 ) -> Data:
     """Conversations: `messages`, or ShareGPT's `conversations`; every assistant turn trains. Arguments as `load`."""
     return load(
@@ -198,30 +167,42 @@ def chat(
         columns=columns,
         split=split,
         holdout=holdout,
+        cache=cache,
     )
 
 
-def _part(rows: Iterable[Row], fraction: float, part: str, *, seed: int, name: str) -> np.ndarray:
-    """Which rows belong to the part "train" or "eval", bool [rows].
+def preference(
+    source: Source,
+    tokenizer: Any,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    packing: bool = True,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+    holdout: tuple[float, str] | None = None,
+    cache: str | Path | bool = True,
+) -> Data:
+    """Pairs of answers: prompt, chosen, rejected; strings joined as they are, or messages through the chat template.
 
-    The `fraction` of rows whose hash of (seed, content) is smallest are held out, so a row's side depends on what it
-    says and not on where it stands; equal rows fall on the same side.
+    As TRL has them, with the tokens and masks of its `DPOTrainer`: where there is no prompt, it is what both answers
+    begin with. Chosen and rejected are two documents, each behind the prompt and with all that follows it trained,
+    which lie side by side in one row: segments 2i+1 and 2i+2. A pair that does not fit a row of `length` is dropped
+    and counted. Arguments as `load`.
     """
-    if part not in ("train", "eval") or not 0 < fraction < 1:
-        raise UserError(f"a held-out part is (fraction between 0 and 1, 'train' or 'eval'), not {(fraction, part)}.")
-    key = str(seed).encode()
-    hashes = np.fromiter(
-        (
-            int.from_bytes(
-                hashlib.blake2b(json.dumps(row, sort_keys=True, default=str).encode(), digest_size=8, key=key).digest(),
-                "little",
-            )
-            for row in rows
-        ),
-        np.uint64,
+    return load(
+        source,
+        tokenizer,
+        length=length,
+        batch_size=batch_size,
+        format="preference",
+        seed=seed,
+        packing=packing,
+        template=template,
+        columns=columns,
+        split=split,
+        holdout=holdout,
+        cache=cache,
     )
-    count = max(1, round(fraction * len(hashes)))
-    held = hashes <= np.partition(hashes, count - 1)[count - 1] if len(hashes) else np.empty(0, bool)
-    if len(held) and held.all():
-        raise UserError(f"{name} has too few different rows to hold some out: name an eval set with data.eval.")
-    return held if part == "eval" else ~held

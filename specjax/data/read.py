@@ -1,15 +1,15 @@
 """Rows from wherever they lie.
 
-`read` yields `(where, row)` pairs: `where` names the place in the user's own terms (`data/train.jsonl:7`), so that
-every later complaint about a row can say where it is.
+A source is opened first, which tells its files. Its rows are `(where, row)` pairs: `where` names the place in the
+user's own terms (`data/train.jsonl:7`), so that every later complaint about a row can say where it is.
 """
 
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from specjax.errors import UserError
 
@@ -18,8 +18,29 @@ Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
-def read(source: str | Path | Sequence[Row | str], split: str = "train") -> Iterator[tuple[str, Row]]:
-    """Yields `(where, row)` from a file, a folder, a hub name, or rows given as a list of dicts or strings.
+class Opened(NamedTuple):
+    """A source before its rows are read.
+
+    Attributes:
+        rows: each call reads them from the start, as `(where, row)`.
+        files: where they come from; None: from memory.
+        total: how many rows, where that is known.
+        once: whether they can be read but once.
+    """
+
+    rows: Callable[[], Iterator[tuple[str, Row]]]
+    files: Sequence[Path] | None = None
+    total: int | None = None
+    once: bool = False
+
+
+def read(source: str | Path | Iterable[Row | str], split: str = "train") -> Iterator[tuple[str, Row]]:
+    """Yields `(where, row)` from a source, see `opened`."""
+    yield from opened(source, split).rows()
+
+
+def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Opened:
+    """A file, a folder, a hub name, or rows given as dicts or strings.
 
     `.jsonl .json .csv .parquet` hold one row per line, element or record. A `.txt` file is one document, whole: packing
     cuts it where it must, and a blank line inside a text is no end of a document. A folder is a `datasets` folder
@@ -27,24 +48,33 @@ def read(source: str | Path | Sequence[Row | str], split: str = "train") -> Iter
     `train-00000.parquet`) only these are read.
 
     Raises:
-        UserError: no such file or hub name, a broken file, an unknown suffix.
+        UserError: no such file or hub name, an unknown suffix; while the rows are read, a broken file.
     """
     if not isinstance(source, str | Path):
-        for number, row in enumerate(source, 1):
-            yield f"row {number}", {"text": row} if isinstance(row, str) else _mapping(row, f"row {number}")
-        return
+        total = len(source) if isinstance(source, Sized) else None
+        return Opened(lambda: _given(source), None, total, once=isinstance(source, Iterator))
     path = Path(source)
     if path.is_dir():
-        yield from _folder(path, split)
-    elif path.exists():
-        yield from _file(path)
-    elif path.suffix in SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+        return _folder(path, split)
+    if path.is_file():
+        return _files([path])
+    if path.exists():
+        raise UserError(f"{source} is neither a file nor a folder: data is read more than once, so no pipe will do.")
+    if path.suffix in SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
         raise UserError(f"no such data file or folder: {source}.")
-    else:
-        yield from _hub(str(source), split)
+    return _hub(str(source), split)
 
 
-def _folder(path: Path, split: str) -> Iterator[tuple[str, Row]]:
+def _given(source: Iterable[Row | str]) -> Iterator[tuple[str, Row]]:
+    for number, row in enumerate(source, 1):
+        yield f"row {number}", {"text": row} if isinstance(row, str) else _mapping(row, f"row {number}")
+
+
+def _files(paths: Sequence[Path]) -> Opened:
+    return Opened(lambda: (row for path in paths for row in _file(path)), paths)
+
+
+def _folder(path: Path, split: str) -> Opened:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         import datasets
 
@@ -53,17 +83,15 @@ def _folder(path: Path, split: str) -> Iterator[tuple[str, Row]]:
             if split not in dataset:
                 raise UserError(f"{path} has no split '{split}', only {', '.join(dataset)}: set data.split.")
             dataset = dataset[split]
-        yield from _numbered(dataset, f"{path} row")
-        return
+        return _dataset(dataset, f"{path} row")
     files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
     if not files:
         raise UserError(f"{path} holds no data: neither a `datasets` folder nor files ending in {' '.join(SUFFIXES)}.")
     named = [f for f in files if re.search(rf"(^|[-_.]){re.escape(split)}([-_.]|$)", f.stem)]
-    for file in named or files:
-        yield from _file(file)
+    return _files(named or files)
 
 
-def _hub(name: str, split: str) -> Iterator[tuple[str, Row]]:
+def _hub(name: str, split: str) -> Opened:
     import datasets
 
     try:
@@ -74,7 +102,13 @@ def _hub(name: str, split: str) -> Iterator[tuple[str, Row]]:
             f"'{name}' is neither a file or folder here nor a dataset that the hub could give ({reason}); "
             "check the path, or the name and the network."
         ) from error
-    yield from _numbered(dataset, f"{name}[{split}] row")
+    return _dataset(dataset, f"{name}[{split}] row")
+
+
+def _dataset(dataset: Any, prefix: str) -> Opened:
+    """Rows of a `datasets.Dataset`, which lie in Arrow files, or in memory where it names none."""
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    return Opened(lambda: _numbered(dataset, prefix), files or None, len(dataset))
 
 
 def _file(path: Path) -> Iterator[tuple[str, Row]]:

@@ -1,10 +1,13 @@
 """The data report as a person reads it: counts, and the first rows with what is trained made visible."""
 
+import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 Runs = Sequence[tuple[str, bool]]  # a document: (text, whether it is trained)
@@ -43,6 +46,8 @@ def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows, documents, left = (report["split"][key] for key in ("rows", "documents", "tokens_left_out"))
         lost = f"; {left:,} tokens of pieces without an answer left out" if left else ""
         add("split", f"{_amount({'rows': rows, 'tokens': 0})} into {documents:,} documents{lost}")
+    if report.get("format") == "preference":
+        add("pairs of answers", report["documents"] // 2)
     add("documents", report.get("documents"))
     add("documents cut into pieces", report.get("split_documents"))
     add("tokens", report.get("tokens"))
@@ -80,8 +85,46 @@ def show(report: Mapping[str, Any], previews: Sequence[Sequence[Runs]] = (), con
         console.print(Text.assemble("\nFirst rows as the model sees them; what is trained is ", trained, "."))
     for number, documents in enumerate(previews, 1):
         for place, runs in enumerate(documents, 1):
-            console.print(Text(f"\nrow {number}, document {place} of {len(documents)}", "bold"))
+            console.print(Text(f"\nrow {number}, {_place(place, len(documents), report)}", "bold"))
             console.print(_marked(runs, colour), soft_wrap=True)
+
+
+def _place(document: int, count: int, report: Mapping[str, Any]) -> str:
+    """Which of a row's documents it is."""
+    if report.get("format") != "preference":
+        return f"document {document} of {count}"
+    return f"pair {(document + 1) // 2} of {count // 2}, {'chosen' if document % 2 else 'rejected'}"
+
+
+@contextmanager
+def watched(
+    name: str, console: Console | None = None, *, every: float = 10.0
+) -> Iterator[Callable[[int, int | None], None] | None]:
+    """Gives a `progress` for `specjax.data.load` that shows how far it is.
+
+    Args:
+        name: of the source.
+        console: on a terminal a bar, which goes when the block ends; elsewhere a line now and then; None: nothing.
+        every: seconds between two lines.
+    """
+    if console is None:
+        yield None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=30), MofNCompleteColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task(f"tokenising {name}", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        said = time.monotonic()
+
+        def line(done: int, total: int | None) -> None:
+            nonlocal said
+            if time.monotonic() - said >= every:
+                said = time.monotonic()
+                rows = f"{done:,} rows" if total is None else f"{done:,} of {total:,} rows"
+                console.print(f"tokenising {name}: {rows}", markup=False, highlight=False, soft_wrap=True)
+
+        yield line
 
 
 def _marked(runs: Runs, colour: bool) -> Text:

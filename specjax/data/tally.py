@@ -1,20 +1,17 @@
 """Which documents are kept, what becomes of those over the length, and the count of all that is left out."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from specjax.data.chat import Document, encode
-from specjax.data.formats import Conversation, Example, Pair, Text, blank
-
 OVERLONG = ("drop", "truncate", "keep_end", "split")
+
+Slice = tuple[int, int]  # [start, stop)
 
 
 class Tally:
-    """Tokenises, and keeps count of what is left out and why.
+    """Keeps count of what is left out and why.
 
     Args:
         length: tokens in a row.
@@ -29,55 +26,76 @@ class Tally:
         self.split = [0, 0, 0]  # rows, documents made of them, tokens of the pieces in which nothing trains
         self.split_texts = 0
 
-    def keep(self, chunk: list[Example], tokenizer: Any, template: str | None) -> Iterator[Document]:
-        """The documents of a chunk that have something to learn from and fit."""
-        self.rows += len(chunk)
-        if template:
-            chunk = [_as_chat(example) if isinstance(example, Pair) else example for example in chunk]
-        full = [example for example in chunk if not blank(example)]
-        self.dropped["nothing to learn"][0] += len(chunk) - len(full)
-        for kind, group in groupby(full, type):
-            for document in encode(list(group), tokenizer, template):
-                yield from self.fit(document, whole=kind is not Text)
+    def fit(self, trained: np.ndarray, offsets: np.ndarray, chosen: np.ndarray, whole: bool) -> np.ndarray:
+        """What is kept of each chosen document, in order: [start, stop) of the flat arrays, int64 [K, 2].
 
-    def fit(self, document: Document, whole: bool) -> list[Document]:
-        """The document, cut to the length where it must be; none, counted, where it is left out."""
-        size = len(document.ids)
-        if not document.trained[1:].any():  # the first token is nobody's target
-            return self._drop("no trained token", size)
-        if size <= self.length:
-            return [document]
+        Args:
+            trained: bool [N], whether each token is a target that counts.
+            offsets: int64 [D+1], where documents begin and end.
+            chosen: int64 [C], which documents, in ascending order.
+            whole: whether a document over the length needs a decision; else packing cuts it.
+        """
+        starts, stops = offsets[:-1][chosen], offsets[1:][chosen]
+        learnable = _targets(trained, offsets)[chosen] > 0
+        long = stops - starts > self.length
         if not whole:
-            self.split_texts += 1
-            return [document]
+            self.split_texts += int((learnable & long).sum())
+            long &= False
+        unusual = np.flatnonzero(~learnable | long)
+        kept = np.stack([starts, stops], 1)
+        if not len(unusual):
+            return kept
+        pieces: list[np.ndarray] = []
+        last = 0
+        for at in unusual.tolist():
+            start, stop = int(starts[at]), int(stops[at])
+            made = self.fit_one(trained[start:stop])
+            pieces += [kept[last:at], np.array(made, np.int64).reshape(-1, 2) + start]
+            last = at + 1
+        return np.concatenate([*pieces, kept[last:]])
+
+    def fit_one(self, trained: np.ndarray) -> list[Slice]:
+        """What is kept of a document in which nothing trains, or which is over the length: [start, stop) of it."""
+        size = len(trained)
+        if not trained[1:].any():  # the first token is nobody's target
+            return self._drop("no trained token", size)
         self.shortest = min(self.shortest or size, size)
         if self.overlong == "drop":
             return self._drop("over length", size)
         if self.overlong == "split":
-            return self._split(document)
-        last = int(np.flatnonzero(document.trained)[-1]) + 1  # what follows the last answer is of no use to it
+            return self._split(trained)
+        last = int(np.flatnonzero(trained)[-1]) + 1  # what follows the last answer is of no use to it
         stop = self.length if self.overlong == "truncate" else last
-        kept = Document(*(array[max(0, stop - self.length) : stop] for array in document))
-        if not kept.trained[1:].any():
+        start = max(0, stop - self.length)
+        if not trained[start + 1 : stop].any():
             return self._drop("answer beyond length", size)
         self.cut[0] += 1
-        self.cut[1] += size - len(kept.ids)
-        return [kept]
+        self.cut[1] += size - (stop - start)
+        return [(start, stop)]
 
-    def _split(self, document: Document) -> list[Document]:
+    def fit_pairs(self, trained: np.ndarray, offsets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """As `fit`, of documents in pairs: both are kept where in both something trains and both fit a row together."""
+        spans = np.stack([offsets[:-1][chosen], offsets[1:][chosen]], 1).reshape(-1, 2, 2)
+        sizes = (spans[:, :, 1] - spans[:, :, 0]).sum(1)
+        learnable = (_targets(trained, offsets)[chosen] > 0).reshape(-1, 2).all(1)
+        long = learnable & (sizes > self.length)
+        for reason, out in (("no trained token", ~learnable), ("over length", long)):
+            self.dropped[reason][0] += int(out.sum())
+            self.dropped[reason][1] += int(sizes[out].sum())
+        self.shortest = int(sizes[long].min(initial=sizes.max(initial=0)))
+        return spans[learnable & ~long].reshape(-1, 2)
+
+    def _split(self, trained: np.ndarray) -> list[Slice]:
         """Pieces of at most `length` tokens, each beginning with the one before's last, so that no target is lost."""
-        size = len(document.ids)
-        pieces = [
-            Document(*(array[at : at + self.length] for array in document))
-            for at in range(0, size - 1, self.length - 1)
-        ]
-        kept = [piece for piece in pieces if piece.trained[1:].any()]
+        size = len(trained)
+        pieces = [(at, min(at + self.length, size)) for at in range(0, size - 1, self.length - 1)]
+        kept = [(start, stop) for start, stop in pieces if trained[start + 1 : stop].any()]
         self.split[0] += 1
         self.split[1] += len(kept)
-        self.split[2] += sum(len(piece.ids) for piece in pieces if not piece.trained[1:].any())
+        self.split[2] += sum(stop - start for start, stop in pieces) - sum(stop - start for start, stop in kept)
         return kept
 
-    def _drop(self, reason: str, size: int) -> list[Document]:
+    def _drop(self, reason: str, size: int) -> list[Slice]:
         self.dropped[reason][0] += 1
         self.dropped[reason][1] += size
         return []
@@ -105,6 +123,10 @@ class Tally:
         return f"none of the {self.rows} rows of {name} has anything to learn from ({counts})."
 
 
-def _as_chat(pair: Pair) -> Conversation:
-    turns = (("user", pair.prompt), ("assistant", pair.completion))
-    return Conversation(pair.where, [{"role": role, "content": content} for role, content in turns])
+def _targets(trained: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """How many targets count in each document: int64 [D]. Its first token is nobody's target."""
+    counts = np.zeros(len(offsets) - 1, np.int64)
+    full = np.diff(offsets) > 0
+    starts = offsets[:-1][full]
+    counts[full] = np.add.reduceat(trained, starts, dtype=np.int64) - trained[starts]
+    return counts

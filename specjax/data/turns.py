@@ -114,6 +114,20 @@ def spans(tokenizer: Any, template: str, chat: Conversation) -> tuple[str, list[
         raise UserError(f"{chat.where}: the chat template refuses the conversation: {error}.") from error
 
 
+def render(tokenizer: Any, template: str, chat: Conversation, *, prompt: bool = False) -> str:
+    """The conversation as text, with the generation prompt behind it where `prompt` is true.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    import jinja2
+
+    try:
+        return _Template(template, chat, tokenizer.special_tokens_map).render(len(chat.messages), prompt=prompt)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"{chat.where}: the chat template refuses the conversation: {error}.") from error
+
+
 def _refuse(chat: Conversation, turn: int) -> NoReturn:
     if turn == 0:
         raise UserError(

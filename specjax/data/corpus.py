@@ -1,0 +1,135 @@
+"""All rows of a source as tokens, to be parted and packed as often as one likes."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from specjax.data.chat import Document, end_of_turn
+from specjax.data.loader import Data
+from specjax.data.tally import OVERLONG, Tally
+from specjax.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A source's rows as tokens. A preference is two documents, one after the other; any other row is one, or none.
+
+    Attributes:
+        name: of the source.
+        format: one of `specjax.data.formats.FORMATS`.
+        columns: role -> column.
+        found: the columns of the first rows.
+        tokenizer: that made the tokens.
+        template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
+        tokens: int32 [N].
+        trained: bool [N], whether the loss counts each as a target.
+        offsets: int64 [D+1], where documents begin and end.
+        rows: int64 [D], the number of each one's row, from 0; a row that is not there has nothing to learn from.
+        count: of all rows.
+        seed: of the order of rows and of the held-out split.
+        sides: uint64 [count], the rows with the smallest are held out; None: nothing can be.
+    """
+
+    name: str
+    format: str
+    columns: Mapping[str, str]
+    found: Sequence[str]
+    tokenizer: Any
+    template: str | None
+    tokens: np.ndarray
+    trained: np.ndarray
+    offsets: np.ndarray
+    rows: np.ndarray
+    count: int
+    seed: int
+    sides: np.ndarray | None
+
+    def pack(
+        self,
+        *,
+        length: int,
+        batch_size: int,
+        packing: bool = True,
+        overlong: str = "drop",
+        holdout: tuple[float, str] | None = None,
+    ) -> Data:
+        """Batches of all rows, or of one part of a split. Arguments and errors as those of `specjax.data.load`."""
+        together = 2 if self.format == "preference" else 1
+        check_overlong(overlong, self.format)
+        tally = Tally(length, overlong)
+        part = np.ones(self.count, bool) if holdout is None else self._part(*holdout)
+        tally.rows = int(part.sum())
+        learnable = np.zeros(self.count, bool)
+        learnable[self.rows] = True
+        tally.dropped["nothing to learn"][0] = int((part & ~learnable).sum())
+        chosen = np.flatnonzero(part[self.rows])
+        if together == 2:
+            kept = tally.fit_pairs(self.trained, self.offsets, chosen)
+        else:
+            kept = tally.fit(self.trained, self.offsets, chosen, whole=self.format != "text")
+        if not len(kept):
+            raise UserError(tally.nothing(self.name))
+        tokens, trained = (_taken(values, kept) for values in (self.tokens, self.trained))
+        offsets = np.append(0, np.cumsum(kept[:, 1] - kept[:, 0]))
+        first = Document(tokens[: offsets[1]], trained[: offsets[1]])
+        end = end_of_turn(first, self.tokenizer) if self.template else None
+        report: dict[str, Any] = {
+            "source": self.name,
+            "format": self.format,
+            "columns": {role: column for role, column in self.columns.items() if column in self.found},
+            "ignored_columns": [column for column in self.found if column not in self.columns.values()],
+            "end_of_turn": None if end is None else self.tokenizer.convert_ids_to_tokens(end),
+            "holdout": list(holdout) if holdout else None,
+        }
+        return Data(
+            tokens,
+            trained,
+            offsets,
+            tokenizer=self.tokenizer,
+            length=length,
+            batch_size=batch_size,
+            seed=self.seed,
+            packing=packing,
+            together=together,
+            template=self.template,
+            end_of_turn=end,
+            report=report | tally.report(),
+        )
+
+    def _part(self, fraction: float, part: str) -> np.ndarray:
+        """Which rows belong to the part "train" or "eval", bool [count]; equal rows fall on the same side."""
+        if part not in ("train", "eval") or not 0 < fraction < 1:
+            raise UserError(
+                f"a held-out part is (fraction between 0 and 1, 'train' or 'eval'), not {(fraction, part)}."
+            )
+        assert self.sides is not None, "tokenise(..., holdout=True) makes a corpus that can be parted"
+        last = max(1, round(fraction * self.count)) - 1
+        held = self.sides <= np.partition(self.sides, last)[last]
+        if held.all():
+            raise UserError(
+                f"{self.name} has too few different rows to hold some out: name an eval set with data.eval."
+            )
+        return held if part == "eval" else ~held
+
+
+def check_overlong(overlong: str, format: str = "") -> None:
+    """Raises `UserError` where `overlong` is no choice, or none of preference pairs."""
+    if overlong not in OVERLONG:
+        raise UserError(
+            f"data.overlong is '{overlong}': use one of {', '.join(OVERLONG)}.{nearest(overlong, OVERLONG)}"
+        )
+    if format == "preference" and overlong != "drop":
+        raise UserError(
+            f"data.overlong is '{overlong}', but of preference pairs those over the length can only be dropped: "
+            "set it to drop."
+        )
+
+
+def _taken(values: np.ndarray, slices: np.ndarray) -> np.ndarray:
+    """The values in [start, stop) slices [K, 2], end to end; no copy where that is all of them."""
+    seams = np.flatnonzero(slices[1:, 0] != slices[:-1, 1])
+    starts, stops = np.append(slices[0, 0], slices[1:, 0][seams]), np.append(slices[:-1, 1][seams], slices[-1, 1])
+    runs = [values[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+    return runs[0] if len(runs) == 1 else np.concatenate(runs)

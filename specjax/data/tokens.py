@@ -1,0 +1,220 @@
+"""From a source to a corpus: its rows become tokens in one reading, and these are kept on disk.
+
+What a row's tokens are depends on the source's contents, the tokenizer, the template and this package's own code, and
+on nothing else: neither on the length of a training row, nor on what is held out. So the cache goes by these.
+"""
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specjax.data import cache as disk
+from specjax.data.chat import Document, encode, resolve
+from specjax.data.corpus import Corpus
+from specjax.data.formats import Conversation, Example, Pair, Preference, Text, blank, examples, recognise
+from specjax.data.identity import Contents, code, of_tokens, side
+from specjax.data.read import Opened, Row, opened
+from specjax.errors import UserError
+
+Source = str | Path | Sequence[Row | str]
+Progress = Callable[[int, int | None], None]  # called with the rows done, and with how many there are, if that is known
+
+CHUNK = 1024  # rows, at most, and
+CHUNK_CHARACTERS = 1 << 20  # characters, about, that are tokenised at a time: a tokenizer takes 200 bytes for each
+
+
+def tokenise(
+    source: Source,
+    tokenizer: Any,
+    *,
+    format: str | Sequence[str] = "auto",
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    own_columns: bool = False,
+    split: str = "train",
+    seed: int = 0,
+    holdout: bool = False,
+    cache: str | Path | bool = True,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Reads and tokenises all rows of a source, or finds them in the cache.
+
+    Args:
+        source: as all others but the following, see `specjax.data.load`.
+        tokenizer: a fast Hugging Face tokenizer.
+        format: "auto" or a name.
+        template: see `resolve`.
+        columns: role -> column.
+        own_columns: whether data that has none of `columns` may be recognised by its own instead.
+        split: of a hub name or a folder.
+        seed: of the order of rows and of the held-out split.
+        holdout: whether parts will be held out.
+        cache: a folder; True: the default one; False: nothing is kept.
+        progress: called now and then.
+
+    Raises:
+        UserError: anything wrong with the data, the template or these arguments, with file and line where there is one.
+    """
+    name = str(source) if isinstance(source, str | Path) else "the data"
+    reading = opened(source, split)
+    folder = disk.folder_of(cache)
+    contents = Contents(reading) if folder else None
+    how = {"format": format, "columns": dict(columns or {}), "own_columns": own_columns, "split": split}
+    key = of_tokens(contents.digest, tokenizer, template, how) if contents and contents.digest else None
+    maker = _Maker(name, reading, tokenizer, template, seed if holdout else None, how, progress)
+    if folder and contents and key:
+        parts = disk.digest(str(contents.digest), split, str(seed), code())
+        paths = folder / f"{key}.tokens", folder / f"{parts}.sides"
+        with disk.turn(paths[0]):
+            kept = disk.find(paths[0])
+            sides = disk.find(paths[1]) if holdout else None
+            fresh = []
+            if kept is None:
+                kept = maker.tokens(contents.total)
+                fresh.append((paths[0], kept))
+            if holdout and sides is None:
+                sides = maker.sides()
+                fresh.append((paths[1], sides))
+            if not contents.changed():  # else the rows need not be those whose digest was taken
+                for path, made in fresh:
+                    disk.keep(path, made)
+    else:
+        kept = maker.tokens(reading.total)
+        sides = maker.sides() if holdout else None
+    facts, arrays = kept.facts, kept.arrays
+    return Corpus(
+        name=name,
+        format=facts["format"],
+        columns=facts["columns"],
+        found=facts["found"],
+        tokenizer=tokenizer,
+        template=_template(facts["format"], tokenizer, template),
+        tokens=arrays["tokens"],
+        trained=arrays["trained"],
+        offsets=arrays["offsets"],
+        rows=arrays["rows"],
+        count=facts["count"],
+        seed=seed,
+        sides=sides.arrays["sides"] if sides else None,
+    )
+
+
+class _Maker:
+    """Makes a source's tokens, and what tells the sides of its rows, in one reading."""
+
+    def __init__(
+        self,
+        name: str,
+        reading: Opened,
+        tokenizer: Any,
+        template: str | None,
+        seed: int | None,
+        how: Mapping[str, Any],
+        progress: Progress | None,
+    ):
+        self.name, self.reading, self.tokenizer, self.template = name, reading, tokenizer, template
+        self.seed, self.how, self.progress = seed, how, progress
+        self._sides: array[int] | None = None
+
+    def tokens(self, total: int | None) -> disk.Kept:
+        """The arrays `tokens, trained, offsets, rows` of a `Corpus`; facts: `format, columns, found, count`."""
+        self._sides = array("Q")
+        rows = self._rows()
+        head = list(islice(rows, CHUNK))
+        if not head:
+            raise UserError(f"{self.name} is empty: there is no row to learn from.")
+        found = list(dict.fromkeys(column for _, row in head for column in row))
+        how = self.how
+        kind, columns = recognise(found, how["format"], how["columns"], own_columns=how["own_columns"])
+        template = _template(kind, self.tokenizer, self.template)
+        tokens, trained, sizes, numbers = array("i"), bytearray(), array("q", [0]), array("q")
+        count = 0
+        for chunk in _chunks(examples(chain(head, rows), kind, columns)):
+            for number, document in _documents(chunk, self.tokenizer, template):
+                tokens.frombytes(document.ids.view(np.uint8).data)
+                trained += document.trained.data
+                sizes.append(len(document.ids))
+                numbers.append(count + number)
+            count += len(chunk)
+            if self.progress:
+                self.progress(count, total)
+        arrays = {
+            "tokens": np.frombuffer(tokens, np.int32),
+            "trained": np.frombuffer(trained, bool),
+            "offsets": np.cumsum(np.frombuffer(sizes, np.int64)),
+            "rows": np.frombuffer(numbers, np.int64),
+        }
+        return disk.Kept(arrays, {"format": kind, "columns": columns, "found": found, "count": count})
+
+    def sides(self) -> disk.Kept:
+        """The array `sides` of a `Corpus`; a reading of its own where there was none."""
+        if self._sides is None:
+            self._sides = array("Q")
+            for _ in self._rows():
+                pass
+        return disk.Kept({"sides": np.frombuffer(self._sides, np.uint64)}, {})
+
+    def _rows(self) -> Iterator[tuple[str, Row]]:
+        for where, row in self.reading.rows():
+            if self.seed is not None and self._sides is not None:
+                self._sides.append(side(row, self.seed))
+            yield where, row
+
+
+def _template(format: str, tokenizer: Any, template: str | None) -> str | None:
+    """The text of the template that rows of a format go through, None where they may go through none."""
+    if format in ("messages", "conversations", "instruct") or template:
+        return resolve(tokenizer, template) if format != "text" else None
+    return None
+
+
+def _chunks(stream: Iterator[Example]) -> Iterator[list[Example]]:
+    chunk: list[Example] = []
+    characters = 0
+    for example in stream:
+        chunk.append(example)
+        characters += _characters(example)
+        if len(chunk) == CHUNK or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _characters(example: Example) -> int:
+    match example:
+        case Text(_, text):
+            return len(text)
+        case Pair(_, prompt, completion):
+            return len(prompt) + len(completion)
+        case Conversation(_, messages):
+            return sum(len(str(turn["content"])) for turn in messages)
+        case Preference(_, chosen, rejected):
+            return _characters(chosen) + _characters(rejected)
+
+
+def _documents(chunk: list[Example], tokenizer: Any, template: str | None) -> Iterator[tuple[int, Document]]:
+    """The documents of a chunk's rows, each with the number of its row, of those from which there is to learn."""
+    shaped = [_as_chat(example) if template else example for example in chunk]
+    full = [(number, example) for number, example in enumerate(shaped) if not blank(example)]
+    for kind, group in groupby(full, lambda numbered: type(numbered[1])):
+        numbers, same = zip(*group, strict=True)
+        each = 2 if kind is Preference else 1
+        made = encode(same, tokenizer, template)
+        yield from zip((number for number in numbers for _ in range(each)), made, strict=True)
+
+
+def _as_chat(example: Example) -> Example:
+    """A pair of strings as a user's message and the answer; anything else as it is."""
+    match example:
+        case Pair(where, prompt, completion):
+            turns = (("user", prompt), ("assistant", completion))
+            return Conversation(where, [{"role": role, "content": content} for role, content in turns])
+        case Preference(where, Pair() as chosen, Pair() as rejected):
+            sides = (_as_chat(chosen), _as_chat(rejected))
+            return Preference(where, *(side._replace(first=1) for side in sides if isinstance(side, Conversation)))
+    return example
