@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from specjax import lora
+from specjax.checks import ARGUMENTS
 from specjax.config import check_length, load_config_file, lora_settings
 from specjax.data import Corpus, Data, tokenise
 from specjax.data.chat import resolve as resolve_template
 from specjax.data.report import watched
-from specjax.errors import UserError
+from specjax.errors import UserError, keys
 from specjax.generation.generate import generate as generate_texts
 from specjax.hf import config as hf_config
 from specjax.hf import load as hf_load
@@ -28,6 +29,7 @@ from specjax.train.step import split
 SEED_MODEL, SEED_LORA = 0, 1  # offsets of config.seed, so that no two draws share a key
 
 
+@keys(ARGUMENTS)
 def tokenizer_of(config: ConfigDict, *, weights: bool = True) -> tuple[Path, Any]:
     """The model's folder and its tokenizer, after the length is known to fit; without `weights` it needs none there."""
     folder = hf_load.resolve(config.model.path, config.model.revision, weights=weights)
@@ -78,6 +80,7 @@ def eval_data_of(
     return {"heldout": _packed(config, corpus, rows, "eval")}
 
 
+@keys(ARGUMENTS)
 def _corpus(config: ConfigDict, tokenizer: Any, source: str, console: Console | None, **settings: Any) -> Corpus:
     d = config.data
     common = {
@@ -97,6 +100,7 @@ def _train(config: ConfigDict, corpus: Corpus) -> Data:
     return _packed(config, corpus, config.batch_size, "train" if _holds_out(config) else "")
 
 
+@keys(ARGUMENTS)
 def _packed(config: ConfigDict, corpus: Corpus, batch_size: int, part: str = "") -> Data:
     d = config.data
     holdout = (d.eval_fraction, part) if part else None
@@ -107,6 +111,7 @@ def _holds_out(config: ConfigDict) -> bool:
     return bool(config.data.eval_fraction and not config.data.eval)
 
 
+@keys(ARGUMENTS)
 def model_of(config: ConfigDict, folder: Path, mesh: Mesh) -> Decoder:
     """The model on its mesh, LoRA injected: float32 masters where everything trains, else the compute dtype."""
     full = config.trainable == "all"
@@ -134,6 +139,7 @@ def filter_of(config: ConfigDict) -> Any:
     return lora.ALL if config.trainable == "all" else lora.LORA
 
 
+@keys(ARGUMENTS)
 def optimizer_of(config: ConfigDict, steps: int) -> optim.Optimizer:
     """The optimizer, its schedule laid over `steps`."""
     c = config.optimizer

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from specjax.errors import UserError, nearest
+from specjax.errors import UserError, keys, nearest
 
 FREE = ("data.eval", "data.columns")  # groups whose names are the user's own; every value is a string
 CHOICES = {
@@ -31,6 +31,13 @@ AT_LEAST = {
     **dict.fromkeys(("seed", "steps", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"), 0),
     **dict.fromkeys(("eval.every", "eval.batches", "eval.patience", "checkpoint.every"), 0),
     "data.length": 2,
+}
+# How the errors of library functions call what a config gives them: their argument -> the key.
+ARGUMENTS = {
+    **{name: f"config.data.{name}" for name in ("columns", "format", "length", "overlong", "split", "template")},
+    **{axis: f"config.mesh.{axis}" for axis in ("data", "fsdp", "expert", "context", "tensor")},
+    **{"remat": "config.model.remat", "offload": "config.optimizer.offload", "wandb": "config.log.wandb"},
+    "holdout": "config.data.eval_fraction",
 }
 POSITIVE = ("optimizer.learning_rate", "optimizer.eps")
 BIASES = ("none", "all", "lora_only")  # config.lora.bias
@@ -244,7 +251,8 @@ def _check_devices(config: ConfigDict, device_count: int) -> None:
     from specjax.sharding import MESH_AXES, fill_sizes  # here, because it imports jax, which a config file never needs
 
     sizes = {axis: config.mesh[axis] for axis in MESH_AXES}  # a ConfigDict sorts its keys
-    sizes = fill_sizes(sizes, device_count)
+    with keys(ARGUMENTS):
+        sizes = fill_sizes(sizes, device_count)
     if config.data.length % sizes["context"]:
         raise UserError(
             f"config.data.length is {config.data.length}, which config.mesh.context={sizes['context']} devices cannot "

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import build, lora, process, sharding
+from specjax.checks import ARGUMENTS
 from specjax.cluster import processes
 from specjax.config import check_length, differing, resolved, validate
 from specjax.data.report import show
-from specjax.errors import UserError
+from specjax.errors import UserError, keys
 from specjax.generation.generate import generate as generate_texts
 from specjax.hf import load as hf_load
 from specjax.train.evaluate import evaluate as evaluate_set
@@ -24,6 +25,7 @@ from specjax.train.state import Result
 from specjax.train.step import make_eval_step, split
 
 
+@keys(ARGUMENTS)
 def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> Result:
     """Runs the job of a config; called again on the same workdir, it resumes; a finished run stays as it is.
 
@@ -95,6 +97,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
     return result
 
 
+@keys(ARGUMENTS)
 def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, float]]:
     """Prints and returns loss, perplexity and accuracy of a run's best checkpoint on the config's named sets.
 
@@ -127,6 +130,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
     return found
 
 
+@keys({"chat=False": "--raw", "generation_config={}": "--generation_config=false"})
 def generate(
     model: str,
     prompts: Sequence[str],
@@ -188,6 +192,7 @@ def generate(
             console.print(answer)
 
 
+@keys({"dequantise=True": "--merge --dequantise", "dequantise": "--dequantise"})
 def export(
     workdir: str | Path,
     out: str | Path,

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from specjax.errors import UserError
+from specjax.errors import UserError, argument
 
 # Outermost first: neighbours on the last axes are neighbours in the machine.
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -77,7 +77,7 @@ def _arranged(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     if shape[0] % slices:
         raise UserError(
             f"mesh data {shape[0]} on {slices} slices: between slices there is the slow network, so set "
-            f"config.mesh.data to a multiple of {slices}."
+            f"{argument('data')} to a multiple of {slices}."
         )
     within, between = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
     return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
@@ -98,9 +98,8 @@ def fill_sizes(sizes: dict[str, int], device_count: int) -> dict[str, int]:
     if len(free) > 1 or fixed < 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise UserError(f"mesh {shown}: every size must be at least 1, or -1 for one of them.")
     if device_count % fixed if free else fixed != device_count:
-        raise UserError(
-            f"mesh {shown} does not fit {device_count} devices: change config.mesh to sizes whose product it is."
-        )
+        chosen = ", ".join(argument(name) for name, size in sizes.items() if size > 1) or argument("fsdp")
+        raise UserError(f"mesh {shown} does not fit {device_count} devices: change {chosen}.")
     return {name: device_count // fixed if size == -1 else size for name, size in sizes.items()}
 
 
@@ -129,7 +128,7 @@ def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, .
         if size % ways(mesh, entry):
             raise UserError(
                 f"{name}: its axis '{axis}' of size {size} cannot be split {ways(mesh, entry)} ways over mesh axis "
-                f"{' x '.join(names)}: choose a size of config.mesh.{names[-1]} that divides {size}."
+                f"{' x '.join(names)}: choose a size of {argument(names[-1])} that divides {size}."
             )
     return NamedSharding(mesh, spec)
 

@@ -77,7 +77,7 @@ DATA = {
     "a column that is not there": (
         {"x.jsonl": PAIRS},
         {"data.columns.response": "respnse"},
-        "data.columns.response is 'respnse', a column that is not there; the data has instruction, response. "
+        "config.data.columns.response is 'respnse', a column that is not there; the data has instruction, response. "
         "Did you mean 'response'?",
     ),
     "empty data": ({"x.jsonl": []}, {}, "{file} is empty"),
@@ -192,7 +192,7 @@ BASE = {
     "a tokenizer that is not JSON": (lambda base: cut(base / "tokenizer.json", 50), "its tokenizer does not load"),
     "no chat template": (
         lambda base: (base / "chat_template.jinja").unlink(),
-        "has no chat template: set data.template to one of alpaca, chatml",
+        "has no chat template: set config.data.template to one of alpaca, chatml",
     ),
     "no such folder": (shutil.rmtree, "base': no such folder"),
 }

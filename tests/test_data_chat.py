@@ -381,7 +381,7 @@ def test_a_tokenizer_without_a_template_is_told_which_there_are():
     refuse(
         [{"messages": CONVERSATIONS["single"]}],
         tokenizer(),
-        "no chat template: set data.template to one of alpaca, chatml, gemma",
+        "no chat template: set template to one of alpaca, chatml, gemma",
     )
 
 

@@ -176,7 +176,7 @@ def test_all_rows_over_the_length_is_an_error_that_tells_the_shortest():
     source = [{"prompt": "a" * n, "completion": "b"} for n in (90, 100)]
     refuse(
         lambda: data.load(source, tokenizer(adds_bos=False), **SIZES),
-        r"^all 2 rows of the data are over the length of 64 tokens \(the shortest has 92\): raise data.length",
+        r"^all 2 rows of the data are over the length of 64 tokens \(the shortest has 92\): raise length",
     )
 
 

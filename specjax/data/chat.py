@@ -16,7 +16,7 @@ import numpy as np
 from specjax.data.formats import Conversation, Example, Pair, Preference, Text
 from specjax.data.turns import render
 from specjax.data.turns import spans as spans
-from specjax.errors import UserError, nearest
+from specjax.errors import UserError, argument, nearest
 
 # The built-in templates, and the token with which each ends a turn; "": the tokenizer's own eos token.
 END_OF_TURN = {
@@ -64,7 +64,7 @@ def resolve(tokenizer: Any, template: str | None = None) -> str:
     if not template:
         if not tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer '{name}' has no chat template: set data.template to one of "
+                f"the tokenizer '{name}' has no chat template: set {argument('template')} to one of "
                 f"{', '.join(BUILT_IN)}, or to a .jinja file."
             )
         return tokenizer.get_chat_template()

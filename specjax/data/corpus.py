@@ -9,7 +9,7 @@ import numpy as np
 from specjax.data.chat import Document, end_of_turn
 from specjax.data.loader import Data
 from specjax.data.tally import OVERLONG, Tally
-from specjax.errors import UserError, nearest
+from specjax.errors import UserError, argument, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,8 @@ class Corpus:
         held = self.sides <= np.partition(self.sides, last)[last]
         if held.all():
             raise UserError(
-                f"{self.name} has too few different rows to hold some out: name an eval set with data.eval."
+                f"{self.name} has too few different rows to hold some out, {argument('holdout')}: name a set of its "
+                "own to evaluate on."
             )
         return held if part == "eval" else ~held
 
@@ -118,12 +119,12 @@ def check_overlong(overlong: str, format: str = "") -> None:
     """Raises `UserError` where `overlong` is no choice, or none of preference pairs."""
     if overlong not in OVERLONG:
         raise UserError(
-            f"data.overlong is '{overlong}': use one of {', '.join(OVERLONG)}.{nearest(overlong, OVERLONG)}"
+            f"{argument('overlong')} is '{overlong}': use one of {', '.join(OVERLONG)}.{nearest(overlong, OVERLONG)}"
         )
     if format == "preference" and overlong != "drop":
         raise UserError(
-            f"data.overlong is '{overlong}', but of preference pairs those over the length can only be dropped: "
-            "set it to drop."
+            f"{argument('overlong')} is '{overlong}', but of preference pairs those over the length can only be "
+            "dropped: set it to drop."
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from specjax.data.read import Row
-from specjax.errors import UserError, nearest
+from specjax.errors import UserError, argument, nearest
 
 # Format -> its columns: alternatives are separated by "|", optional ones end in "?". The order is that of recognition:
 # structured columns win over a flat `text` beside them (tatsu-lab/alpaca has both).
@@ -129,14 +129,17 @@ def recognise(
     columns = {"response" if role == "output" else role: column for role, column in columns.items()}
     for role, column in columns.items():
         if role not in roles:
-            raise UserError(f"data.columns names an unknown role '{role}'.{nearest(role, roles)}")
+            raise UserError(f"{argument('columns')} names an unknown role '{role}'.{nearest(role, roles)}")
         if column not in found:
             raise UserError(
-                f"data.columns.{role} is '{column}', a column that is not there; the data has {', '.join(found)}."
-                f"{nearest(column, found)}"
+                f"{argument(f'columns.{role}')} is '{column}', a column that is not there; the data has "
+                f"{', '.join(found)}.{nearest(column, found)}"
             )
     if format != "auto" and isinstance(format, str) and format not in FORMATS:
-        raise UserError(f"unknown data.format '{format}': use auto, {', '.join(FORMATS)}.{nearest(format, FORMATS)}")
+        raise UserError(
+            f"{argument('format')} is '{format}', which is unknown: use auto, {', '.join(FORMATS)}."
+            f"{nearest(format, FORMATS)}"
+        )
     allowed = list(FORMATS) if format == "auto" else [format] if isinstance(format, str) else list(format)
     for name in allowed:
         if not columns.keys() <= {part.rstrip("?").split("|")[0] for part in FORMATS[name]}:
@@ -153,7 +156,7 @@ def recognise(
     known = "; ".join(f"{name} ({', '.join(FORMATS[name])})" for name in allowed)
     raise UserError(
         f"the data's columns ({', '.join(found)}) make up no known format: {known}; "
-        "map them with data.columns, e.g. data.columns.response=answer."
+        f"map them with {argument('columns')}, a role to a column, such as response to answer."
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specjax.errors import UserError
+from specjax.errors import UserError, argument
 
 Row = Mapping[str, Any]
 
@@ -81,7 +81,7 @@ def _folder(path: Path, split: str) -> Opened:
         dataset = datasets.load_from_disk(str(path))
         if isinstance(dataset, datasets.DatasetDict):
             if split not in dataset:
-                raise UserError(f"{path} has no split '{split}', only {', '.join(dataset)}: set data.split.")
+                raise UserError(f"{path} has no split '{split}', only {', '.join(dataset)}: set {argument('split')}.")
             dataset = dataset[split]
         return _dataset(dataset, f"{path} row")
     files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from specjax.errors import argument
+
 OVERLONG = ("drop", "truncate", "keep_end", "split")
 
 Slice = tuple[int, int]  # [start, stop)
@@ -117,7 +119,8 @@ class Tally:
         if set(reasons) == {"over length"}:
             return (
                 f"all {self.rows} rows of {name} are over the length of {self.length} tokens (the shortest has "
-                f"{self.shortest}): raise data.length, or set data.overlong to truncate, keep_end or split."
+                f"{self.shortest}): raise {argument('length')}, or set "
+                f"{argument('overlong')} to truncate, keep_end or split."
             )
         counts = ", ".join(f"{why}: {n}" for why, n in reasons.items())
         return f"none of the {self.rows} rows of {name} has anything to learn from ({counts})."

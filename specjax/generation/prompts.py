@@ -6,7 +6,7 @@ from typing import Any
 
 from specjax.data.chat import BUILT_IN, encode, end_of_turn, resolve
 from specjax.data.formats import Conversation
-from specjax.errors import UserError
+from specjax.errors import UserError, argument
 from specjax.models import Decoder
 
 
@@ -32,8 +32,8 @@ def render(tokenizer: Any, prompts: Sequence[str], system: str | None) -> list[l
 
     if not tokenizer.chat_template:
         raise UserError(
-            "the tokenizer has no chat template: continue plain text (chat=False; --raw on the command line), or train "
-            f"with one (config.data.template; built in are {', '.join(BUILT_IN)})."
+            f"the tokenizer has no chat template: continue plain text ({argument('chat=False')}), or train with a "
+            f"template (built in are {', '.join(BUILT_IN)})."
         )
     before = [] if system is None else [{"role": "system", "content": system}]
     chats = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]

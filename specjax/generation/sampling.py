@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from specjax.errors import UserError
+from specjax.errors import UserError, argument
 
 # What specjax reads of a generation_config.json, beside eos_token_id.
 _READ = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -113,8 +113,7 @@ class Sampling:
         if odd:
             raise UserError(
                 f"generation_config.json sets {', '.join(f'{key} = {generation[key]}' for key in odd)}, which specjax "
-                "does not do: remove it there, or give generation_config={} (--generation_config=false on the command "
-                "line) to leave the file out."
+                f"does not do: remove it there, or give {argument('generation_config={}')} to leave the file out."
             )
         if drawn:
             return cls(**{"temperature": 1.0, "top_k": 50} | told | given)

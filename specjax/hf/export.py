@@ -16,7 +16,7 @@ from flax import nnx
 
 from specjax import sharding
 from specjax.cluster import processes
-from specjax.errors import UserError
+from specjax.errors import UserError, argument
 from specjax.hf import names
 from specjax.hf.place import finish
 from specjax.hf.quantise import is_quantised
@@ -58,7 +58,7 @@ def export(
     if is_quantised(model):
         raise UserError(
             "the base is quantised, and rounded weights are not written as if they were the base's: save the adapter "
-            "alone, or merge it with dequantise=True (export --merge --dequantise)."
+            f"alone, or merge it with {argument('dequantise=True')}."
         )
     if not model.origin.config_json:
         raise UserError("model.origin.config_json is empty, so the folder would have no config.json: set it.")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from specjax import sharding
-from specjax.errors import UserError
+from specjax.errors import UserError, argument
 from specjax.hf.quantise import is_quantised, restore
 from specjax.lora.adapters import Copies, active, collect, unload
 from specjax.lora.targets import TIED_HEAD, is_stacked, linears, parts
@@ -43,10 +43,10 @@ def merge(model: Decoder, name: str | None = None, *, dequantise: bool = False) 
     if quantised and not dequantise:
         raise UserError(
             "the base is quantised, and a merge would be rounded with it: load the base in bfloat16 or float32, and "
-            "the adapter onto it, and merge there, or choose the dequantised weights by dequantise=True (--dequantise)."
+            f"the adapter onto it, and merge there, or choose the dequantised weights by {argument('dequantise=True')}."
         )
     if dequantise and not quantised:
-        raise UserError("the base is not quantised: leave dequantise=True (--dequantise) out of the merge.")
+        raise UserError(f"the base is not quantised: leave {argument('dequantise')} out of the merge.")
     if quantised:
         restore(model)
     maps = linears(model)

@@ -10,7 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from specjax import build, lora, sharding
+from specjax.checks import ARGUMENTS
 from specjax.config import check_length, lora_settings
+from specjax.errors import keys
 from specjax.hf import config as hf_config
 from specjax.hf import load as hf_load
 from specjax.models import Decoder, ModelConfig
@@ -44,6 +46,7 @@ class Job:
     options: dict[str, Any]
 
 
+@keys(ARGUMENTS)
 def make(config: ConfigDict, devices: list[Any]) -> Job:
     """The job of a validated config on these devices.
 

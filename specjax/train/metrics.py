@@ -17,7 +17,7 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from specjax.errors import UserError
+from specjax.errors import UserError, argument
 
 
 class Log:
@@ -191,7 +191,7 @@ def _open_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) -
         import wandb
     except ImportError:
         raise UserError(
-            f"config.log.wandb is {project!r}, but W&B is not installed: run `pip install wandb`, or set it to ''."
+            f"{argument('wandb')} is {project!r}, but W&B is not installed: run `pip install wandb`, or set it to ''."
         ) from None
     name = workdir / "wandb_id"  # kept, so that a resumed run continues its own page
     if not name.exists():

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax import sharding
-from specjax.errors import UserError
+from specjax.errors import UserError, argument
 from specjax.models import Decoder
 from specjax.models.products import exact_float32
 from specjax.train.losses import token_sums
@@ -132,9 +132,10 @@ def opt_shardings(optimizer: Optimizer, trainable: Any, mesh: Mesh | None) -> An
 
 def check_host_memory(platform: str, remat: str, optimizer: Optimizer) -> None:
     """Raises `UserError` where something is to wait in the host's memory and the platform has no other."""
-    asked = "model.remat=offload" if remat == "offload" else "optimizer.offload" if optimizer.offload else ""
-    if asked and platform == "cpu":
-        raise UserError(f"{asked}: a CPU has no memory apart from the host's; leave it out, or use a TPU or GPU.")
+    if platform != "cpu" or not (remat == "offload" or optimizer.offload):
+        return
+    asked = f"{argument('remat')}=offload" if remat == "offload" else f"{argument('offload')}=True"
+    raise UserError(f"{asked}: a CPU has no memory apart from the host's; leave it out, or use a TPU or GPU.")
 
 
 def lower(train_step: Callable[..., Any], trainable: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
