@@ -112,26 +112,36 @@ def _holds_out(config: ConfigDict) -> bool:
 
 
 @keys(ARGUMENTS)
-def model_of(config: ConfigDict, folder: Path, mesh: Mesh) -> Decoder:
-    """The model on its mesh, LoRA injected: float32 masters where everything trains, else the compute dtype."""
+def model_of(config: ConfigDict, folder: Path, mesh: Mesh | None, *, abstract: bool = False) -> Decoder:
+    """The model on its mesh, LoRA injected: float32 masters where everything trains, else the compute dtype.
+
+    `abstract`: its shapes alone, `jax.ShapeDtypeStruct` on no mesh; the folder needs no weights.
+    """
     full = config.trainable == "all"
-    settings = {"mesh": mesh, "dtype": config.model.dtype, "remat": config.model.remat}
-    settings["quantise"] = config.model.quantise
-    if config.model.init == "random":
-        settings |= {"param_dtype": "float32" if full else config.model.dtype}
-        model = hf_load.random(hf_config.from_folder(folder), seed=config.seed + SEED_MODEL, **settings)
+    settings = {"dtype": config.model.dtype, "param_dtype": "float32" if full else config.model.dtype}
+    settings |= {"remat": config.model.remat, "quantise": config.model.quantise}
+    if abstract:
+        model = hf_load.abstract(hf_config.from_folder(folder), **settings)
+    elif config.model.init == "random":
+        seed = config.seed + SEED_MODEL
+        model = hf_load.random(hf_config.from_folder(folder), mesh=mesh, seed=seed, **settings)
         model.origin = hf_config.origin(folder)
     else:
-        model, _ = hf_load.load(folder, param_dtype="float32" if full else None, **settings)
+        model, _ = hf_load.load(folder, mesh=mesh, **settings)
     if config.model.router_aux_coef is not None:
         if not model.config.num_experts:
             raise UserError(
                 f"config.model.router_aux_coef is set, but {config.model.path} has no experts: leave it out."
             )
         model.config = dataclasses.replace(model.config, router_aux_coef=config.model.router_aux_coef)
-    if not full:
+    if full:
+        return model
+
+    def adapted(model: Decoder) -> Decoder:
         lora.inject(model, seed=config.seed + SEED_LORA, **lora_settings(config))
-    return model
+        return model
+
+    return nnx.eval_shape(adapted, model) if abstract else adapted(model)
 
 
 def filter_of(config: ConfigDict) -> Any:

@@ -28,7 +28,7 @@ ALLOWED = {
     "checks": {"errors", "sharding"},
     "config": {"checks", "errors"},
     "build": {"checks", "config", "train", "generation", "hf", "lora", "data", "models", "errors"},
-    "plan": {"build", "checks", "config", "flops", "train", "hf", "lora", "models", "sharding", "errors"},
+    "plan": {"build", "checks", "config", "data", "flops", "train", "hf", "models", "sharding", "errors"},
     "run": {
         "build",
         "checks",

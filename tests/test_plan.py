@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from helpers import sizes
 
-from specjax import flops, plan, process
+from specjax import flops, plan, process, run
 from specjax.cli import main, read_config
 from specjax.errors import UserError
 from specjax.hf.config import from_hf
 from specjax.plan import compiled, hlo, job, search, targets
-from specjax.train import losses
+from specjax.train import losses, step
 from specjax.train import moments as moments_lib
 
 KEYS = {
@@ -253,6 +253,34 @@ def test_the_command_asks_for_no_accelerator_that_is_here(folder):
     place = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cuda"}
     done = subprocess.run([sys.executable, "-c", code], env=place, capture_output=True, text=True, check=True)
     assert done.stdout == "[CpuDevice(id=0), CpuDevice(id=1), CpuDevice(id=2)]\n"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_program_is_that_of_train(tmp_path, monkeypatch, method):
+    """To the letter, on the same devices: what is not shared between `train` and `plan` would show here."""
+    base = Path(__file__).parent.parent / "demo" / "base"
+    pairs = [{"instruction": f"What is {n}?", "response": "A number. " * 20} for n in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    changes = {"data.train": tmp_path / "pairs.jsonl", "data.length": 128, "model.path": base, "steps": 1000}
+    changes |= {"batch_size": 16, "accumulate": 2, "mesh.tensor": 2, "mesh.fsdp": 4, "data.format": "instruct"}
+    config = config_of(None, method, **changes)
+    programs, lower = [], step.lower
+
+    def lowered(*args):
+        programs.append(lower(*args).as_text())
+        raise UserError("enough")
+
+    monkeypatch.setattr(step, "lower", lowered)
+    for make in (lambda: run.train(config, tmp_path / "run"), lambda: job.make(config, jax.devices())):
+        with pytest.raises(UserError, match="enough"):
+            make()
+    train, plan = programs
+    assert train == plan
+
+
+def test_what_train_refuses_of_a_model_the_plan_refuses_too(folder, capsys):
+    assert main(["plan", *flags(folder, **{"model.router_aux_coef": 0.1}), "--target=cpu:8"]) == 2
+    assert "config.model.router_aux_coef is set, but" in capsys.readouterr().err
 
 
 def test_slices_are_tried_from_the_smallest(folder):

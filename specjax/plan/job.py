@@ -9,16 +9,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from specjax import build, lora, sharding
+from specjax import build, sharding
 from specjax.checks import ARGUMENTS
-from specjax.config import check_length, lora_settings
+from specjax.config import check_length
+from specjax.data.loader import COLUMNS
 from specjax.errors import keys
-from specjax.hf import config as hf_config
 from specjax.hf import load as hf_load
-from specjax.models import Decoder, ModelConfig
+from specjax.models import ModelConfig
 from specjax.train import step as steps_lib
-
-COLUMNS = {"tokens": "int32", "targets": "int32", "loss_mask": "float32", "positions": "int32", "segment_ids": "int32"}
 
 
 @dataclasses.dataclass
@@ -54,9 +52,10 @@ def make(config: ConfigDict, devices: list[Any]) -> Job:
       UserError: the mesh does not fit the devices or the model, LoRA's targets match nothing, or the like.
     """
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    sizes = hf_config.from_folder(hf_load.resolve(config.model.path, config.model.revision, weights=False))
+    folder = hf_load.resolve(config.model.path, config.model.revision, weights=False)
+    model = build.model_of(config, folder, None, abstract=True)
+    sizes = model.config
     check_length(config.data.length, sizes.max_positions)
-    model = _model(config, sizes)
     graph, trainable, frozen = nnx.split(model, build.filter_of(config), ...)
     trainable, frozen = _placed(trainable, mesh, "float32"), _placed(frozen, mesh)
     optimizer = build.optimizer_of(config, steps=1000)  # how many there are changes nothing of a step
@@ -71,23 +70,6 @@ def make(config: ConfigDict, devices: list[Any]) -> Job:
         lowered = steps_lib.lower(step, trainable, opt_state, frozen, batch)
     options = steps_lib.compiler_options(devices[0].platform, model.dtype, sizes.num_experts)
     return Job(mesh, model.config, trainable, opt_state, frozen, batch, lowered, options)
-
-
-def _model(config: ConfigDict, sizes: ModelConfig) -> Decoder:
-    full = config.trainable == "all"
-    param_dtype = "float32" if full else config.model.dtype
-    settings = {"dtype": config.model.dtype, "remat": config.model.remat, "quantise": config.model.quantise}
-    model = hf_load.abstract(sizes, param_dtype=param_dtype, **settings)
-    if config.model.router_aux_coef is not None:
-        model.config = dataclasses.replace(model.config, router_aux_coef=config.model.router_aux_coef)
-    if full:
-        return model
-
-    def adapted(model: Decoder) -> Decoder:
-        lora.inject(model, seed=0, **lora_settings(config))
-        return model
-
-    return nnx.eval_shape(adapted, model)
 
 
 def _placed(state: Any, mesh: Mesh, dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
