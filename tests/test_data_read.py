@@ -159,6 +159,16 @@ def test_a_hub_name_without_a_network_is_named(monkeypatch):
     refuse(lambda: rows("some-org/some-data"), "^'some-org/some-data' is neither a file .* nor a dataset that the hub")
 
 
+def test_a_field_may_be_as_long_as_a_document_and_the_modules_own_limit_stays(tmp_path):
+    before = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text("text\n" + "a" * (before + 1) + "\nb\n")
+    found = []
+    for _, row in read(tmp_path / "a.csv"):
+        found.append(len(row["text"]))
+        assert csv.field_size_limit() == before
+    assert found == [before + 1, 1]
+
+
 @pytest.mark.parametrize(
     ("name", "content"), [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", "text\n"), ("b.jsonl", "\n\n")]
 )

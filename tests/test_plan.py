@@ -103,6 +103,7 @@ def test_a_plan_says_what_a_config_needs_there(folder, capsys, target):
     assert found["aliased_bytes"] >= parts["trained"] + parts["optimizer"]
     assert found["tokens_per_step"] == 8 * 256 and found["compile_seconds"] > 0
     assert found["collective_bytes"] > 0 and "all-gather" in found["collectives"]
+    assert found["lines_not_understood"] == 0
     if target == "cpu:8":
         assert found["price_unknown"] == "no speed of a CPU is known"
     else:
@@ -325,7 +326,7 @@ def test_a_target_that_is_none_is_one_sentence(folder, capsys, target, said):
 @pytest.mark.parametrize(("target", "extra"), [("v5e:2x2", "tpu"), ("h100:8", "cuda")])
 def test_without_the_compiler_the_extra_is_named(monkeypatch, target, extra):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"pip install 'specjax\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"run `pip install -e '\.\[{extra}\]'` in specjax's folder"):
         targets.devices(targets.parse(target))
 
 
@@ -466,6 +467,31 @@ def test_a_program_is_walked_with_the_trips_of_its_loops():
     assert hlo.walk(known).collectives["all-gather"].count == 5
     named = PROGRAM.replace("replica_groups=[2,4]<=[8]", "replica_groups=mesh['a'=2,'b'=4] {'a'}")
     assert hlo.walk(named).collectives["all-gather"].bytes == 12 / 2 * 8 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("known", "unknown"),
+    [
+        ("%n = s32[] constant(12)", "%n = s32[] parameter(1)"),  # a loop whose trips nothing tells
+        ("replica_groups=[2,4]<=[8]", "replica_groups=V3"),
+        ("replica_groups={{0,1,2,3,4,5,6,7}}", "replica_groups={}"),
+        ("= f32[8,4]{1,0} all-gather(", "= e2m1[8,4]{1,0} all-gather("),
+        ("= f32[8,4]{1,0} all-gather(", "= f32[8,4]{1,0} collective-broadcast("),
+        ("body=%body", "body=%elsewhere"),
+    ],
+)
+def test_lines_that_are_not_understood_are_counted(known, unknown):
+    assert hlo.walk(PROGRAM).not_understood == 0
+    assert known in PROGRAM
+    assert hlo.walk(PROGRAM.replace(known, unknown)).not_understood == 1
+
+
+def test_the_plan_says_how_many_lines_were_not_understood(folder, capsys, monkeypatch):
+    walk = hlo.walk
+    monkeypatch.setattr(hlo, "walk", lambda *given: dataclasses.replace(walk(*given), not_understood=3))
+    assert main(["plan", *flags(folder), "--target=v5e:1x1"]) == 0
+    said = capsys.readouterr().out
+    assert "not understood" in said and "3 lines of the program" in said
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 from specjax.plan import hlo, job
 
-_FORM = "3"  # of what is kept: another one where this file or `hlo` finds other things in the same program
+_FORM = "4"  # of what is kept: another one where this file or `hlo` finds other things in the same program
 
 
 def facts(made: job.Job, target: str) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def facts(made: job.Job, target: str) -> dict[str, Any]:
     Returns:
       `total`, bytes that the program has at once, arguments included, or what it wants where it does not fit (None:
       the compiler does not say); `aliased`, bytes of arguments that results are written over; `fits` the compiler;
-      `collectives` by kind; `between_slices`, bytes; `cycles`;
-      `seconds` of compilation; `cached`.
+      `collectives` by kind; `between_slices`, bytes; `cycles`; `not_understood`, lines of the program; `seconds` of
+      compilation; `cached`.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specjax" / "plan"
     path = folder / f"{_digest(made, target)}.json"
@@ -69,6 +69,7 @@ def _compile(made: job.Job) -> dict[str, Any]:
     slices = {number: getattr(device, "slice_index", 0) for number, device in enumerate(made.mesh.devices.flat)}
     walked = hlo.walk(compiled.as_text(), slices)
     found |= {"collectives": hlo.as_json(walked), "between_slices": walked.between_slices, "cycles": walked.cycles}
+    found["not_understood"] = walked.not_understood
     aliased = int(compiled.memory_analysis().alias_size_in_bytes)
     return found | {"total": peak(compiled, arguments, made.mesh.devices.flat[0].platform), "aliased": aliased}
 

@@ -9,6 +9,7 @@ import re
 
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_OTHER_TRAFFIC = re.compile(r"= .* (?:collective-broadcast|send|recv)\(")
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
 
@@ -29,11 +30,14 @@ class Walk:
       cycles: the compiler's estimates, added up over all trips (0: it gives none).
       collectives: by kind.
       between_slices: bytes that it sends to other slices (they are in `collectives` too).
+      not_understood: lines that may move bytes, or repeat what does, in a form that is not known here: a loop whose
+        trips nothing tells counts once, traffic between devices that are not named counts nothing.
     """
 
     cycles: float
     collectives: dict[str, Collective]
     between_slices: float
+    not_understood: int = 0
 
 
 def walk(text: str, slice_of: dict[int, int] | None = None) -> Walk:
@@ -47,7 +51,7 @@ def walk(text: str, slice_of: dict[int, int] | None = None) -> Walk:
     entry = next(name for name, (is_entry, _) in bodies.items() if is_entry)
     found = Walk(0.0, {}, 0.0)
     trips: dict[str, int] = collections.defaultdict(int)
-    _visit(entry, 1, bodies, trips)
+    _visit(entry, 1, bodies, trips, found)
     seen: set[str] = set()  # a TPU's collective may stand in several fusions, each of which moves a piece of it
     for name, times in trips.items():
         for line in bodies[name][1]:
@@ -68,38 +72,49 @@ def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
     return found
 
 
-def _visit(name: str, times: int, bodies: dict[str, tuple[bool, list[str]]], trips: dict[str, int]) -> None:
+def _visit(
+    name: str, times: int, bodies: dict[str, tuple[bool, list[str]]], trips: dict[str, int], found: Walk
+) -> None:
     """Adds how often each computation that `name` calls runs; what is fused is part of its fusion."""
+    if name not in bodies:
+        found.not_understood += 1
+        return
     trips[name] += times
     for line in bodies[name][1]:
         if " while(" in line:
             body = re.search(r"body=%?([\w.\-]+)", line)
+            count = _trips(line, bodies)
+            found.not_understood += count is None or body is None
             if body:
-                _visit(body[1], times * _trips(line, bodies), bodies, trips)
+                _visit(body[1], times * (count or 1), bodies, trips, found)
         elif " conditional(" in line:
             branches = re.search(r"branch_computations=\{([^}]*)\}", line)
             names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
             names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
+            found.not_understood += not names
             for branch in names[:1]:  # one of them runs
-                _visit(branch, times, bodies, trips)
+                _visit(branch, times, bodies, trips, found)
         elif (hit := re.search(r"\b(?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.\-]+)", line)) and hit[
             1
         ] in bodies:
-            _visit(hit[1], times, bodies, trips)
+            _visit(hit[1], times, bodies, trips, found)
         elif (hit := re.search(r"\bfusion\(.*calls=%?([\w.\-]+)", line)) and _gathers(
             bodies.get(hit[1], (False, []))[1]
         ):
             trips[hit[1]] += times  # a collective inside of a fusion
 
 
-def _trips(line: str, bodies: dict[str, tuple[bool, list[str]]]) -> int:
-    """How often a loop runs: as XLA says, or to the number that its condition compares with, counting from 0."""
+def _trips(line: str, bodies: dict[str, tuple[bool, list[str]]]) -> int | None:
+    """How often a loop runs: as XLA says, or to the number that its condition compares with, counting from 0.
+
+    None: nothing tells.
+    """
     if hit := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(hit[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
-    lines = bodies[condition[1]][1] if condition else []
+    lines = bodies.get(condition[1], (False, []))[1] if condition else []
     numbers = [int(hit[1]) for each in lines if (hit := re.search(r" [su]32\[\]\S* constant\((\d+)\)", each))]
-    return max(numbers, default=1)
+    return max(numbers, default=None)
 
 
 def _gathers(lines: list[str]) -> bool:
@@ -112,6 +127,7 @@ def _count(line: str, times: int, found: Walk, slice_of: dict[int, int], seen: s
         found.cycles += times * int(hit[1])
     hit = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
     if not hit:
+        found.not_understood += bool(_OTHER_TRAFFIC.search(line))
         return
     channel = re.search(r"channel_id=(\d+)", line)
     if channel:
@@ -119,9 +135,11 @@ def _count(line: str, times: int, found: Walk, slice_of: dict[int, int], seen: s
             return
         seen.add(channel[1])
     group = _group(line)
+    sizes = [_bytes(kind, dims) for kind, dims in _ARRAY.findall(hit[1]) if dims or hit[2] == "all-reduce"]
+    found.not_understood += group is None or not sizes
+    group = group or []
     if len(group) < 2 and hit[2] != "collective-permute":
         return
-    sizes = [_bytes(kind, dims) for kind, dims in _ARRAY.findall(hit[1]) if dims or hit[2] == "all-reduce"]
     # Several arrays may go together. A start's result holds its operands before its results (but an all-reduce's): the
     # larger of both is the whole of a gather, and of what is scattered.
     half = len(sizes) // 2 if hit[3] and hit[2] != "all-reduce" else 0
@@ -142,8 +160,8 @@ def _count(line: str, times: int, found: Walk, slice_of: dict[int, int], seen: s
         found.between_slices += times * moved
 
 
-def _group(line: str) -> list[int]:
-    """The partitions of the first group of a collective."""
+def _group(line: str) -> list[int] | None:
+    """The partitions of the first group of a collective; None: written in a form that is not known here."""
     if hit := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return [int(n) for n in hit[1].split(",") if n]
     if hit := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
@@ -164,7 +182,7 @@ def _group(line: str) -> list[int]:
         return [int(n) for n in ids.reshape(-1)]
     if hit := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
         return [int(hit[1]), int(hit[2])]
-    return []
+    return [] if "source_target_pairs={}" in line else None
 
 
 def _bytes(kind: str, dims: str) -> float:

@@ -152,6 +152,7 @@ def _one(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> 
     found["aliased_bytes"] = known["aliased"]
     found["fits"] = limit is None or total <= limit
     found["collectives"] = known["collectives"]
+    found["lines_not_understood"] = known["not_understood"]
     found["collective_bytes"] = sum(one["bytes"] for one in found["collectives"].values())
     if target.family == "h100":
         found["attention"] = "chunked: cuDNN's kernel does not compile without the GPU"
@@ -210,6 +211,8 @@ def _show(found: dict[str, Any]) -> None:
     table.add_row("FLOPs a step", f"{found['flops_per_step']:.3g}")
     for kind, one in found.get("collectives", {}).items():
         table.add_row(kind, f"{_size(one['bytes'])} a device, in {one['count']:,}")
+    if count := found.get("lines_not_understood"):
+        table.add_row("not understood", f"{count:,} lines of the program: it may move more than is counted here")
     if found["step_seconds_bound"]:
         table.add_row("a step takes at least", f"{found['step_seconds_bound']:.3f} s, by {found['bound_by']}")
         rate = f"{found['tokens_per_second_bound']:,.0f} tokens/s, MFU {found['mfu_ceiling']:.0%}"

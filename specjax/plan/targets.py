@@ -54,6 +54,7 @@ CHIPS = {
 }
 FORMS = "v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1 (2*v5e:4x4: two slices), h100:8 or cpu:8"
 GPUS = 8  # of one machine
+_INSTALL = "run `pip install -e '.[{}]'` in specjax's folder"  # no package index has it
 
 # What XLA's GPU compiler asks of a device: NVIDIA's figures for compute capability 9.0 (CUDA C++ Programming Guide,
 # technical specifications) and for the H100 SXM5. It has no cuDNN here, whose kernels it could try.
@@ -150,7 +151,7 @@ def devices(target: Target) -> list[Any]:
     if target.family == "h100":
         return _gpus(target)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--target={target.name} needs the TPU compiler: pip install 'specjax[tpu]'.")
+        raise UserError(f"--target={target.name} needs the TPU compiler: {_INSTALL.format('tpu')}.")
     from jax.experimental import topologies
 
     layout = "x".join(map(str, target.shape))
@@ -167,7 +168,7 @@ def devices(target: Target) -> list[Any]:
 
 def _gpus(target: Target) -> list[Any]:
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        raise UserError(f"--target={target.name} needs the CUDA compiler: pip install 'specjax[cuda]'.")
+        raise UserError(f"--target={target.name} needs the CUDA compiler: {_INSTALL.format('cuda')}.")
     from jax.experimental import topologies
 
     given = {"target_config": _H100, "topology": f"1x1x{target.shape[0]}"}
