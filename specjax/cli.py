@@ -14,77 +14,10 @@ from ml_collections import ConfigDict, config_flags
 
 from specjax import __version__, process
 from specjax.checks import FREE, KINDS, nearest_key
-from specjax.cluster.launch import ENGINES, launch
+from specjax.cluster.launch import launch
 from specjax.config import get_config, load_config_file
 from specjax.errors import UserError, nearest
-
-HELP = """specjax specialises a pretrained language model to a domain: full fine-tuning, SFT and LoRA, in JAX.
-
-  specjax train    --config=F --workdir=DIR     run the job; called again on the same folder, it goes on
-  specjax eval     --config=F --workdir=DIR     loss, perplexity and token accuracy on the named sets
-  specjax generate --model=M --prompt=TEXT      what a model, or a run's folder, answers
-  specjax export   --workdir=DIR --out=DIR      a Hugging Face folder, or a PEFT adapter
-  specjax data     --config=F                   what the model will see: counts, losses, the mask in colour
-  specjax compare  --config=F --workdir=DIR     the methods of config.compare on the same data, in one table
-  specjax plan     --config=F --target=v5e:4x4  does it fit there, and how fast can it be: compiled, without the devices
-  specjax launch   --on=local:2|gcloud-tpu|gke|slurm --config=F --workdir=DIR   train on several hosts, or processes
-  specjax families                              which models are supported, and how near to transformers they are
-
-Config: --config=F is a .py file of configs/ or a run's config.json, and --config.KEY=VALUE changes any key of it.
-  --config.data.eval.NAME=FILE adds an eval set, --config.data.columns.ROLE=COLUMN names a column,
-  --config.eval.prompts=TEXT may be repeated. specjax/config.py says what each key means.
-generate: --model=DIR|HUB_NAME, --adapter=[NAME=]DIR (repeatable), --prompt=TEXT (repeatable; - is standard input),
-  --prompt_file=F (a prompt a line), --system=TEXT, --raw (no chat template), --stop=TEXT (repeatable), --seed=0,
-  --max_new_tokens, --temperature (0: greedy), --top_k, --top_p, --min_p, --repetition_penalty: default what the model's
-  generation_config.json says (--generation_config=false leaves it out), else 128 tokens, greedy
-plan: --target=FAMILY:SHAPE (repeatable): v5e:4x4, v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, 2*v5e:4x4 for two slices, h100:8,
-  cpu:8; v5e alone: its smallest slice that holds the job; --search (meshes, remat and micro-batches tried and ranked);
-  --json (an object a target), --price_per_chip_hour=X (what a million tokens, and an epoch of the data, cost)
-train: --profile (a trace of three steps, in the workdir)
-train, eval, export, generate: --distributed (this process is one of several, as `specjax launch` starts them)
-launch: --dry_run (print, start nothing) and, of gcloud-tpu: --name, --zone, --project; of gke: --name, --image,
-  --accelerator, --topology, --namespace, --restarts, --bucket, --service_account; of both: --slices; of slurm: --nodes,
-  --gpus_per_node, --name, --time, --partition, --account; of all three: --setup=TEXT (shell, before the command)
-export: --merge (LoRA into the base's weights; into a quantised base's dequantised ones with --dequantise too),
-  --step=N (default: the best, or the last), --overwrite,
-  --dtype=bfloat16|float32|float16 (default: that of the base's files)
-The environment variable SPECJAX_DISABLE=all, or some of huge_pages (train starts anew to get them), torch_block (torch
-  stays out, unless the config file imports it), quiet, compile_cache (~/.cache/specjax/xla), cpu_only (plan asks for no
-  accelerator), memory_trim: leaves out what the command does to its own process; the Python API does none of it
-
-Examples:
-  specjax data --config=configs/sft.py --config.data.train=mine.jsonl
-  specjax train --config=configs/lora.py --workdir=runs/x --config.model.path=meta-llama/Llama-3.2-1B-Instruct
-  specjax generate --model=runs/x --prompt="What is VAT?"
-  specjax export --workdir=runs/x --out=merged --merge
-"""
-
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "generation_config")
-NUMBERS = {"nodes", "gpus_per_node", "slices", "restarts"}
-LAUNCH = sorted({name for needs, may in ENGINES.values() for name in (*needs, *may)})
-# verb -> the flags that it needs, those that it may have
-VERBS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "train": (("config", "workdir"), ("distributed", "profile")),
-    "eval": (("config", "workdir"), ("distributed",)),
-    "generate": (
-        ("model",),
-        ("adapter", "prompt", "prompt_file", "raw", "system", "stop", "seed", *SAMPLING, "distributed"),
-    ),
-    "export": (("workdir", "out"), ("merge", "dequantise", "step", "overwrite", "dtype", "distributed")),
-    "data": (("config",), ()),
-    "compare": (("config", "workdir"), ()),
-    "plan": (("config", "target"), ("json", "search", "price_per_chip_hour")),
-    "launch": (("on", "config", "workdir"), ("dry_run", *LAUNCH)),
-    "families": ((), ()),
-}
-NEEDED = {
-    "config": "the file to start from, such as --config=configs/lora.py",
-    "workdir": "the run's folder, such as --workdir=runs/lora",
-    "model": "a Hugging Face folder, a hub name or a run's folder, such as --model=runs/lora",
-    "target": "hardware to compile for, such as --target=v5e:4x4 or --target=cpu:8",
-    "on": "who starts the processes: --on=local:N, gcloud-tpu, gke or slurm",
-    "out": "the folder to write, such as --out=exported",
-}
+from specjax.verbs import FLAGS, VERBS, help_of, help_of_all
 
 
 def entry() -> None:
@@ -111,7 +44,8 @@ def main(argv: Sequence[str], *, own_process: bool = False) -> int:
     Only where the process is the command's own is anything of it changed (`specjax.process`).
     """
     if not argv or {"help", "-h", "--help"}.intersection(argv):
-        print(HELP, end="")
+        verb = next((word for word in argv[:2] if word in VERBS), None)  # `train --help`, `help train`
+        print(help_of(verb) if verb else help_of_all(), end="")
         return 0
     if argv[0] == "--version":
         print(f"specjax {__version__}")
@@ -150,7 +84,7 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
     if verb not in VERBS:
         what = "The verb comes first" if verb.startswith("-") else f"There is no verb '{verb}'"
         raise UserError(f"{what}: it is one of {', '.join(VERBS)}.{nearest(verb, VERBS)}")
-    needs, may = VERBS[verb]
+    needs, may = VERBS[verb].needs, VERBS[verb].may
     path, overrides, others = _split(argv)
     values = _flag_values()
     try:
@@ -171,7 +105,7 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
         raise UserError(_sentence(error, values)) from None
     for name in needs:
         if not found.get(name):
-            raise UserError(f"`specjax {verb}` needs --{name}: {NEEDED[name]}.")
+            raise UserError(f"`specjax {verb}` needs --{name}: {FLAGS[name].does}.")
     for name in ("workdir", "out"):
         if "://" in (found.get(name) or ""):
             raise UserError(f"--{name}={found[name]} is no folder: mount the bucket, and give its path.")
@@ -265,25 +199,9 @@ def _call(verb: str, found: dict[str, Any], own_process: bool) -> int:
 def _flag_values() -> flags.FlagValues:
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
-    for name in ("workdir", "model", "out", "prompt_file", "system", "on", *set(LAUNCH) - NUMBERS):
-        flags.DEFINE_string(name, "", "", flag_values=values)
-    for name in ("adapter", "prompt", "stop", "target"):
-        flags.DEFINE_multi_string(name, [], "", flag_values=values)
-    for name in ("raw", "merge", "dequantise", "overwrite", "json", "search", "distributed", "profile", "dry_run"):
-        flags.DEFINE_bool(name, False, "", flag_values=values)
-    flags.DEFINE_enum("dtype", None, ("bfloat16", "float32", "float16"), "", flag_values=values)
-    flags.DEFINE_integer("step", None, "", lower_bound=0, flag_values=values)
-    for name in NUMBERS:
-        flags.DEFINE_integer(name, None, "", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool("generation_config", True, "", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", None, "", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("top_k", None, "", lower_bound=0, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "", lower_bound=0, flag_values=values)
-    flags.DEFINE_float("temperature", None, "", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_float("price_per_chip_hour", 0.0, "", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_float("repetition_penalty", None, "", lower_bound=0.0, flag_values=values)
-    for name in ("top_p", "min_p"):
-        flags.DEFINE_float(name, None, "", lower_bound=0.0, upper_bound=1.0, flag_values=values)
+    for name, flag in FLAGS.items():
+        if name != "config":  # of ml_collections
+            flag.define(values)
     return values
 
 

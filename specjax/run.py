@@ -136,22 +136,16 @@ def generate(
     prompts: Sequence[str],
     *,
     adapters: Mapping[str, str] | None = None,
-    max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int = 0,
     stop: Sequence[str] = (),
     raw: bool = False,
     system: str = "",
     generation_config: bool = True,
+    **sampling: Any,
 ) -> None:
     """Prints what a model, or a run's best checkpoint, answers; with several adapters, what each of them answers.
 
-    What is not given is what `specjax.generate` takes for it; `generation_config` False leaves the model's
-    `generation_config.json` out.
+    `generation_config` False leaves the model's `generation_config.json` out; `sampling` is `specjax.generate`'s, where
+    None is not given.
     """
     mesh = sharding.make_mesh()
     if (Path(model) / "checkpoints").is_dir():
@@ -168,17 +162,7 @@ def generate(
         lora.load(decoder, folder, name=name)
         # An adapter's folder may carry the chat template that it was trained with.
         tokenizers[name] = hf_load.load_tokenizer(folder) or tokenizer
-    sampling: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": list(stop) or None,
-        "generation_config": None if generation_config else {},
-    }
+    sampling |= {"stop": list(stop) or None, "generation_config": None if generation_config else {}}
     console = Console(soft_wrap=True, highlight=False, markup=False, quiet=not processes.first())
     chosen: list[str | None] = [*(adapters or {})] or [None]
     for adapter in chosen:

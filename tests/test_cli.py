@@ -1,3 +1,4 @@
+import inspect
 import io
 import subprocess
 import sys
@@ -7,8 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 import specjax
-from specjax import cli
+from specjax import cli, compare, run
+from specjax.cluster import launch
 from specjax.errors import UserError
+from specjax.plan import report
+from specjax.verbs import FLAGS, VERBS
 
 ROOT = Path(__file__).parent.parent
 CONFIG = f"--config={ROOT}/configs/lora.py"
@@ -41,15 +45,43 @@ def refused(capsys, *argv: str) -> str:
     return err.removeprefix("specjax: ").rstrip("\n")
 
 
-@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",), ("help",), ("train", "--help")])
+@pytest.mark.parametrize("argv", [(), ("--help",), ("-h",), ("help",)])
 def test_help_names_every_verb_and_flag(capsys, argv):
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
-    for verb, (needs, may) in cli.VERBS.items():
-        assert f"specjax {verb}" in out
-        for flag in (*needs, *may):
+    for name, verb in VERBS.items():
+        assert f"specjax {name}" in out
+        for flag in (*verb.needs, *verb.may):
             assert f"--{flag}" in out, flag
     assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_of_a_verb_has_its_own_flags_alone(capsys, name):
+    assert cli.main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    verb = VERBS[name]
+    listed = [line.split()[0].partition("=")[0][2:] for line in out.splitlines() if line.startswith("  --")]
+    own = [flag for flag in listed if not flag.startswith("config.")]
+    assert own == [*verb.needs, *verb.may]
+    assert out.startswith(f"specjax {name}") and out.splitlines()[1].strip() == verb.does
+    assert max(map(len, out.splitlines())) <= 120
+    assert cli.main(["help", name]) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_every_flag_is_some_verbs_and_every_verbs_function_takes_its_flags():
+    assert set(FLAGS) == {flag for verb in VERBS.values() for flag in (*verb.needs, *verb.may)}
+    functions = {"train": run.train, "eval": run.evaluate, "generate": run.generate, "export": run.export}
+    functions |= {"data": run.data, "plan": report.report, "compare": compare.compare, "launch": launch.launch}
+    renamed = {"adapter": "adapters", "prompt": "prompts", "prompt_file": "prompts"}
+    for name, function in functions.items():
+        taken = inspect.signature(function).parameters.values()
+        rest = {each.name for each in taken if each.kind is each.VAR_KEYWORD}
+        given = {renamed.get(flag, flag) for flag in (*VERBS[name].needs, *VERBS[name].may)} - {"distributed"}
+        named = {each.name for each in taken} - rest
+        assert given >= named, name
+        assert rest or given == named, name
 
 
 def test_help_and_a_users_mistake_import_nothing_but_flags_and_configs():

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from specjax.cli import VERBS, parse
+from specjax.cli import parse
 from specjax.config import check_length, get_config, load_config_file, lora_settings, methods, validate
+from specjax.verbs import VERBS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

@@ -45,6 +45,7 @@ ALLOWED = {
     },
     "compare": {"run", "config", "errors", "process"},
     "parity": set(),
+    "verbs": {"cluster", "process"},
     "cli": {
         *(
             "run",
@@ -56,6 +57,7 @@ ALLOWED = {
             "checks",
             "errors",
             "process",
+            "verbs",
             "__init__",
         )
     },
@@ -68,11 +70,11 @@ NARROWER = {
     "generation/decoding": {"generation", "models", "sharding"},
     "generation/prompts": {"data", "models", "errors"},
 }
-NO_JAX = {"data", "parity", "errors", "files", "config", "checks", "cli", "__main__"}
+NO_JAX = {"data", "parity", "errors", "files", "config", "checks", "cli", "verbs", "__main__"}
 # foreign library -> the parts that may import it
 FOREIGN = {
     "ml_collections": {"config", "checks", "cli", "build", "plan", "run", "compare"},
-    "absl": {"cli"},
+    "absl": {"cli", "verbs"},
     "jax": set(ALLOWED) - NO_JAX,
     "flax": set(ALLOWED) - NO_JAX,
     "json": set(ALLOWED) - {"models"},
@@ -130,7 +132,9 @@ def test_a_config_imports_specjax_config_alone(path):
     assert all(name.startswith("specjax.config.") for name in names), names
 
 
-@pytest.mark.parametrize("name", ["cli", "config", "checks", "errors", "cluster/launch", "__init__", "__main__"])
+@pytest.mark.parametrize(
+    "name", ["cli", "verbs", "config", "checks", "errors", "process", "cluster/launch", "__init__", "__main__"]
+)
 def test_what_runs_before_the_verb_is_known_imports_nothing_heavy(name):
     light = {"absl", "ml_collections", "specjax"}
     names = imported(ROOT / "specjax" / f"{name}.py", top_level_only=True)
