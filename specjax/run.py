@@ -1,4 +1,4 @@
-"""The composition root, the only reader of a ConfigDict: it builds mesh, model, data and optimizer, and calls `fit`."""
+"""The composition root, a function for each verb: it takes the parts that `build` makes of a config, and runs them."""
 
 import json
 from collections.abc import Mapping, Sequence
