@@ -42,7 +42,7 @@ ARGUMENTS = {
 POSITIVE = ("optimizer.learning_rate", "optimizer.eps")
 BIASES = ("none", "all", "lora_only")  # config.lora.bias
 FRACTIONS = ("data.eval_fraction", "optimizer.b1", "optimizer.b2")
-KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "a list of strings"}
+TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "a list of strings"}
 
 
 def check(config: ConfigDict, default: ConfigDict, device_count: int | None) -> None:
@@ -72,9 +72,9 @@ def nearest_key(key: str, default: ConfigDict) -> str:
     last = {name: name.rpartition(".")[2] for name in [*(k for k, _ in flat(default.to_dict())), *FREE, "compare"]}
     part = key.rpartition(".")[2]
     near = [part] if part in last.values() else difflib.get_close_matches(part, last.values(), 1)
-    found = difflib.get_close_matches(key, [name for name in last if last[name] in near], 1, 0.0)
-    found = found or difflib.get_close_matches(key, last, 1)
-    return f" Did you mean 'config.{found[0]}'?" if found else ""
+    close = difflib.get_close_matches(key, [name for name in last if last[name] in near], 1, 0.0)
+    close = close or difflib.get_close_matches(key, last, 1)
+    return f" Did you mean 'config.{close[0]}'?" if close else ""
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -110,7 +110,7 @@ def _check_types(config: ConfigDict, default: ConfigDict, root: ConfigDict, grou
         elif value is None and default[key] is None:
             pass
         elif not isinstance(value, expected) or (isinstance(value, bool) and expected is int):
-            raise UserError(f"config.{name} is {value!r}: it takes {KINDS[expected]}.")
+            raise UserError(f"config.{name} is {value!r}: it takes {TYPES[expected]}.")
         elif isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"config.{name} is {value!r}: it takes a finite number.")
 

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from specjax import __version__, process
-from specjax.checks import FREE, KINDS, nearest_key
+from specjax.checks import FREE, TYPES, nearest_key
 from specjax.cluster.launch import launch
 from specjax.config import get_config, load_config_file
 from specjax.errors import UserError, nearest
@@ -54,10 +54,10 @@ def main(argv: Sequence[str], *, own_process: bool = False) -> int:
         verb = argv[0]
         if own_process and verb == "train":
             process.ask_for_huge_pages()
-        found = parse(verb, argv[1:])  # runs the config file: the user's program, before anything is left out
+        arguments = parse(verb, argv[1:])  # runs the config file: the user's program, before anything is left out
         if own_process and verb != "launch":
             process.prepare()
-        return _call(verb, found, own_process)
+        return _call(verb, arguments, own_process)
     except UserError as error:
         print("specjax:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
@@ -91,28 +91,28 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
         rest = values(["specjax", *others])[1:]
         if rest:
             raise UserError(f"`specjax {verb}` takes flags alone, and {rest[0]!r} is none.{_as_flag(needs, rest[0])}")
-        given = {name for name in values if values[name].present} | ({"config"} if path or overrides else set())
-        for name in sorted(given.difference(needs, may)):
+        present = {name for name in values if values[name].present} | ({"config"} if path or overrides else set())
+        for name in sorted(present.difference(needs, may)):
             raise UserError(
                 f"--{name} is no flag of `specjax {verb}`, which takes {_dashed((*needs, *may)) or 'none'}."
             )
-        found = {name: values[name].value for name in (*needs, *may) if name != "config"}
+        arguments = {name: values[name].value for name in (*needs, *may) if name != "config"}
         if "config" in needs and path:
-            found["config"] = read_config(path, overrides)
+            arguments["config"] = read_config(path, overrides)
         if verb == "launch":
-            found["given"] = [f"--config={path}", *overrides]
+            arguments["given"] = [f"--config={path}", *overrides]
     except flags.Error as error:
         raise UserError(_sentence(error, values)) from None
     for name in needs:
-        if not found.get(name):
+        if not arguments.get(name):
             raise UserError(f"`specjax {verb}` needs --{name}: {FLAGS[name].does}.")
     for name in ("workdir", "out"):
-        if "://" in (found.get(name) or ""):
-            raise UserError(f"--{name}={found[name]} is no folder: mount the bucket, and give its path.")
+        if "://" in (arguments.get(name) or ""):
+            raise UserError(f"--{name}={arguments[name]} is no folder: mount the bucket, and give its path.")
     if verb == "generate":
-        found["adapters"] = _adapters(found.pop("adapter"))
-        found["prompts"] = _prompts(found.pop("prompt"), found.pop("prompt_file"))
-    return found
+        arguments["adapters"] = _adapters(arguments.pop("adapter"))
+        arguments["prompts"] = _prompts(arguments.pop("prompt"), arguments.pop("prompt_file"))
+    return arguments
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -151,10 +151,10 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def _call(verb: str, found: dict[str, Any], own_process: bool) -> int:
+def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
     """Calls the function that the verb names; returns the exit status."""
     if verb == "launch":  # the config was read for its mistakes: what is started reads it again
-        return launch(**(found | {"config": found.pop("given")}))
+        return launch(**(arguments | {"config": arguments.pop("given")}))
     if verb == "families":
         from specjax import parity
 
@@ -164,17 +164,17 @@ def _call(verb: str, found: dict[str, Any], own_process: bool) -> int:
         from specjax.plan import report, targets
 
         if own_process:
-            process.ask_for_no_device(targets.cpus(found["target"]))
-        report.report(**found)
+            process.ask_for_no_device(targets.cpus(arguments["target"]))
+        report.report(**arguments)
         return 0
     if verb == "compare":  # its children train: this process must not take the accelerator
         from specjax.compare import compare
 
-        compare(**found)
+        compare(**arguments)
         return 0
     from specjax import run
 
-    if found.pop("distributed", False):
+    if arguments.pop("distributed", False):
         from specjax.cluster import processes
 
         processes.join()
@@ -184,15 +184,15 @@ def _call(verb: str, found: dict[str, Any], own_process: bool) -> int:
         process.keep_compiled()
     match verb:
         case "train":
-            run.train(**found)
+            run.train(**arguments)
         case "eval":
-            run.evaluate(**found)
+            run.evaluate(**arguments)
         case "generate":
-            run.generate(**found)
+            run.generate(**arguments)
         case "export":
-            run.export(**found)
+            run.export(**arguments)
         case "data":
-            run.data(**found)
+            run.data(**arguments)
     return 0
 
 
@@ -240,7 +240,7 @@ def _sentence(error: flags.Error, values: flags.FlagValues) -> str:
         kinds = {flags.IntegerParser: int, flags.FloatParser: float, flags.BooleanParser: bool}
         kind = next((kind for cls, kind in kinds.items() if isinstance(parser, cls)), None)
         if kind and "not a" not in text.removeprefix(wrong[0]):
-            return f"--{wrong[1]} takes {KINDS[kind]}, not {wrong[2]!r}."
+            return f"--{wrong[1]} takes {TYPES[kind]}, not {wrong[2]!r}."
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 

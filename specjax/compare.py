@@ -33,22 +33,22 @@ def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     for name, made in runs.items():
         console.rule(f"{name}")
         _run(resolved(made), workdir / name)
-    found = {name: json.loads((workdir / name / "summary.json").read_text()) for name in runs}
-    (workdir / "comparison.json").write_text(json.dumps(found, indent=2) + "\n")
+    summaries = {name: json.loads((workdir / name / "summary.json").read_text()) for name in runs}
+    (workdir / "comparison.json").write_text(json.dumps(summaries, indent=2) + "\n")
     console.rule("comparison")
-    console.print(table(found))
+    console.print(table(summaries))
     for prompt in config.eval.prompts:
         _answers(console, prompt, {name: workdir / name for name in runs})
-    return found
+    return summaries
 
 
-def table(found: dict[str, dict[str, Any]]) -> Table:
+def table(summaries: dict[str, dict[str, Any]]) -> Table:
     """One row a method; every set's loss before -> after, in nats a token."""
-    sets = list(dict.fromkeys(name for summary in found.values() for name in summary["evals"]))
+    sets = list(dict.fromkeys(name for summary in summaries.values() for name in summary["evals"]))
     result = Table(
         "method", "trainable", "seconds", "tokens/s", "peak memory", *(f"{name} loss" for name in sets), "saved"
     )
-    for name, summary in found.items():
+    for name, summary in summaries.items():
         losses = [summary["evals"].get(which) for which in sets]
         result.add_row(
             name,

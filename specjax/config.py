@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict as ConfigDict
 from ml_collections.config_dict import placeholder
 
-from specjax.checks import FREE, KINDS, check, eval_names, flat, nearest_key
+from specjax.checks import FREE, TYPES, check, eval_names, flat, nearest_key
 from specjax.errors import UserError
 
 
@@ -252,7 +252,7 @@ def _update(config: ConfigDict, values: Mapping[str, Any], where: str, group: st
         try:
             config[key] = value
         except TypeError:
-            kind = KINDS.get(config.get_type(key), "another type")
+            kind = TYPES.get(config.get_type(key), "another type")
             raise UserError(f"{where}.{inner} is {value!r}: it takes {kind}.") from None
 
 
@@ -266,6 +266,6 @@ def _failure(path: str, error: Exception) -> str:
     if unknown := re.search(r'Key \\?"(\w+)\\?" does not exist', what):
         return f"{path}:{line}: '{unknown[1]}' is not a key of the config.{nearest_key(unknown[1], get_config())}"
     if wrong := re.search(r"override field '(\w+)' \(reference\)\. (.*) is of .* to type <class '(\w+)'>", what):
-        kind = {kind.__name__: text for kind, text in KINDS.items()}.get(wrong[3], wrong[3])
+        kind = {kind.__name__: text for kind, text in TYPES.items()}.get(wrong[3], wrong[3])
         return f"{path}:{line}: '{wrong[1]}' takes {kind}, not {wrong[2]!r}."
     return f"{path}:{line}: {what.rstrip('.')}."

@@ -35,15 +35,15 @@ def facts(made: job.Job, target: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text()) | {"cached": True}
     except (OSError, ValueError):
-        found = _compile(made)
+        answer = _compile(made)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(found))
+        partial.write_text(json.dumps(answer))
         partial.replace(path)
     except OSError:
         pass  # a home that cannot be written to: it is compiled again next time
-    return found | {"cached": False}
+    return answer | {"cached": False}
 
 
 def _digest(made: job.Job, target: str) -> str:
@@ -56,22 +56,22 @@ def _digest(made: job.Job, target: str) -> str:
 
 def _compile(made: job.Job) -> dict[str, Any]:
     began = time.perf_counter()
-    found: dict[str, Any] = {"fits": True, "collectives": {}, "between_slices": 0.0, "cycles": 0.0}
+    answer: dict[str, Any] = {"fits": True, "collectives": {}, "between_slices": 0.0, "cycles": 0.0}
     try:
         compiled = made.lowered.compile(compiler_options=made.options)
     except Exception as error:  # jaxlib's own, of several kinds
         # A kernel that wants more of a core's own memory than it has is no job too large for the device.
         if "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error).lower():
             raise
-        return found | {"fits": False, "total": _needed(str(error)), "seconds": time.perf_counter() - began}
-    found["seconds"] = time.perf_counter() - began
+        return answer | {"fits": False, "total": _needed(str(error)), "seconds": time.perf_counter() - began}
+    answer["seconds"] = time.perf_counter() - began
     arguments = sum(job.device_bytes(tree) for tree in (made.frozen, made.trainable, made.opt_state, made.batch))
     slices = {number: getattr(device, "slice_index", 0) for number, device in enumerate(made.mesh.devices.flat)}
     walked = hlo.walk(compiled.as_text(), slices)
-    found |= {"collectives": hlo.as_json(walked), "between_slices": walked.between_slices, "cycles": walked.cycles}
-    found["not_understood"] = walked.not_understood
+    answer |= {"collectives": hlo.as_json(walked), "between_slices": walked.between_slices, "cycles": walked.cycles}
+    answer["not_understood"] = walked.not_understood
     aliased = int(compiled.memory_analysis().alias_size_in_bytes)
-    return found | {"total": peak(compiled, arguments, made.mesh.devices.flat[0].platform), "aliased": aliased}
+    return answer | {"total": peak(compiled, arguments, made.mesh.devices.flat[0].platform), "aliased": aliased}
 
 
 def peak(compiled: Any, arguments: int, platform: str) -> int:

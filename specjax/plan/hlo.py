@@ -8,7 +8,7 @@ import dataclasses
 import re
 
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64|c128)\[([\d,]*)\]")
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_OPERATIONS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _OTHER_TRAFFIC = re.compile(r"= .* (?:collective-broadcast|send|recv)\(")
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 
@@ -17,7 +17,7 @@ _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
 class Collective:
     """One kind of traffic of a step: bytes are what one device sends, all trips together."""
 
-    kind: str
+    operation: str
     count: int = 0
     bytes: float = 0.0
 
@@ -28,7 +28,7 @@ class Walk:
 
     Attributes:
       cycles: the compiler's estimates, added up over all trips (0: it gives none).
-      collectives: by kind.
+      collectives: by operation.
       between_slices: bytes that it sends to other slices (they are in `collectives` too).
       not_understood: lines that may move bytes, or repeat what does, in a form that is not known here: a loop whose
         trips nothing tells counts once, traffic between devices that are not named counts nothing.
@@ -49,14 +49,14 @@ def walk(text: str, slice_of: dict[int, int] | None = None) -> Walk:
     """
     bodies = _computations(text)
     entry = next(name for name, (is_entry, _) in bodies.items() if is_entry)
-    found = Walk(0.0, {}, 0.0)
+    total = Walk(0.0, {}, 0.0)
     trips: dict[str, int] = collections.defaultdict(int)
-    _visit(entry, 1, bodies, trips, found)
+    _visit(entry, 1, bodies, trips, total)
     seen: set[str] = set()  # a TPU's collective may stand in several fusions, each of which moves a piece of it
     for name, times in trips.items():
         for line in bodies[name][1]:
-            _count(line, times, found, slice_of or {}, seen)
-    return found
+            _count(line, times, total, slice_of or {}, seen)
+    return total
 
 
 def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
@@ -73,31 +73,31 @@ def _computations(text: str) -> dict[str, tuple[bool, list[str]]]:
 
 
 def _visit(
-    name: str, times: int, bodies: dict[str, tuple[bool, list[str]]], trips: dict[str, int], found: Walk
+    name: str, times: int, bodies: dict[str, tuple[bool, list[str]]], trips: dict[str, int], total: Walk
 ) -> None:
     """Adds how often each computation that `name` calls runs; what is fused is part of its fusion."""
     if name not in bodies:
-        found.not_understood += 1
+        total.not_understood += 1
         return
     trips[name] += times
     for line in bodies[name][1]:
         if " while(" in line:
             body = re.search(r"body=%?([\w.\-]+)", line)
             count = _trips(line, bodies)
-            found.not_understood += count is None or body is None
+            total.not_understood += count is None or body is None
             if body:
-                _visit(body[1], times * (count or 1), bodies, trips, found)
+                _visit(body[1], times * (count or 1), bodies, trips, total)
         elif " conditional(" in line:
             branches = re.search(r"branch_computations=\{([^}]*)\}", line)
             names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
             names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line)
-            found.not_understood += not names
+            total.not_understood += not names
             for branch in names[:1]:  # one of them runs
-                _visit(branch, times, bodies, trips, found)
+                _visit(branch, times, bodies, trips, total)
         elif (hit := re.search(r"\b(?:call|async-start)\(.*(?:to_apply|calls)=%?([\w.\-]+)", line)) and hit[
             1
         ] in bodies:
-            _visit(hit[1], times, bodies, trips, found)
+            _visit(hit[1], times, bodies, trips, total)
         elif (hit := re.search(r"\bfusion\(.*calls=%?([\w.\-]+)", line)) and _gathers(
             bodies.get(hit[1], (False, []))[1]
         ):
@@ -118,16 +118,16 @@ def _trips(line: str, bodies: dict[str, tuple[bool, list[str]]]) -> int | None:
 
 
 def _gathers(lines: list[str]) -> bool:
-    return any(re.search(rf" (?:{'|'.join(_KINDS)})(?:-start)?\(", line) for line in lines)
+    return any(re.search(rf" (?:{'|'.join(_OPERATIONS)})(?:-start)?\(", line) for line in lines)
 
 
-def _count(line: str, times: int, found: Walk, slice_of: dict[int, int], seen: set[str]) -> None:
+def _count(line: str, times: int, total: Walk, slice_of: dict[int, int], seen: set[str]) -> None:
     hit = re.search(r'"estimated_cycles":"(\d+)"', line)
     if hit and " while(" not in line:
-        found.cycles += times * int(hit[1])
-    hit = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
+        total.cycles += times * int(hit[1])
+    hit = re.search(rf"= (.*?) ({'|'.join(_OPERATIONS)})(-start)?\(", line)
     if not hit:
-        found.not_understood += bool(_OTHER_TRAFFIC.search(line))
+        total.not_understood += bool(_OTHER_TRAFFIC.search(line))
         return
     channel = re.search(r"channel_id=(\d+)", line)
     if channel:
@@ -136,7 +136,7 @@ def _count(line: str, times: int, found: Walk, slice_of: dict[int, int], seen: s
         seen.add(channel[1])
     group = _group(line)
     sizes = [_bytes(kind, dims) for kind, dims in _ARRAY.findall(hit[1]) if dims or hit[2] == "all-reduce"]
-    found.not_understood += group is None or not sizes
+    total.not_understood += group is None or not sizes
     group = group or []
     if len(group) < 2 and hit[2] != "collective-permute":
         return
@@ -153,11 +153,11 @@ def _count(line: str, times: int, found: Walk, slice_of: dict[int, int], seen: s
         moved = size
     else:
         moved = share * size
-    one = found.collectives.setdefault(hit[2], Collective(hit[2]))
-    one.count += times
-    one.bytes += times * moved
+    collective = total.collectives.setdefault(hit[2], Collective(hit[2]))
+    collective.count += times
+    collective.bytes += times * moved
     if len({slice_of.get(member, 0) for member in group}) > 1:
-        found.between_slices += times * moved
+        total.between_slices += times * moved
 
 
 def _group(line: str) -> list[int] | None:
@@ -193,6 +193,6 @@ def _bytes(kind: str, dims: str) -> float:
     return count * bits / 8
 
 
-def as_json(found: Walk) -> dict[str, dict[str, float]]:
-    """The collectives by kind: how many a step, and the bytes that one device sends."""
-    return {kind: {"count": one.count, "bytes": one.bytes} for kind, one in sorted(found.collectives.items())}
+def as_json(total: Walk) -> dict[str, dict[str, float]]:
+    """The collectives by operation: how many a step, and the bytes that one device sends."""
+    return {name: {"count": each.count, "bytes": each.bytes} for name, each in sorted(total.collectives.items())}

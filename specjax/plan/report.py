@@ -49,20 +49,20 @@ def report(
     """
     parsed = [name if name in search_lib.SLICES else targets.parse(name) for name in target]
 
-    def one(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
+    def planner(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
         # Where several are tried, those whose arguments alone are too large need no compiler.
-        found = _one(config, target, quick=search or target.name not in given)
-        return _priced(found, price_per_chip_hour * targets.chips(target), epoch) if price_per_chip_hour else found
+        figures = _plan(config, target, quick=search or target.name not in given)
+        return _priced(figures, price_per_chip_hour * targets.chips(target), epoch) if price_per_chip_hour else figures
 
     epoch = _epoch(config) if price_per_chip_hour else {}
-    given, found = set(target), []
+    given, plans = set(target), []
     for each in parsed:
         within = search_lib.search if search else None
         if isinstance(each, str):
-            tried = search_lib.smallest(config, each, one, within)
+            tried = search_lib.smallest(config, each, planner, within)
         else:
-            tried = within(config, each, one) if within else [one(config, each)]
-        found += tried
+            tried = within(config, each, planner) if within else [planner(config, each)]
+        plans += tried
         if json:
             for each_found in tried:
                 print(dumps(each_found), flush=True)
@@ -70,7 +70,7 @@ def report(
             _show_tries(tried)
     if not json:
         Console().print(ASSUMPTIONS, style="dim")
-    return found
+    return plans
 
 
 def show(tries: Sequence[list[dict[str, Any]]]) -> None:
@@ -95,18 +95,18 @@ def _epoch(config: ConfigDict) -> dict[str, Any]:
         return {"steps_per_epoch": None, "epoch_unknown": str(error)}
 
 
-def _priced(found: dict[str, Any], price: float, epoch: dict[str, Any]) -> dict[str, Any]:
+def _priced(figures: dict[str, Any], price: float, epoch: dict[str, Any]) -> dict[str, Any]:
     """Adds what a million tokens and an epoch cost at least, at a price of all chips for an hour."""
-    seconds = found["step_seconds_bound"]
+    seconds = figures["step_seconds_bound"]
     if not seconds:
-        why = "no speed of a CPU is known" if found["fits"] else "it does not fit"
-        return found | {"price_unknown": why}
+        why = "no speed of a CPU is known" if figures["fits"] else "it does not fit"
+        return figures | {"price_unknown": why}
     a_step, steps = price * seconds / 3600, epoch["steps_per_epoch"]
-    costs = {"price_per_million_tokens": a_step / found["tokens_per_step"] * 1e6}
-    return found | costs | epoch | {"price_per_epoch": steps and steps * a_step}
+    costs = {"price_per_million_tokens": a_step / figures["tokens_per_step"] * 1e6}
+    return figures | costs | epoch | {"price_per_epoch": steps and steps * a_step}
 
 
-def _one(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> dict[str, Any]:
+def _plan(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> dict[str, Any]:
     devices = targets.devices(target)
     validate(config, len(devices))
     made = job.make(config, devices)
@@ -114,7 +114,7 @@ def _one(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> 
     held = {name: job.device_bytes(getattr(made, name)) for name in ("frozen", "trainable", "opt_state", "batch")}
     tokens = config.batch_size * config.data.length
     work = flops.of_step(made.model, made.trainable, rows=config.batch_size, length=config.data.length)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "target": target.name,
         "devices": len(devices),
         "mesh": dict(made.mesh.shape),
@@ -138,36 +138,36 @@ def _one(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> 
         "cached": False,
     }
     if waiting := job.device_bytes(made.opt_state, host=True):
-        found["host_bytes_per_device"] = waiting
+        figures["host_bytes_per_device"] = waiting
     arguments = sum(held.values())
     if quick and limit is not None and arguments > limit:
-        found["bytes_per_device"]["total"] = arguments
-        return found | {"fits": False, "compile_seconds": 0.0}
+        figures["bytes_per_device"]["total"] = arguments
+        return figures | {"fits": False, "compile_seconds": 0.0}
     known = compiled.facts(made, target.name)
-    found |= {"fits": known["fits"], "compile_seconds": known["seconds"], "cached": known["cached"]}
-    found["bytes_per_device"]["total"] = total = known["total"]
+    figures |= {"fits": known["fits"], "compile_seconds": known["seconds"], "cached": known["cached"]}
+    figures["bytes_per_device"]["total"] = total = known["total"]
     if not known["fits"]:
-        return found
-    found["bytes_per_device"]["temporaries"] = max(0, total - arguments)
-    found["aliased_bytes"] = known["aliased"]
-    found["fits"] = limit is None or total <= limit
-    found["collectives"] = known["collectives"]
-    found["lines_not_understood"] = known["not_understood"]
-    found["collective_bytes"] = sum(one["bytes"] for one in found["collectives"].values())
+        return figures
+    figures["bytes_per_device"]["temporaries"] = max(0, total - arguments)
+    figures["aliased_bytes"] = known["aliased"]
+    figures["fits"] = limit is None or total <= limit
+    figures["collectives"] = known["collectives"]
+    figures["lines_not_understood"] = known["not_understood"]
+    figures["collective_bytes"] = sum(traffic["bytes"] for traffic in figures["collectives"].values())
     if target.family == "h100":
-        found["attention"] = "chunked: cuDNN's kernel does not compile without the GPU"
+        figures["attention"] = "chunked: cuDNN's kernel does not compile without the GPU"
     if target.chip:
-        _bound(found, target.chip, known)
-    return found
+        _bound(figures, target.chip, known)
+    return figures
 
 
-def _bound(found: dict[str, Any], chip: targets.Chip, known: dict[str, Any]) -> None:
+def _bound(figures: dict[str, Any], chip: targets.Chip, known: dict[str, Any]) -> None:
     """Fills in the bound on a step's time, what sets it, and the share of the chips' peak that it leaves."""
-    compute = found["flops_per_step"] / found["devices"] / chip.flops
+    compute = figures["flops_per_step"] / figures["devices"] / chip.flops
     if chip.hertz:
         compute = max(compute, known["cycles"] / chip.hertz)
-    within = found["collective_bytes"] - known["between_slices"]
-    held = sum(found["bytes_per_device"][name] for name in ("frozen", "trained", "optimizer"))
+    within = figures["collective_bytes"] - known["between_slices"]
+    held = sum(figures["bytes_per_device"][name] for name in ("frozen", "trained", "optimizer"))
     bounds = {
         "compute": compute,
         "memory": held / chip.bandwidth,
@@ -176,69 +176,69 @@ def _bound(found: dict[str, Any], chip: targets.Chip, known: dict[str, Any]) -> 
     }
     name = max(bounds, key=lambda key: bounds[key])
     seconds = bounds[name]
-    found |= {"step_seconds_bound": seconds, "bound_by": name, "bounds": bounds}
-    found["mfu_ceiling"] = found["flops_per_step"] / found["devices"] / chip.flops / seconds
-    found["tokens_per_second_bound"] = found["tokens_per_step"] / seconds
+    figures |= {"step_seconds_bound": seconds, "bound_by": name, "bounds": bounds}
+    figures["mfu_ceiling"] = figures["flops_per_step"] / figures["devices"] / chip.flops / seconds
+    figures["tokens_per_second_bound"] = figures["tokens_per_step"] / seconds
 
 
 def _rank(tried: list[dict[str, Any]]) -> None:
     """A row a try, the best first."""
     table = Table("try", "a device", "a step at least", "by", title=f"{tried[0]['target']}, {len(tried)} tries")
-    for found in tried:
-        total, seconds = found["bytes_per_device"]["total"], found["step_seconds_bound"]
+    for figures in tried:
+        total, seconds = figures["bytes_per_device"]["total"], figures["step_seconds_bound"]
         need = "too much" if total is None else _size(total)
-        what = " ".join(f"{key}={value}" for key, value in found["changes"].items() if value != 1)
-        fits = "" if found["fits"] else " (does not fit)"
-        table.add_row(what, need + fits, f"{seconds:.3f} s" if seconds else "", found["bound_by"] or "")
+        what = " ".join(f"{key}={value}" for key, value in figures["changes"].items() if value != 1)
+        fits = "" if figures["fits"] else " (does not fit)"
+        table.add_row(what, need + fits, f"{seconds:.3f} s" if seconds else "", figures["bound_by"] or "")
     Console().print(table)
     best = tried[0]["changes"]
     Console(soft_wrap=True, highlight=False).print(" ".join(f"--config.{key}={value}" for key, value in best.items()))
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(figures: dict[str, Any]) -> None:
     """A table for people."""
-    table = Table(title=f"{found['target']}: {_verdict(found)}", show_header=False, title_justify="left")
-    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "one device"
-    table.add_row("mesh", f"{mesh} ({found['devices']} devices)")
-    for name, size in found["bytes_per_device"].items():
+    table = Table(title=f"{figures['target']}: {_verdict(figures)}", show_header=False, title_justify="left")
+    mesh = " x ".join(f"{axis} {size}" for axis, size in figures["mesh"].items() if size > 1) or "one device"
+    table.add_row("mesh", f"{mesh} ({figures['devices']} devices)")
+    for name, size in figures["bytes_per_device"].items():
         if size is not None:
             table.add_row(f"{name} a device", _size(size))
-    if "host_bytes_per_device" in found:
-        table.add_row("optimizer in the host's memory", f"{_size(found['host_bytes_per_device'])} a device")
-    if "aliased_bytes" in found:
-        table.add_row("replaced in place", f"{_size(found['aliased_bytes'])} a device")
-    table.add_row("tokens a step", f"{found['tokens_per_step']:,}")
-    table.add_row("FLOPs a step", f"{found['flops_per_step']:.3g}")
-    for kind, one in found.get("collectives", {}).items():
-        table.add_row(kind, f"{_size(one['bytes'])} a device, in {one['count']:,}")
-    if count := found.get("lines_not_understood"):
+    if "host_bytes_per_device" in figures:
+        table.add_row("optimizer in the host's memory", f"{_size(figures['host_bytes_per_device'])} a device")
+    if "aliased_bytes" in figures:
+        table.add_row("replaced in place", f"{_size(figures['aliased_bytes'])} a device")
+    table.add_row("tokens a step", f"{figures['tokens_per_step']:,}")
+    table.add_row("FLOPs a step", f"{figures['flops_per_step']:.3g}")
+    for operation, traffic in figures.get("collectives", {}).items():
+        table.add_row(operation, f"{_size(traffic['bytes'])} a device, in {traffic['count']:,}")
+    if count := figures.get("lines_not_understood"):
         table.add_row("not understood", f"{count:,} lines of the program: it may move more than is counted here")
-    if found["step_seconds_bound"]:
-        table.add_row("a step takes at least", f"{found['step_seconds_bound']:.3f} s, by {found['bound_by']}")
-        rate = f"{found['tokens_per_second_bound']:,.0f} tokens/s, MFU {found['mfu_ceiling']:.0%}"
+    if figures["step_seconds_bound"]:
+        table.add_row("a step takes at least", f"{figures['step_seconds_bound']:.3f} s, by {figures['bound_by']}")
+        rate = f"{figures['tokens_per_second_bound']:,.0f} tokens/s, MFU {figures['mfu_ceiling']:.0%}"
         table.add_row("at most", rate)
-    if "attention" in found:
-        table.add_row("attention", found["attention"])
-    if "price_unknown" in found:
-        table.add_row("a million tokens", f"not known: {found['price_unknown']}")
-    if "price_per_million_tokens" in found:
-        table.add_row("a million tokens cost at least", f"{found['price_per_million_tokens']:.3f}")
-        if found["price_per_epoch"] is None:
-            table.add_row("an epoch", f"not known: {found['epoch_unknown']}")
+    if "attention" in figures:
+        table.add_row("attention", figures["attention"])
+    if "price_unknown" in figures:
+        table.add_row("a million tokens", f"not known: {figures['price_unknown']}")
+    if "price_per_million_tokens" in figures:
+        table.add_row("a million tokens cost at least", f"{figures['price_per_million_tokens']:.3f}")
+        if figures["price_per_epoch"] is None:
+            table.add_row("an epoch", f"not known: {figures['epoch_unknown']}")
         else:
-            steps = f"{found['steps_per_epoch']:,} steps"
-            table.add_row("an epoch costs at least", f"{found['price_per_epoch']:.2f} ({steps})")
-    before = ", before now: the same program" if found["cached"] else ""
-    table.add_row("compiled in", f"{found['compile_seconds']:.0f} s{before}")
+            steps = f"{figures['steps_per_epoch']:,} steps"
+            table.add_row("an epoch costs at least", f"{figures['price_per_epoch']:.2f} ({steps})")
+    before = ", before now: the same program" if figures["cached"] else ""
+    table.add_row("compiled in", f"{figures['compile_seconds']:.0f} s{before}")
     Console().print(table)
 
 
-def _verdict(found: dict[str, Any]) -> str:
-    total, limit = found["bytes_per_device"]["total"], found["limit_bytes"]
+def _verdict(figures: dict[str, Any]) -> str:
+    total, limit = figures["bytes_per_device"]["total"], figures["limit_bytes"]
     if limit is None:
         return f"needs {_size(total)} a device"
     need = "more" if total is None else _size(total)
-    return f"{'fits' if found['fits'] else 'DOES NOT FIT'}: {need} of {_size(limit)} a device"
+    return f"{'fits' if figures['fits'] else 'DOES NOT FIT'}: {need} of {_size(limit)} a device"
 
 
 def _size(count: float) -> str:

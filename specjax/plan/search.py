@@ -17,11 +17,11 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SLICES = {"v5e": _FLAT, "v6e": _FLAT, "v5p": _DEEP, "tpu7x": _DEEP, "h100": ("1", "2", "4", "8")}
 
-Found = dict[str, Any]
-One = Callable[[ConfigDict, targets.Target], Found]
+Plan = dict[str, Any]
+Planner = Callable[[ConfigDict, targets.Target], Plan]
 
 
-def search(config: ConfigDict, target: targets.Target, one: One) -> list[Found]:
+def search(config: ConfigDict, target: targets.Target, planner: Planner) -> list[Plan]:
     """Plans of a job on one target, the best first: those that fit, by the bound on a step's time.
 
     On each mesh the least rematerialisation that fits is taken (none, attention, full), then, with all of it, two and
@@ -30,37 +30,37 @@ def search(config: ConfigDict, target: targets.Target, one: One) -> list[Found]:
     Args:
       config: of the job; its mesh, `model.remat` and `accumulate` are set.
       target: where to.
-      one: the plan of a config there.
+      planner: the plan of a config there.
 
     Returns:
-      What `one` found, each with `changes`: the keys and values that were set.
+      What `planner` made, each with `changes`: the keys and values that were set.
 
     Raises:
       UserError: no mesh divides the job.
     """
     count = targets.count(target)
-    found, refused = [], ""
+    plans, refused = [], ""
     for mesh in meshes(config, count, target.slices):
         for changes in _steps(config, mesh):
             try:
-                found.append(one(changed(config, changes), target) | {"changes": changes})
+                plans.append(planner(changed(config, changes), target) | {"changes": changes})
             except UserError as error:
                 refused = str(error)
                 break
-            if found[-1]["fits"]:
+            if plans[-1]["fits"]:
                 break
-    if not found:
+    if not plans:
         raise UserError(f"--target={target.name}: no mesh of {count} devices divides this job; {refused}".rstrip("; "))
-    return sorted(found, key=lambda one: (not one["fits"], one["step_seconds_bound"] or math.inf))
+    return sorted(plans, key=lambda plan: (not plan["fits"], plan["step_seconds_bound"] or math.inf))
 
 
-def smallest(config: ConfigDict, family: str, one: One, within: Callable[..., list[Found]] | None) -> list[Found]:
+def smallest(config: ConfigDict, family: str, planner: Planner, within: Callable[..., list[Plan]] | None) -> list[Plan]:
     """The plans of a job on the smallest slice of a family that holds it.
 
     Args:
       config: of the job.
       family: such as v5e.
-      one: the plan of a config on a target.
+      planner: the plan of a config on a target.
       within: `search`, or None: the config as it is.
 
     Returns:
@@ -69,25 +69,25 @@ def smallest(config: ConfigDict, family: str, one: One, within: Callable[..., li
     Raises:
       UserError: the job can be on no slice at all.
     """
-    found, refused = [], ""
+    plans, refused = [], ""
     for shape in SLICES[family]:
         target = targets.parse(f"{family}:{shape}")
         try:
-            found = within(config, target, one) if within else [one(config, target)]
+            plans = within(config, target, planner) if within else [planner(config, target)]
         except UserError as error:
             refused = str(error)
             continue
-        if found[0]["fits"]:
-            return found
-    if not found:
+        if plans[0]["fits"]:
+            return plans
+    if not plans:
         raise UserError(refused)
-    return found
+    return plans
 
 
 def meshes(config: ConfigDict, count: int, slices: int) -> list[dict[str, int]]:
     """Sizes of the mesh's axes that divide the job, those that cut layers and rows least first."""
     sizes = hf_config.from_folder(hf_load.resolve(config.model.path, config.model.revision, weights=False))
-    rows, found = config.batch_size // config.accumulate, []
+    rows, dividing = config.batch_size // config.accumulate, []
     experts = [n for n in range(1, (sizes.num_experts or 1) + 1) if (sizes.num_experts or 1) % n == 0]
     for tensor in _powers(count):
         if any(n % tensor for n in (sizes.num_kv_heads, sizes.num_heads, sizes.mlp_dim or tensor, sizes.vocab_size)):
@@ -100,8 +100,10 @@ def meshes(config: ConfigDict, count: int, slices: int) -> list[dict[str, int]]:
                 fsdp = count // fixed
                 if rows % (slices * fsdp * expert) == 0:
                     axes = {"data": slices, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
-                    found.append(axes)
-    return sorted(found, key=lambda mesh: (mesh["tensor"] * mesh["context"], mesh["context"], -mesh["expert"]))[:MESHES]
+                    dividing.append(axes)
+    return sorted(dividing, key=lambda mesh: (mesh["tensor"] * mesh["context"], mesh["context"], -mesh["expert"]))[
+        :MESHES
+    ]
 
 
 def _powers(most: int) -> list[int]:
@@ -109,7 +111,7 @@ def _powers(most: int) -> list[int]:
 
 
 def _steps(config: ConfigDict, mesh: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """What to set on one mesh, the fastest first."""
+    """What to set on planner mesh, the fastest first."""
     on = {f"mesh.{axis}": size for axis, size in mesh.items()}
     for remat in ("none", "attention", "full"):
         yield on | {"model.remat": remat, "accumulate": config.accumulate}
