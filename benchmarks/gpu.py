@@ -64,7 +64,7 @@ class Rows:
         self.fingerprint, self.most_documents = "random", documents
         self.times: list[float] = []
 
-    def batch(self, step: int, rows: Any) -> dict[str, Any]:
+    def batch(self, step: int, rows: Any = slice(None)) -> dict[str, Any]:
         """The batch of this step."""
         import numpy as np
 
@@ -79,6 +79,19 @@ class Rows:
             "positions": (place % each)[rows],
             "segment_ids": (place // each + 1)[rows],
         }
+
+    def micro_batches(self, step: int, count: int, rows: Any) -> dict[str, Any]:
+        """The batch of this step in micro-batches."""
+        import numpy as np
+
+        batch = self.batch(step, (np.arange(count)[:, None] + count * rows).ravel())
+        return {name: values.reshape(count, len(rows), self.length) for name, values in batch.items()}
+
+    def row_ids(self, step: int) -> Any:
+        """Rows are made up: their numbers in the batch."""
+        import numpy as np
+
+        return np.arange(self.batch_size)
 
     def tokens_in(self, step: int) -> int:
         """All of them. It is asked for once a step."""

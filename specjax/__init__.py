@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     from specjax.lora import LORA as LORA
     from specjax.sharding import make_mesh as make_mesh
     from specjax.train.fit import fit as fit
+    from specjax.train.logprobs import token_logprobs as token_logprobs
+    from specjax.train.objective import Objective as Objective
+    from specjax.train.objective import by_group as by_group
+    from specjax.train.objective import next_token as next_token
     from specjax.train.optim import adamw as adamw
     from specjax.train.optim import lion as lion
+    from specjax.train.optim import optimizer as optimizer
 
 __version__ = "0.1.0"
 
@@ -31,6 +36,11 @@ _HOMES = {
     "fit": "specjax.train.fit",
     "adamw": "specjax.train.optim",
     "lion": "specjax.train.optim",
+    "optimizer": "specjax.train.optim",
+    "Objective": "specjax.train.objective",
+    "next_token": "specjax.train.objective",
+    "by_group": "specjax.train.objective",
+    "token_logprobs": "specjax.train.logprobs",
     "generate": "specjax.generation.generate",
     "ALL": "specjax.lora",
     "LORA": "specjax.lora",

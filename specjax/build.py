@@ -24,7 +24,7 @@ from specjax.hf.export import export as export_folder
 from specjax.models import Decoder
 from specjax.train import optim
 from specjax.train.checkpoint import Checkpoints
-from specjax.train.step import split
+from specjax.train.step import split, write_back
 
 SEED_MODEL, SEED_LORA = 0, 1  # offsets of config.seed, so that no two draws share a key
 
@@ -162,7 +162,12 @@ def optimizer_of(config: ConfigDict, steps: int) -> optim.Optimizer:
     )
     common = {"weight_decay": c.weight_decay, "b1": c.b1, "b2": c.b2, "clip_norm": c.clip_norm}
     common |= {"moments": c.moments, "offload": c.offload}
-    return optim.adamw(rate, eps=c.eps, **common) if c.name == "adamw" else optim.lion(rate, **common)
+    match c.name:
+        case "adamw":
+            return optim.adamw(rate, eps=c.eps, **common)
+        case "lion":
+            return optim.lion(rate, **common)
+    raise UserError(f"config.optimizer.name is {c.name!r}: use adamw or lion.")
 
 
 def sampler_of(config: ConfigDict, tokenizer: Any) -> Callable[[Decoder], Sequence[tuple[str, str]]] | None:
@@ -200,8 +205,7 @@ def restore(model: Decoder, config: ConfigDict, workdir: Path, which: str) -> No
             f"{model.origin.fingerprint}, was {base}): restore it."
         )
     _, params, _ = split(model, filter_of(config))
-    trained = checkpoints.load(step, {"trainable": params})["trainable"]
-    nnx.update(model, nnx.from_flat_state([(tuple(path.split(".")), value) for path, value in trained.items()]))
+    write_back(model, checkpoints.load(step, {"trainable": params})["trainable"])
 
 
 def write_export(

@@ -4,11 +4,14 @@ A matrix product of [m,k] and [k,n] counts 2mkn. Recomputation (`remat`) counts 
 2022, PaLM, arXiv:2204.02311, appendix B). Norms, rotations and softmax are left out.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container
 from typing import Any
 
-from specjax.models import ModelConfig
+from flax import nnx
+
+from specjax.models import Decoder, ModelConfig
 
 # Dense bfloat16 operations a second of one device, by how its kind begins. Sources: cloud.google.com/tpu/docs (TPU7x
 # has two devices a chip), NVIDIA's data sheets, without sparsity.
@@ -37,28 +40,29 @@ def peak(kind: str) -> float | None:
     return next((PEAKS[name] for name in PEAKS if re.match(rf"{name}\b", kind)), None)
 
 
-def of_step(config: ModelConfig, trainable: Mapping[str, Any], *, rows: int, length: int) -> float:
+def of_step(model: Decoder, trainable: Container[Any], *, rows: int, length: int) -> float:
     """FLOPs of one step on rows of one document each.
 
     Forward and the gradient of activations are counted everywhere, the gradient of weights where they train: a frozen
-    base costs 4 operations a weight and token, one that trains 6.
+    base costs 4 operations per weight and token, one that trains 6.
 
     Args:
-      config: the model's sizes.
-      trainable: what trains, by dotted path, with shapes.
+      model: the model, which may be abstract.
+      trainable: the paths of what trains.
       rows: of the whole batch.
-      length: tokens a row.
+      length: tokens per row.
     """
-    tokens = rows * length
-    base = not all(".updates." in path or ".own." in path for path in trainable)
-    weights = _weights_per_token(config)
+    config, tokens = model.config, rows * length
+    trains = [leaf for path, leaf in nnx.to_flat_state(nnx.state(model)) if path in trainable]
+    base = not all(isinstance(leaf, nnx.LoRAParam) for leaf in trains)
     share = config.experts_per_token / config.num_experts if config.num_experts else 1.0
-    factors = sum(
-        _size(leaf) * (share if ".experts." in path else 1.0)
-        for path, leaf in trainable.items()
-        if ".updates." in path and path.endswith((".a", ".b"))
-    )
-    once = 2.0 * tokens * weights
+    factors = 0.0
+    for leaf in trains:
+        axes = leaf.get_metadata("axes")
+        if "lora_rank" in axes:
+            adapters = leaf.shape[axes.index("adapter")] if "adapter" in axes else 1  # a row is one adapter's
+            factors += math.prod(leaf.shape) / adapters * (share if "expert" in axes else 1.0)
+    once = 2.0 * tokens * _weights_per_token(config)
     maps = once * (3 if base else 2) + 6.0 * tokens * factors
     return maps + 3 * rows * _attention(config, length)
 
@@ -87,10 +91,3 @@ def _pairs(length: int, window: int | None) -> int:
     """
     wide = min(length, window or length)
     return wide * (wide + 1) // 2 + (length - wide) * wide
-
-
-def _size(leaf: Any) -> int:
-    size = 1
-    for n in leaf.shape:
-        size *= n
-    return size

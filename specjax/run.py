@@ -21,7 +21,7 @@ from specjax.generation.generate import generate as generate_texts
 from specjax.hf import load as hf_load
 from specjax.train.evaluate import evaluate as evaluate_set
 from specjax.train.fit import fit
-from specjax.train.state import Result
+from specjax.train.result import Result
 from specjax.train.step import make_eval_step, split
 
 

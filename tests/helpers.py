@@ -16,6 +16,7 @@ from specjax.hf.config import from_hf
 from specjax.hf.families import FAMILIES
 from specjax.hf.load import abstract
 from specjax.models import Decoder, Origin
+from specjax.train.objective import next_token
 
 PROMPT = 493  # long enough for a wrong rotary embedding to show, and no multiple of anything
 
@@ -194,6 +195,14 @@ def weights(of: nnx.Module, kind: Any = nnx.Param) -> dict[str, np.ndarray]:
     """A copy of the parameters by dotted path."""
     leaves = nnx.to_flat_state(nnx.state(of, kind))
     return {sharding.path_name(path): np.array(leaf[...], copy=True) for path, leaf in leaves}
+
+
+def token_sums(of: Decoder, batch: dict[str, Any], key: Any = None) -> dict[str, jax.Array]:
+    """The sums of `next_token` over a batch, float32 scalars: `nll`, `correct`, `count`, `router`."""
+    sums = next_token(of, batch, key)
+    (nll, count), (correct, _) = sums["loss"], sums["accuracy"]
+    router = sums["router_loss"][0] if "router_loss" in sums else jnp.zeros(1)
+    return {"nll": nll[0], "correct": correct[0], "count": count[0], "router": router[0]}
 
 
 BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))

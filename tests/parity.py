@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from helpers import KINDS, contents, prompts, torch_logits, torch_model
+from helpers import KINDS, contents, prompts, token_sums, torch_logits, torch_model
 
 import specjax as sj
 from specjax.generation.generate import generate_tokens
@@ -31,7 +31,6 @@ from specjax.hf import names
 from specjax.hf.families import FAMILIES
 from specjax.hf.load import load
 from specjax.models import Decoder
-from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 
 LLAMA3 = {

@@ -8,13 +8,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import assert_same_bits, data, model, prompts, weights
+from helpers import assert_same_bits, data, model, prompts, token_sums, weights
 
 import specjax as sj
 from specjax.errors import UserError
 from specjax.lora.targets import linears, parts
 from specjax.models.adapter import select, without_adapters
-from specjax.train.losses import token_sums
 
 TOKENS = prompts(rows=8, length=24, vocab_size=128)
 #: name -> what `inject` is told: ranks, scales, maps and layers differ.

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import KINDS, data, model
+from helpers import KINDS, data, model, token_sums
 
 import specjax as sj
 from specjax.generation.generate import generate_tokens
 from specjax.hf.quantise import convert
 from specjax.models import attention, cudnn
-from specjax.train import losses
-from specjax.train.step import make_train_step, merge, split
+from specjax.train import chunks
+from specjax.train.step import begin, make_train_step, merge, split
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU, and JAX_PLATFORMS=cuda,cpu")
 B, T = 3, 512
@@ -100,12 +100,12 @@ def test_ten_float32_steps_are_those_of_the_cpu(method):
         with jax.set_mesh(sj.make_mesh(fsdp=1, devices=[device])):
             step = jax.jit(make_train_step(graph, optimizer, documents=batches.most_documents))
             params, rest = jax.device_put((trainable, frozen), device)
-            state = jax.device_put(optimizer.init(params), device)
+            state = jax.device_put(begin(optimizer, params), device)
             found[name] = []
             for number in range(10):
                 batch = {key: value[None] for key, value in batches.batch(number).items()}
                 batch = jax.device_put(batch, device)
-                params, state, metrics = step(params, state, rest, batch, np.int32(number))
+                state, metrics = step(state, rest, batch, np.int32(number))
                 found[name].append(float(metrics["loss"]))
     np.testing.assert_allclose(found["gpu"], found["cpu"], rtol=1e-5)
 
@@ -115,9 +115,9 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch):
     made.dtype = jnp.dtype("bfloat16")
     graph, params, _ = split(made, sj.ALL)
     batch = data(vocab_size=made.config.vocab_size, batch_size=4).batch(0)
-    run = lambda p: losses.token_sums(merge(graph, p), batch)["nll"]  # noqa: E731
+    run = lambda p: token_sums(merge(graph, p), batch)["nll"]  # noqa: E731
     whole = jax.jit(jax.value_and_grad(run))(params)
-    monkeypatch.setattr(losses, "GPU_CHUNK_ELEMENTS", 2**14)
+    monkeypatch.setattr(chunks, "GPU_CHUNK_ELEMENTS", 2**14)
     parts = jax.jit(jax.value_and_grad(run))(params)
     assert relative(parts[0], whole[0]) < 1e-4
     for path in params:

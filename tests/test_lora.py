@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import BASE, assert_same_bits, data, model, prompts, torch_logits, torch_model, weights
+from helpers import BASE, assert_same_bits, data, model, prompts, token_sums, torch_logits, torch_model, weights
 from safetensors.numpy import load_file, save_file
 
 import specjax as sj
@@ -21,7 +21,6 @@ from specjax.lora.targets import match
 from specjax.lora.variants import LoRA
 from specjax.models.layers import beside
 from specjax.models.stack import Call
-from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own

@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import data, metrics, model
+from helpers import data, metrics, model, token_sums
 
 import specjax as sj
 from specjax import sharding
 from specjax.models.decoder import POLICIES
-from specjax.train import losses as losses_lib
-from specjax.train.losses import token_sums
+from specjax.train import chunks
 from specjax.train.step import merge, split
 
 MESHES = {
@@ -60,7 +59,7 @@ def test_the_vocabulary_or_the_rows_are_split_whichever_is_less_to_gather(rows, 
         batch = data(batch_size=rows, length=16, vocab_size=264, answers=True).batch(0)
         graph, params, frozen = split(model(vocab_size=264, mesh=mesh), nnx.Param)
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-            assert losses_lib._axes(rows, 16, 264) == (wanted if mesh else ("batch", "vocab"))
+            assert chunks._axes(rows, 16, 264) == (wanted if mesh else ("batch", "vocab"))
             held = sharding.put_batch(batch, mesh, rows)
             gradient = jax.jit(jax.value_and_grad(lambda p, b, g=graph, f=frozen: token_sums(merge(g, p, f), b)["nll"]))
             found.append(gradient(params, held))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import PROMPT, data, model, prompts, sizes, torch_logits, torch_model
+from helpers import PROMPT, data, model, prompts, sizes, token_sums, torch_logits, torch_model
 from parity import LLAMA3
 
 import specjax as sj
@@ -16,7 +16,6 @@ from specjax.errors import UserError
 from specjax.hf.config import from_folder, from_hf, origin
 from specjax.hf.load import abstract, load
 from specjax.models import Origin, attention, rope
-from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 
 CASES = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import BASE, assert_same_bits, prompts, torch_logits, torch_model, weights
+from helpers import BASE, assert_same_bits, prompts, token_sums, torch_logits, torch_model, weights
 from safetensors.numpy import load_file
 from test_step import assert_same_movement, our_losses, packed, torch_losses
 
@@ -21,7 +21,6 @@ from specjax.lora import peft_config
 from specjax.lora.adapters import collect, row_of
 from specjax.lora.targets import by_pattern, is_stacked, linears, match, match_saved, modules, parts
 from specjax.models.stack import Constant
-from specjax.train.losses import token_sums
 from specjax.train.step import merge, split
 
 pytestmark = [

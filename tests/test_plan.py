@@ -12,14 +12,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import sizes
+from flax import nnx
+from helpers import model, sizes
 
+import specjax as sj
 from specjax import flops, plan, process, run
 from specjax.cli import main, read_config
 from specjax.errors import UserError
 from specjax.hf.config import from_hf
+from specjax.hf.load import abstract
 from specjax.plan import compiled, hlo, job, search, targets
-from specjax.train import losses, step
+from specjax.train import chunks, step
 from specjax.train import moments as moments_lib
 
 KEYS = {
@@ -354,7 +357,7 @@ def test_a_mesh_that_does_not_fit_the_target_is_one_sentence(folder, capsys):
 def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(tmp_path, monkeypatch, target, method):
     (tmp_path / "config.json").write_text(json.dumps(sizes(**TINY, vocab_size=8192)))
     for name in ("CHUNK_ELEMENTS", "GPU_CHUNK_ELEMENTS"):
-        monkeypatch.setattr(losses, name, 2**18)
+        monkeypatch.setattr(chunks, name, 2**18)
     parsed = targets.parse(target)
     config = config_of(
         tmp_path, method, **{"mesh.tensor": 2, "mesh.fsdp": 2, "lora.rank": 4} if method == "lora" else {}
@@ -415,19 +418,20 @@ def test_moments_in_fewer_bits_are_fewer_bytes_of_a_device(folder, monkeypatch, 
 
 def test_a_step_counts_the_flops_that_xla_counts_of_the_products():
     sizes_ = sizes(**TINY, vocab_size=1024, num_hidden_layers=1)
-    config = from_hf(sizes_)
+    made = abstract(from_hf(sizes_), dtype="float32", param_dtype="float32")
+    up = ("layers", "mlp", "up_proj", "kernel")
     per_token = 2 * (4 * 256 * 256 + 3 * 256 * 512 + 256 * 1024)
     pairs = 64 * 65 // 2
     forward = 2 * 64 * per_token + 2 * 4 * 4 * 64 * pairs
-    full = {"layers.mlp.up_proj.kernel": jax.ShapeDtypeStruct((1, 512, 256), np.float32)}
-    assert flops.of_step(config, full, rows=2, length=64) == 3 * forward
-    a = jax.ShapeDtypeStruct((1, 4, 256), np.float32)
-    lora = {"layers.mlp.up_proj.updates.lora.a": a, "layers.mlp.up_proj.updates.lora.b": a}
-    wanted = 2 * 2 * 64 * per_token + 6 * 2 * 64 * 2 * 4 * 256 + 3 * 2 * 4 * 4 * 64 * pairs
-    assert flops.of_step(config, lora, rows=2, length=64) == wanted
-    windowed = dataclasses.replace(config, windows=(8,))
+    assert flops.of_step(made, {up}, rows=2, length=64) == 3 * forward
     less = 3 * 2 * 4 * 4 * 64 * (pairs - (8 * 9 // 2 + 56 * 8))
-    assert flops.of_step(config, full, rows=2, length=64) - flops.of_step(windowed, full, rows=2, length=64) == less
+    windowed = abstract(dataclasses.replace(made.config, windows=(8,)), dtype="float32", param_dtype="float32")
+    assert 3 * forward - flops.of_step(windowed, {up}, rows=2, length=64) == less
+    adapted = model(**TINY, vocab_size=1024, num_hidden_layers=1)
+    sj.lora.inject(adapted, rank=4, targets=["up_proj"])
+    factors = {path for path, _ in nnx.to_flat_state(nnx.state(adapted, nnx.LoRAParam))}
+    wanted = 2 * 2 * 64 * per_token + 6 * 2 * 64 * 4 * (256 + 512) + 3 * 2 * 4 * 4 * 64 * pairs
+    assert flops.of_step(adapted, factors, rows=2, length=64) == wanted
 
 
 PROGRAM = """\

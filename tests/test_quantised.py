@@ -21,7 +21,7 @@ from specjax.hf import quantise as hq
 from specjax.hf.config import from_hf
 from specjax.hf.load import abstract
 from specjax.models.quantised import DYNAMIC, NF4, QuantisedParam, dequantise, quantise
-from specjax.train.step import make_train_step, split
+from specjax.train.step import begin, make_train_step, split
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
 MOE = {"family": "mixtral", "num_hidden_layers": 2}
@@ -75,12 +75,12 @@ def train(of, steps=10, **options):
     sj.lora.inject(of, rank=4, **options)
     graph, params, frozen = split(of, sj.LORA)
     optimizer, rows = sj.adamw(1e-2), data()
-    state, found = optimizer.init(params), []
+    state, found = begin(optimizer, params), []
     step = jax.jit(make_train_step(graph, optimizer))
     for number in range(steps):
         batch = sharding.put_batch(rows.batch(number), sharding.mesh_of(next(iter(params.values()))), rows.batch_size)
         batch = {name: value[None] for name, value in batch.items()}
-        params, state, metrics = step(params, state, frozen, batch, np.int32(number))
+        state, metrics = step(state, frozen, batch, np.int32(number))
         found.append(float(metrics["loss"]))
     return np.array(found)
 
@@ -180,9 +180,9 @@ def abstract_step(mesh=None, dtype="float32", rows=8, length=64, remat="none", *
     graph, *parts = nnx.split(nnx.eval_shape(adapted, shapes), sj.LORA, ...)
 
     def placed(path, leaf):
-        name, axes = sharding.path_name(path), leaf.get_metadata("axes")
-        place = None if mesh is None else sharding.named_sharding(mesh, axes, leaf.shape, name)
-        return name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        axes = leaf.get_metadata("axes")
+        place = None if mesh is None else sharding.named_sharding(mesh, axes, leaf.shape, sharding.path_name(path))
+        return path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     trained, frozen = (dict(placed(*found) for found in nnx.to_flat_state(part)) for part in parts)
     place = None if mesh is None else NamedSharding(mesh, sharding.partition_spec((None, "batch", "length")))
@@ -191,10 +191,10 @@ def abstract_step(mesh=None, dtype="float32", rows=8, length=64, remat="none", *
         for name, value in data().batch(0).items()
     }
     optimizer = sj.adamw(1e-4)
-    step = jax.jit(make_train_step(graph, optimizer), donate_argnums=(0, 1))
+    step = jax.jit(make_train_step(graph, optimizer), donate_argnums=0)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        state = jax.eval_shape(optimizer.init, trained)
-        return step.lower(trained, state, frozen, batch, jax.ShapeDtypeStruct((), np.int32)), frozen
+        state = jax.eval_shape(lambda trained: begin(optimizer, trained), trained)
+        return step.lower(state, frozen, batch, jax.ShapeDtypeStruct((), np.int32)), frozen
 
 
 @pytest.mark.parametrize("changes", [{}, MOE], ids=["llama", "mixtral"])

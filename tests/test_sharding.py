@@ -8,6 +8,7 @@ from helpers import BASE, assert_same_bits, data, metrics, model, weights
 import specjax as sj
 from specjax.errors import UserError
 from specjax.sharding import MESH_AXES, fill_sizes, named_sharding, of_module
+from specjax.train.session import Session
 
 MESHES = {
     "fsdp 8": {"fsdp": 8},
@@ -78,13 +79,12 @@ def test_a_run_on_a_mesh_resumes_bit_for_bit(tmp_path):
 
 
 def test_optimizer_moments_lie_like_their_parameters(tmp_path):
-    from specjax.train.state import Run
-
     mesh = sj.make_mesh(fsdp=4, tensor=2)
-    with Run(model(mesh=mesh), data(), sj.adamw(1e-3), sj.ALL, None, 1, 0) as state:
-        adam = next(
-            part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
-        )
+    options = {"trainable": sj.ALL, "eval_data": {}, "workdir": None, "accumulate": 1, "seed": 0}
+    with Session(model(mesh=mesh), data(), sj.adamw(1e-3), sj.next_token, **options) as session:
+        state = session.state
+        parts = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+        adam = next(part for part in parts if hasattr(part, "mu"))
         for moments in (adam.mu, adam.nu):
             for name, value in moments.items():
                 assert value.dtype == np.float32

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import data, model, prompts, torch_model, weights
+from helpers import data, model, prompts, token_sums, torch_model, weights
 from safetensors.numpy import load_file
 
 import specjax as sj
@@ -16,11 +16,10 @@ from specjax import sharding
 from specjax.errors import UserError
 from specjax.hf.export import tensors
 from specjax.hf.load import load
-from specjax.train import losses, optim
+from specjax.train import chunks, optim
 from specjax.train.evaluate import evaluate
-from specjax.train.losses import token_sums
 from specjax.train.optim import Optimizer, schedule
-from specjax.train.step import make_eval_step, make_train_step, merge, split
+from specjax.train.step import begin, make_eval_step, make_train_step, merge, split, write_back
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
 
@@ -41,11 +40,11 @@ def our_losses(of, trainable, rows, parts=2):
     graph, params, frozen = split(of, trainable)
     optimizer = sj.adamw(RATE, weight_decay=DECAY, clip_norm=CLIP)
     step = jax.jit(make_train_step(graph, optimizer))
-    state, found = optimizer.init(params), []
+    state, found = begin(optimizer, params), []
     for number in range(STEPS):
-        params, state, metrics = step(params, state, frozen, micro(rows.batch(number), parts), np.int32(number))
+        state, metrics = step(state, frozen, micro(rows.batch(number), parts), np.int32(number))
         found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-    nnx.update(of, nnx.from_flat_state([(tuple(path.split(".")), value) for path, value in params.items()]))
+    write_back(of, state.trainable)
     return np.array(found)
 
 
@@ -130,8 +129,7 @@ def test_lora_training_follows_peft(tmp_path):
 
 def descent(rate=1.0):
     """Plain gradient descent: its update is the gradient."""
-    rule = optax.sgd(rate)
-    return Optimizer(rule.init, rule.update, lambda step: rate)
+    return Optimizer(optax.sgd(rate), learning_rate=rate)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -143,7 +141,7 @@ def test_float32_is_multiplied_as_float32_where_that_must_be_asked_for(monkeypat
         sj.lora.inject(made, rank=3, targets=["q_proj", "lm_head"], seed=0)
     graph, params, frozen = split(made, sj.LORA if method == "lora" else sj.ALL)
     optimizer = sj.adamw(RATE)
-    given = (params, optimizer.init(params), frozen, micro(data(batch_size=2).batch(0), 1), np.int32(0))
+    given = (begin(optimizer, params), frozen, micro(data(batch_size=2).batch(0), 1), np.int32(0))
     traced = lambda: str(jax.make_jaxpr(make_train_step(graph, optimizer))(*given))  # noqa: E731
     asked = {}
     for platform in ("cpu", "gpu"):
@@ -171,14 +169,14 @@ def test_micro_batches_add_up_to_the_whole_batch(kind):
     found = {}
     for parts in (1, 4):
         step = jax.jit(make_train_step(graph, descent()))
-        after, _, metrics = step(params, descent().init(params), frozen, micro(batch, parts), np.int32(0))
-        found[parts] = {name: np.asarray(params[name] - after[name]) for name in params}, metrics
+        after, metrics = step(begin(descent(), params), frozen, micro(batch, parts), np.int32(0))
+        found[parts] = {path: np.asarray(params[path] - after.trainable[path]) for path in params}, metrics
     assert float(found[1][1]["loss_tokens"]) == batch["loss_mask"].sum()
     for name in ("loss", "loss_tokens", "accuracy", "grad_norm"):
         np.testing.assert_allclose(found[4][1][name], found[1][1][name], rtol=1e-6, err_msg=name)
     for name, wanted in found[1][0].items():
         np.testing.assert_allclose(
-            found[4][0][name], wanted, rtol=0, atol=1e-6 * max(1, np.abs(wanted).max()), err_msg=name
+            found[4][0][name], wanted, rtol=0, atol=1e-6 * max(1, np.abs(wanted).max()), err_msg=str(name)
         )
 
 
@@ -203,7 +201,8 @@ def test_a_frozen_weight_has_no_gradient_and_no_optimizer_state(kind, parts):
     base = weights(ours, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
     matrices = {value.shape for name, value in base.items() if not name.endswith("scale")}
     assert {leaf.shape for leaf in jax.tree.leaves(state)} <= {value.shape for value in params.values()} | {()}
-    traced = jax.make_jaxpr(make_train_step(graph, optimizer))(params, state, frozen, batch, np.int32(0))
+    given = (begin(optimizer, params), frozen, batch, np.int32(0))
+    traced = jax.make_jaxpr(make_train_step(graph, optimizer))(*given)
     made = set(shapes(traced.jaxpr))
     assert made & matrices == (set() if kind == "lora" else matrices)
     one_layer = {shape[1:] for shape in matrices if len(shape) > 2}
@@ -219,16 +218,16 @@ def test_parameters_and_optimizer_state_are_donated(kind):
     rows = data()
     graph, params, frozen = split(ours, sj.LORA if kind == "lora" else sj.ALL)
     optimizer = sj.adamw(RATE)
-    state = optimizer.init(params)
-    step = jax.jit(make_train_step(graph, optimizer), donate_argnums=(0, 1))
-    compiled = step.lower(params, state, frozen, micro(rows.batch(0), 2), np.int32(0)).compile()
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
+    state = begin(optimizer, params)
+    step = jax.jit(make_train_step(graph, optimizer), donate_argnums=0)
+    compiled = step.lower(state, frozen, micro(rows.batch(0), 2), np.int32(0)).compile()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     memory = compiled.memory_analysis()
     # All but the optimizer's counts of steps (a few bytes each).
     assert held - 64 <= memory.alias_size_in_bytes <= held
     assert memory.output_size_in_bytes < held + 4096
-    compiled(params, state, frozen, micro(rows.batch(0), 2), np.int32(0))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)) if leaf.size > 1)
+    compiled(state, frozen, micro(rows.batch(0), 2), np.int32(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state) if leaf.size > 1)
     assert not any(leaf.is_deleted() for leaf in frozen.values())
 
 
@@ -241,7 +240,7 @@ def test_a_program_does_not_grow_with_the_number_of_layers(kind):
             sj.lora.inject(ours, rank=4)
         graph, params, frozen = split(ours, sj.LORA if kind == "lora" else sj.ALL)
         optimizer = sj.adamw(RATE)
-        args = (params, optimizer.init(params), frozen, micro(data().batch(0), 2), np.int32(0))
+        args = (begin(optimizer, params), frozen, micro(data().batch(0), 2), np.int32(0))
         lowered = jax.jit(make_train_step(graph, optimizer)).lower(*args)
         lines.append([len(text.splitlines()) for text in (lowered.as_text(), lowered.compile().as_text())])
     assert lines[0] == pytest.approx(lines[1], rel=0.02)
@@ -274,7 +273,7 @@ def test_the_loss_by_chunks_is_the_loss_of_the_whole_logits(monkeypatch, tied):
 
     wanted = value_and_gradient(reference_sums)(params)
     for elements, whole in ((4 * 131 * 16, False), (2**25, True))[: 1 if tied else 2]:
-        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)
         compiled = value_and_gradient(token_sums)
         text = compiled.as_text()
         assert any(f"[{shape}]" in text for shape in ("4,64,131", "256,131", "131,256")) == whole
@@ -293,7 +292,7 @@ def test_no_logits_are_made_twice(monkeypatch, method, products):
     sj.lora.inject(ours, rank=3)
     graph, params, frozen = split(ours, sj.LORA if method == "lora" else nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
     batch = data(vocab_size=131, batch_size=4).batch(0)
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 4 * 131 * 16)
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 4 * 131 * 16)
     program = jax.make_jaxpr(jax.grad(lambda p: token_sums(merge(graph, p, frozen), batch)["nll"]))(params)
     assert sum(131 in shape for shape in products_of(program.jaxpr)) == products
 
@@ -315,9 +314,9 @@ def test_the_tables_gradient_is_summed_over_chunks_in_float32(monkeypatch):
     batch = data(vocab_size=131, batch_size=4).batch(0)
     found = []
     for elements in (2**25, 4 * 131):  # all at once, and a token of each row at a time
-        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", elements)
         gradient = jax.jit(jax.grad(lambda p: token_sums(merge(graph, p), batch)["nll"]))(params)
-        found.append(np.asarray(gradient["lm_head.kernel"], np.float64))
+        found.append(np.asarray(gradient["lm_head", "kernel"], np.float64))
     # 2e-3 of it is the rounding of the result; summed in bfloat16 it would be 1e-2.
     assert np.linalg.norm(found[1] - found[0]) < 5e-3 * np.linalg.norm(found[0])
 
@@ -338,7 +337,11 @@ def test_evaluation_is_weighted_by_tokens_and_sees_every_row_once():
     np.testing.assert_allclose(first["loss"], float(sums[0]["nll"]) / float(sums[0]["count"]), rtol=1e-6)
 
 
-SHAPES = {"layers.mlp.up_proj.kernel": (3, 4), "layers.norm.scale": (4,), "layers.mlp.up_proj.bias": (4,)}
+SHAPES = {
+    ("layers", "mlp", "up_proj", "kernel"): (3, 4),
+    ("layers", "norm", "scale"): (4,),
+    ("layers", "mlp", "up_proj", "bias"): (4,),
+}
 
 
 def course(optimizer, gradients):
@@ -378,7 +381,7 @@ def test_adamw_is_torchs_and_spares_norms_and_biases(gradients, options):
             torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         optimizer.step()
         for name, weight in params.items():
-            np.testing.assert_allclose(after[name], weight.detach().numpy(), rtol=0, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(after[name], weight.detach().numpy(), rtol=0, atol=1e-5, err_msg=str(name))
 
 
 def test_lion_is_the_papers_and_spares_norms_and_biases(gradients):
@@ -387,10 +390,10 @@ def test_lion_is_the_papers_and_spares_norms_and_biases(gradients):
     moment = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     for gradient, after in zip(gradients, found, strict=True):
         for name, g in gradient.items():
-            decay = 0.5 * params[name] if name.endswith("kernel") else 0.0
+            decay = 0.5 * params[name] if name[-1] == "kernel" else 0.0
             params[name] = params[name] - 0.1 * (np.sign(0.9 * moment[name] + 0.1 * g) + decay)
             moment[name] = 0.99 * moment[name] + 0.01 * g
-            np.testing.assert_allclose(after[name], params[name], rtol=0, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(after[name], params[name], rtol=0, atol=1e-6, err_msg=str(name))
 
 
 def test_schedules_warm_up_and_decay_to_their_fraction():
@@ -414,17 +417,17 @@ def test_lion_trains_by_the_rate_that_is_logged_and_keeps_one_moment():
     rows, (graph, params, frozen) = data(), split(model(), sj.ALL)
     rate = schedule("linear", learning_rate=4e-3, steps=10, warmup_steps=2, final_fraction=0.0)
     optimizer = optim.lion(rate)
-    step, state, found = jax.jit(make_train_step(graph, optimizer)), optimizer.init(params), []
+    step, state, found = jax.jit(make_train_step(graph, optimizer)), begin(optimizer, params), []
     size = sum(leaf.size for leaf in params.values())
-    assert size <= sum(leaf.size for leaf in jax.tree.leaves(state)) < 1.1 * size
+    assert size <= sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 1.1 * size
     for number in range(11):
-        before = params
-        params, state, metrics = step(before, state, frozen, micro(rows.batch(number), 1), np.int32(number))
+        before = state.trainable
+        state, metrics = step(state, frozen, micro(rows.batch(number), 1), np.int32(number))
         wanted = 4e-3 * (0.5 if number == 0 else min(1.0, (10 - number) / 8))
         np.testing.assert_allclose(float(metrics["lr"]), wanted, rtol=1e-6)
-        for name, value in params.items():  # Lion's step is the rate itself
-            moved = float(jnp.abs(value - before[name]).max())
-            np.testing.assert_allclose(moved, wanted, rtol=1e-3, atol=1e-7, err_msg=name)
+        for path, value in state.trainable.items():  # Lion's step is the rate itself
+            moved = float(jnp.abs(value - before[path]).max())
+            np.testing.assert_allclose(moved, wanted, rtol=1e-3, atol=1e-7, err_msg=str(path))
         found.append(float(metrics["loss"]))
     assert found[-1] < found[0] - 0.1
 
@@ -453,17 +456,18 @@ def test_a_mixture_of_experts_trains_on_transformers_loss_with_its_balancing_par
     }
     graph, params, frozen = split(ours, nnx.Param)
     step = jax.jit(make_train_step(graph, descent()))
-    after, _, metrics = step(params, descent().init(params), frozen, micro(batch, 1), np.int32(0))
+    after, metrics = step(begin(descent(), params), frozen, micro(batch, 1), np.int32(0))
     loss = float(metrics["loss"]) + 0.5 * float(metrics["router_loss"])
     np.testing.assert_allclose(loss, float(theirs.loss.detach()), rtol=1e-5)
     np.testing.assert_allclose(metrics["router_loss"], float(theirs.aux_loss.detach()), rtol=1e-5)
     for layer in range(2):
         wanted = reference.get_parameter(f"model.layers.{layer}.mlp.gate.weight").grad.numpy()
-        found = np.asarray(params["layers.mlp.gate.kernel"] - after["layers.mlp.gate.kernel"])[layer]
+        router = ("layers", "mlp", "gate", "kernel")
+        found = np.asarray(params[router] - after.trainable[router])[layer]
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
     # Each micro-batch balances by itself, and weighs as many tokens as it has losses.
     batch["loss_mask"][1, 30:] = 0
-    _, _, both = step(params, descent().init(params), frozen, micro(batch, 2), np.int32(0))
+    _, both = step(begin(descent(), params), frozen, micro(batch, 2), np.int32(0))
     sums = [token_sums(ours, {name: value[i : i + 1] for name, value in batch.items()}) for i in range(2)]
     np.testing.assert_allclose(both["router_loss"], sum(x["router"] for x in sums) / 130, rtol=1e-5)
     alone = [float(x["router"] / x["count"]) for x in sums]

@@ -110,12 +110,17 @@ class Decoder(nnx.Module):
         whose output waits in the host's memory.
       adapters: the names of the loaded adapters; an adapter's place here is its slot (None: a slot that is free).
       origin: where its weights came from.
+      documents: what a training or evaluation step knows of its batches: at most so many documents in a row, numbered
+        from 1 with the padding behind, which `attend` may use; None: not known.
+      groups: G, into how many equal groups of consecutive rows a batch falls, each with a loss of its own.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | None, dtype: Any = jnp.float32, remat: str = "none"):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         self.adapters: tuple[str | None, ...] = ()
         self.origin = Origin()
+        self.documents: int | None = None
+        self.groups = 1
         self.embed_tokens = Embed(config.vocab_size, config.embed_dim, rngs=rngs)
         self.layers = DecoderLayer(config, layers=config.num_layers, rngs=rngs)
         self.norm = RMSNorm((config.embed_dim,), ("embed",), config.norm_eps, style=config.norm_style, rngs=rngs)
@@ -169,12 +174,8 @@ class Decoder(nnx.Module):
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        documents: int | None = None,
     ) -> tuple[jax.Array, Stats | None]:
-        """`hidden`, and the sums of all layers' routers for `moe.load_balancing_loss` (None for a dense model).
-
-        `documents`: at most so many in a row, numbered from 1 with the padding behind, which `attend` may use.
-        """
+        """`hidden`, and the sums of all layers' routers for `moe.load_balancing_loss` (None for a dense model)."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         if segment_ids is None:
@@ -184,7 +185,7 @@ class Decoder(nnx.Module):
             "k_positions": positions,
             "q_segments": segment_ids,
             "k_segments": segment_ids,
-            "documents": documents,
+            "documents": self.documents,
         }
         lengths = _document_lengths(positions, segment_ids) if self._needs_lengths else None
         with exact_float32(self.dtype):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from specjax import build, sharding
@@ -15,17 +15,17 @@ from specjax.config import check_length
 from specjax.data.loader import COLUMNS
 from specjax.errors import keys
 from specjax.hf import load as hf_load
-from specjax.models import ModelConfig
+from specjax.models import Decoder
 from specjax.train import step as steps_lib
 
 
 @dataclasses.dataclass
 class Job:
-    """What a step takes: `jax.ShapeDtypeStruct` with shardings, by dotted path, and the program before compilation.
+    """What a step takes: `jax.ShapeDtypeStruct` with shardings, by path, and the program before compilation.
 
     Attributes:
       mesh: of the target's devices.
-      model: the sizes.
+      model: abstract.
       trainable: float32.
       opt_state: the optimizer's.
       frozen: in the compute dtype.
@@ -35,7 +35,7 @@ class Job:
     """
 
     mesh: Mesh
-    model: ModelConfig
+    model: Decoder
     trainable: Any
     opt_state: Any
     frozen: Any
@@ -66,20 +66,20 @@ def make(config: ConfigDict, devices: list[Any]) -> Job:
     place = NamedSharding(mesh, sharding.partition_spec((None, "batch", "length")))
     batch = {name: jax.ShapeDtypeStruct(rows, jnp.dtype(dtype), sharding=place) for name, dtype in COLUMNS.items()}
     step = steps_lib.make_train_step(graph, optimizer, seed=config.seed)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        lowered = steps_lib.lower(step, trainable, opt_state, frozen, batch)
+        lowered = steps_lib.lower(step, steps_lib.TrainState(trainable, opt_state, count), frozen, batch)
     options = steps_lib.compiler_options(devices[0].platform, model.dtype, sizes.num_experts)
-    return Job(mesh, model.config, trainable, opt_state, frozen, batch, lowered, options)
+    return Job(mesh, model, trainable, opt_state, frozen, batch, lowered, options)
 
 
-def _placed(state: Any, mesh: Mesh, dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The leaves by dotted path, with their shardings."""
+def _placed(state: Any, mesh: Mesh, dtype: Any = None) -> dict[Any, Any]:
+    """The leaves by path, `jax.ShapeDtypeStruct` with their shardings."""
     found = {}
     for path, leaf in nnx.to_flat_state(state):
-        name = sharding.path_name(path)
         axes = leaf.get_metadata("axes") if isinstance(leaf, nnx.Param) else (None,) * len(leaf.shape)
-        place = sharding.named_sharding(mesh, axes, leaf.shape, name)
-        found[name] = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=place)
+        place = sharding.named_sharding(mesh, axes, leaf.shape, sharding.path_name(path))
+        found[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or leaf.dtype), sharding=place)
     return found
 
 

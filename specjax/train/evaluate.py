@@ -1,42 +1,48 @@
-"""Loss, perplexity and token accuracy on a data set, weighted by tokens."""
+"""What an objective is on a data set: its pairs added up over all batches, and divided once."""
 
-import math
 from typing import Any
 
 from jax.sharding import Mesh
 
 from specjax import sharding
+from specjax.train.objective import Objective, next_token
 from specjax.train.step import Params
 
 
 def evaluate(
-    eval_step: Any, trainable: Params, frozen: Params, data: Any, mesh: Mesh | None, *, batches: int = 0
+    eval_step: Any,
+    trainable: Params,
+    frozen: Params,
+    data: Any,
+    mesh: Mesh | None,
+    *,
+    objective: Objective = next_token,
+    batches: int = 0,
 ) -> dict[str, float]:
     """Runs an evaluation step over a data set.
 
     Args:
-      eval_step: compiled `step.make_eval_step`.
+      eval_step: compiled `step.make_eval_step` of the objective.
       trainable: parameters that train.
       frozen: the others.
       data: a `specjax.data.Data`; every row once.
       mesh: where the batches go.
+      objective: the step's.
       batches: at most this many; 0: all.
 
     Returns:
-      `loss` (nats a token), `perplexity`, `accuracy`, `tokens` (loss tokens seen).
+      Each pair of the objective divided, what it derives of them (`next_token`: `perplexity`), and under the name of
+      what it counts the loss's denominator (`next_token`: `tokens`).
     """
     sums = []
     held = sharding.held_rows(mesh, data.batch_size)
     for number, batch in enumerate(data.once(held)):
         if batches and number == batches:
             break
-        sums.append(eval_step(trainable, frozen, sharding.put_batch(batch, mesh, data.batch_size)))
+        read = {name: batch[name] for name in objective.columns}
+        sums.append(eval_step(trainable, frozen, sharding.put_batch(read, mesh, data.batch_size)))
     # Read after the last is under way: the device never waits for the host.
-    total = {name: sum(float(part[name]) for part in sums) for name in ("nll", "correct", "count")}
-    loss = total["nll"] / max(total["count"], 1.0)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "accuracy": total["correct"] / max(total["count"], 1.0),
-        "tokens": int(total["count"]),
-    }
+    names = sums[0] if sums else ()
+    total = {name: [sum(float(part[name][i].sum()) for part in sums) for i in (0, 1)] for name in names}
+    means = {name: value / (of or 1.0) for name, (value, of) in total.items()}
+    return means | objective.derived(means) | {objective.counts: int(total["loss"][1])}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 from rich.console import Console
@@ -16,18 +17,21 @@ from rich.console import Console
 from specjax.errors import UserError
 from specjax.models import Decoder
 from specjax.train.metrics import Log
-from specjax.train.optim import Optimizer
+from specjax.train.objective import Objective, next_token
+from specjax.train.optim import as_optimizer
 from specjax.train.profile import Profile
-from specjax.train.state import Result, Run
+from specjax.train.result import Result
+from specjax.train.session import Session
 
 
 def fit(
     model: Decoder,
     data: Any,
-    optimizer: Optimizer,
+    optimizer: optax.GradientTransformation,
     *,
     steps: int,
     trainable: Any = nnx.Param,
+    objective: Objective = next_token,
     workdir: str | Path | None = None,
     accumulate: int = 1,
     eval_data: Mapping[str, Any] | None = None,
@@ -49,9 +53,10 @@ def fit(
     Args:
       model: its trained parameters become float32 masters; the others are not touched.
       data: a `specjax.data.Data`; step s trains on `data.batch(s)`.
-      optimizer: see `specjax.adamw`.
+      optimizer: `specjax.adamw`, `specjax.lion`, or any optax rule (see `specjax.optimizer`).
       steps: optimizer steps in all.
       trainable: `specjax.ALL` or `specjax.LORA`, or any NNX filter: one for gradients, optimizer and checkpoint.
+      objective: what is minimised, see `specjax.Objective`; `specjax.next_token` unless another is given.
       workdir: where checkpoints and logs go; None: nowhere.
       accumulate: micro-batches a step; their gradients add up exactly.
       eval_data: sets by name, evaluated before the first step, every `eval_every` steps and at the end.
@@ -72,14 +77,26 @@ def fit(
       What was done.
 
     Raises:
-      UserError: the filter selects nothing, the batch does not divide, the loss is not finite, a checkpoint of another
-        base or other data lies in the workdir, or the disk is full.
+      UserError: the filter selects nothing, the batch does not divide, the data lacks a column of the objective, the
+        loss, a gradient or a weight is not finite (the model keeps the last good weights), a checkpoint of another base
+        or other data lies in the workdir, or the disk is full.
     """
-    eval_data = dict(eval_data or {})
+    objective, sets = objective.prepare(objective, model, trainable, {"": data, **(eval_data or {})})
+    data, eval_data = sets.pop(""), sets
     best = best or next(iter(eval_data), "")
     with (
         _stop_signal() as stop,
-        Run(model, data, optimizer, trainable, workdir, accumulate, seed) as run,
+        Session(
+            model,
+            data,
+            as_optimizer(optimizer),
+            objective,
+            trainable=trainable,
+            eval_data=eval_data,
+            workdir=workdir,
+            accumulate=accumulate,
+            seed=seed,
+        ) as run,
         ExitStack() as stack,
     ):
         result, start = run.result, run.restore()
@@ -95,18 +112,16 @@ def fit(
         def evaluate_all(step: int) -> float | None:
             if not eval_data:
                 return None
-            with run.paused():
+            with run.clock.paused():
                 result.evals = {name: run.evaluate(rows, eval_batches) for name, rows in eval_data.items()}
-                log.evaluate(step, {f"eval/{n}/{k}": v for n, found in result.evals.items() for k, v in found.items()})
+                log.evaluate(step, {f"eval/{n}/{k}": v for n, means in result.evals.items() for k, v in means.items()})
                 for prompt, text in sample(run.model()) if sample else ():
                     log.sample(step, prompt, text)
             loss = result.evals[best]["loss"]
             if not math.isfinite(loss):
-                raise UserError(
-                    f"step {step}: the loss on {best!r} is {loss}; {run.last_good()}: lower the learning rate."
-                )
-            run.bad_evals = 0 if loss < run.best_loss else run.bad_evals + 1
-            run.best_loss = min(loss, run.best_loss)
+                why = "lower the learning rate" if step else "look at the model's weights and at that data"
+                raise UserError(f"step {step}: the loss on {best!r} is {loss}; {run.last_good()}: {why}.")
+            run.selection = run.selection.after(loss)
             return loss
 
         if start == 0:
@@ -114,7 +129,7 @@ def fit(
             result.first_evals = result.evals
         pending: tuple[int, dict[str, Any]] | None = None
         for step in range(start, steps):
-            if patience and run.bad_evals >= patience:
+            if patience and run.selection.worse >= patience:
                 result.stopped = "patience"
                 log.note(f"stopped at step {step}: {patience} evaluations without a better loss on {best!r}")
                 break
@@ -125,7 +140,7 @@ def fit(
             # Metrics are read one step late, so that the device always has work queued.
             if pending:
                 _report(log, *pending, log_every, steps, run)
-            if step == start and (formula := run.formula()):
+            if step == start and (formula := run.clock.formula()):
                 log.note(formula)
             done, pending = step + 1, (step + 1, metrics)
             evals = bool(eval_data) and (done == steps or bool(eval_every and done % eval_every == 0))
@@ -133,26 +148,35 @@ def fit(
             if evals or done == steps or stopping or (save_every and done % save_every == 0):
                 _report(log, *pending, log_every, steps, run)
                 pending = None
+                run.check_weights(done)
                 loss = evaluate_all(done) if evals else None
                 run.save(done, loss)
             if stopping and done < steps:
                 result.stopped = "signal"
                 log.note(f"stopped by a signal at step {done}: the checkpoint is saved, call again to go on")
                 break
+        result.seconds = run.clock.seconds
     return result
 
 
-def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int, run: "Run") -> None:
+def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int, run: Session) -> None:
     """Reads a step's metrics, refuses a loss that is not finite, logs every so many."""
-    loss = float(metrics["loss"])
-    if not math.isfinite(loss) or not math.isfinite(float(metrics["grad_norm"])):
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(
-            f"step {step}: the loss is {loss} and the gradient norm {float(metrics['grad_norm'])}; {run.last_good()}: "
-            "lower the learning rate or look at the data of this step."
+            f"step {step}: the loss is {loss} and the gradient norm {norm}, on the rows {_listed(run.data, step - 1)} "
+            f"of the packed data; {run.weights()}, and {run.last_good()}: "
+            + ("lower the learning rate or look at" if step > 1 else "look at the model's weights and at")
+            + " the data of this step."
         )
     if step % every == 0 or step == 1 or step == steps:
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
-        log.train(step, numbers | run.speed(metrics["tokens"]))
+        log.train(step, numbers | run.clock.window(metrics["tokens"]))
+
+
+def _listed(data: Any, step: int, most: int = 16) -> str:
+    rows = sorted(data.row_ids(step).tolist())
+    return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")
 
 
 @contextmanager

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from specjax.errors import UserError
+
 KINDS = ("float32", "bfloat16", "8bit")
 BLOCK = 256  # numbers with a scale of their own, along the last axis; bitsandbytes' size
 SMALL = 4096  # an array of fewer numbers stays float32, as in bitsandbytes
@@ -34,14 +36,24 @@ class Packed(NamedTuple):
 
 
 def store(rule: optax.GradientTransformation, kind: str) -> optax.GradientTransformation:
-    """The rule with its moments stored as `kind`, one of `KINDS`."""
+    """The rule with its moments stored as `kind`, one of `KINDS`.
+
+    Raises:
+      UserError: from `init`, where the rule keeps large arrays that are no moments of Adam or Lion.
+    """
     if kind == "float32":
         return rule
     packed = _pack8 if kind == "8bit" else _round_bfloat16
 
     def init(params: Any) -> Any:
-        shapes = jax.eval_shape(lambda: _stored(rule.init(params), packed))
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)  # as all rules begin
+        state = rule.init(params)
+        _check(state, kind)
+        shapes = jax.eval_shape(lambda: _stored(state, packed))
+
+        def empty(one: Any, shape: Any) -> Any:  # all moments begin at zero
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape) if _is_state(one) else one
+
+        return jax.tree.map(empty, state, shapes, is_leaf=_is_state)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = rule.update(gradients, _restored(state), params)
@@ -50,25 +62,49 @@ def store(rule: optax.GradientTransformation, kind: str) -> optax.GradientTransf
     return optax.GradientTransformation(init, update)
 
 
+def _is_state(one: Any) -> bool:
+    return isinstance(one, _STATES)
+
+
+def _check(state: Any, kind: str) -> None:
+    """Raises `UserError` where a rule has no moments, or where large arrays of another kind would stay float32."""
+    parts = jax.tree.leaves(state, is_leaf=_is_state)
+    others = [part for part in parts if not _is_state(part) and part.size >= SMALL]
+    if others or not any(map(_is_state, parts)):
+        raise UserError(
+            f"moments {kind!r} are of rules that keep Adam's or Lion's moments, and this one keeps others: "
+            "leave moments at 'float32'."
+        )
+
+
 def _stored(state: Any, pack: Any) -> Any:
     """The moments of every part of an optax state packed, each with a draw of its own."""
 
     def part(one: Any) -> Any:
-        if not isinstance(one, _STATES):
+        if not _is_state(one):
             return one
         step = one.count.astype(jnp.uint32)
         moments = {"mu": one.mu} | ({"nu": one.nu} if hasattr(one, "nu") else {})
 
-        def leaf(name: str, path: str, value: jax.Array) -> Any:
+        def leaf(name: str, path: Any, value: jax.Array) -> Any:
             if value.size < SMALL:
                 return value
-            draw = _noise(value.shape, _mixed(step) ^ jnp.uint32(zlib.crc32(f"{name} {path}".encode())))
+            draw = _noise(value.shape, _mixed(step) ^ jnp.uint32(zlib.crc32(f"{name} {_dotted(path)}".encode())))
             return pack(value, draw, signed=name == "mu")
 
-        packed = {name: {path: leaf(name, path, x) for path, x in tree.items()} for name, tree in moments.items()}
+        packed = {
+            name: jax.tree.map_with_path(lambda path, x, name=name: leaf(name, path, x), tree)
+            for name, tree in moments.items()
+        }
         return one._replace(**packed)
 
-    return jax.tree.map(part, state, is_leaf=lambda one: isinstance(one, _STATES))
+    return jax.tree.map(part, state, is_leaf=_is_state)
+
+
+def _dotted(path: Any) -> str:
+    """The seed of a parameter's draws: its path, whether that is one tuple or keys within keys."""
+    keys = [getattr(key, "key", key) for key in path]
+    return ".".join(str(part) for key in keys for part in (key if isinstance(key, tuple) else (key,)))
 
 
 def _restored(state: Any) -> Any:

@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules, by optax; what does not decay, and the clip."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,80 @@ from specjax.train import moments as moments_lib
 SCHEDULES = ("cosine", "linear", "constant")
 
 
-class Optimizer(NamedTuple):
-    """An optax transformation that also tells the learning rate at a step (for the log), and the clip before it.
+class Optimizer(optax.GradientTransformation):
+    """An optax transformation that a training step knows more of.
 
     The step clips, not the transformation: the clip and the mean over tokens are then one factor, applied where a
-    gradient is used, and no scaled copy of all gradients is in memory. With `offload` the state waits in the host's
-    memory between two steps (on TPU and GPU).
+    gradient is used, no scaled copy of all gradients is in memory, and each group of rows is clipped by its own norm.
+
+    Attributes:
+      learning_rate: step -> rate, for the log; None where it is not known.
+      clip_norm: gradients are scaled down to this norm; 0: off.
+      offload: the state waits in the host's memory between two steps (on TPU and GPU).
     """
 
-    init: Callable[..., Any]
-    update: Callable[..., Any]
-    learning_rate: Callable[[Any], Any]
-    clip_norm: float = 0.0
-    offload: bool = False
+    learning_rate: Callable[[Any], Any] | None
+    clip_norm: float
+    offload: bool
+
+    def __new__(
+        cls,
+        rule: optax.GradientTransformation,
+        *,
+        learning_rate: float | optax.Schedule | None = None,
+        clip_norm: float = 0.0,
+        offload: bool = False,
+    ) -> "Optimizer":
+        """See `optimizer`."""
+        made = super().__new__(cls, rule.init, rule.update)
+        known = learning_rate is None or callable(learning_rate)
+        made.learning_rate = learning_rate if known else optax.constant_schedule(learning_rate)
+        made.clip_norm, made.offload = clip_norm, offload
+        return made
 
     def factor(self, norm: jax.Array) -> jax.Array:
-        """What gradients of this global norm are multiplied by, to have the norm `clip_norm` at most (0: any)."""
+        """What gradients of this norm are multiplied by, to have the norm `clip_norm` at most (0: any)."""
         return jnp.where(norm < self.clip_norm, 1.0, self.clip_norm / norm) if self.clip_norm else jnp.ones_like(norm)
+
+
+def optimizer(
+    rule: optax.GradientTransformation,
+    *,
+    learning_rate: float | optax.Schedule | None = None,
+    clip_norm: float = 0.0,
+    moments: str = "float32",
+    offload: bool = False,
+) -> Optimizer:
+    """Any optax rule with what `adamw` has beside its rule; `fit` takes a bare rule too.
+
+    Args:
+      rule: any `optax.GradientTransformation`, its learning rate in it.
+      learning_rate: that very rate, a number or a function of the step: it is logged, and changes nothing.
+      clip_norm: the gradient is scaled down to this global norm before the rule sees it; 0: off.
+      moments: how they are stored between two steps, see `moments.KINDS`; of rules with Adam's or Lion's moments.
+      offload: keep the rule's state in the host's memory between two steps.
+
+    Raises:
+      UserError: no such kind of moments; from `init`, a rule with moments of another kind than Adam's or Lion's.
+    """
+    if moments not in moments_lib.KINDS:
+        offered = ", ".join(moments_lib.KINDS)
+        raise UserError(f"moments {moments!r}: choose one of {offered}.{nearest(moments, moments_lib.KINDS)}")
+    rule = moments_lib.store(rule, moments)
+    return Optimizer(rule, learning_rate=learning_rate, clip_norm=clip_norm, offload=offload)
+
+
+def as_optimizer(rule: optax.GradientTransformation) -> Optimizer:
+    """The rule as it is where it is an `Optimizer`, else with nothing beside it.
+
+    Raises:
+      UserError: it is no optax rule.
+    """
+    if isinstance(rule, Optimizer):
+        return rule
+    if not (callable(getattr(rule, "init", None)) and callable(getattr(rule, "update", None))):
+        raise UserError(f"optimizer {rule!r}: give an optax rule, such as specjax.adamw(1e-4) or optax.lion(1e-5).")
+    return Optimizer(rule)
 
 
 def schedule(
@@ -63,9 +120,17 @@ def schedule(
     return rate
 
 
-def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
-    """Weight decay's mask by dotted path: matrices and LoRA factors decay, norm scales and biases do not."""
-    return {path: path.rsplit(".", 1)[-1] not in ("scale", "bias") for path in params}
+def decays(params: Any) -> Any:
+    """Weight decay's mask, a tree like `params`: matrices and LoRA factors decay, norm scales and biases do not.
+
+    They are told by the parameter's own name, the last of its path.
+    """
+
+    def decays_at(path: tuple[Any, ...], _: Any) -> bool:
+        key = getattr(path[-1], "key", getattr(path[-1], "name", None))
+        return (key[-1] if isinstance(key, tuple) else key) not in ("scale", "bias")
+
+    return jax.tree.map_with_path(decays_at, params)
 
 
 def adamw(
@@ -95,7 +160,7 @@ def adamw(
       UserError: no such kind of moments.
     """
     rule = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
-    return _finish(rule, learning_rate, clip_norm, moments, offload)
+    return optimizer(rule, learning_rate=learning_rate, clip_norm=clip_norm, moments=moments, offload=offload)
 
 
 def lion(
@@ -113,15 +178,4 @@ def lion(
     The arguments are `adamw`'s.
     """
     rule = optax.lion(learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decays)
-    return _finish(rule, learning_rate, clip_norm, moments, offload)
-
-
-def _finish(
-    rule: optax.GradientTransformation, learning_rate: Any, clip_norm: float, moments: str, offload: bool
-) -> Optimizer:
-    if moments not in moments_lib.KINDS:
-        offered = ", ".join(moments_lib.KINDS)
-        raise UserError(f"moments {moments!r}: choose one of {offered}.{nearest(moments, moments_lib.KINDS)}")
-    rule = moments_lib.store(rule, moments)
-    rate = learning_rate if callable(learning_rate) else optax.constant_schedule(learning_rate)
-    return Optimizer(rule.init, rule.update, rate, clip_norm, offload)
+    return optimizer(rule, learning_rate=learning_rate, clip_norm=clip_norm, moments=moments, offload=offload)

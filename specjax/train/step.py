@@ -1,9 +1,11 @@
 """One training step and one evaluation step: pure functions, compiled once.
 
-The trainable filter has already split the parameters: `trainable` is differentiated, updated and donated; `frozen` is
-an argument like the batch, with no gradient and no optimizer state.
+The trainable filter has already split the parameters: what trains is part of the state, which is differentiated,
+updated and donated; `frozen` is an argument like the batch, with no gradient and no optimizer state. The objective says
+what is minimised.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +20,27 @@ from specjax import sharding
 from specjax.errors import UserError, argument
 from specjax.models import Decoder
 from specjax.models.products import exact_float32
-from specjax.train.losses import token_sums
+from specjax.train.objective import Batch, Objective, Sums, next_token
 from specjax.train.optim import Optimizer
 
-Params = dict[str, jax.Array]  # by dotted path
-Batch = dict[str, jax.Array]
+Path = tuple[Any, ...]  # of a parameter, as NNX has it
+Params = dict[Path, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes, one pytree.
+
+    Attributes:
+      trainable: what trains, by path, float32.
+      opt_state: the optimizer's.
+      step: updates done, an int32 scalar.
+    """
+
+    trainable: Params
+    opt_state: Any
+    step: jax.Array
 
 
 def split(model: Decoder, trainable: Any) -> tuple[Any, Params, Params]:
@@ -33,74 +51,146 @@ def split(model: Decoder, trainable: Any) -> tuple[Any, Params, Params]:
 
 def merge(graph: Any, *params: Params) -> Decoder:
     """The inverse of `split`."""
-    leaves = [(tuple(path.split(".")), value) for part in params for path, value in part.items()]
-    return nnx.merge(graph, nnx.from_flat_state(leaves))
+    return nnx.merge(graph, nnx.from_flat_state([leaf for part in params for leaf in part.items()]))
+
+
+def write_back(model: nnx.Module, params: Params) -> None:
+    """Puts parameters into a model at their paths."""
+    nnx.update(model, nnx.from_flat_state(list(params.items())))
 
 
 def _flat(state: Any) -> Params:
-    return {sharding.path_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    return {path: leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def begin(optimizer: Optimizer, trainable: Params, step: int = 0) -> TrainState:
+    """The state before the first step."""
+    return TrainState(trainable, optimizer.init(trainable), jnp.asarray(step, jnp.int32))
 
 
 def make_train_step(
-    graph: Any, optimizer: Optimizer, *, seed: int = 0, documents: int | None = None
-) -> Callable[..., Any]:
-    """The function (trainable, opt_state, frozen, batch, step) -> (trainable, opt_state, metrics), to be compiled.
+    graph: Any,
+    optimizer: Optimizer,
+    objective: Objective = next_token,
+    *,
+    seed: int = 0,
+    documents: int | None = None,
+) -> Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """The function (state, frozen, batch, number) -> (state, metrics), to be compiled.
 
-    The batch is [k,b,T]: k micro-batches whose gradients of the summed loss are added and divided once by the loss
-    tokens of all, so that k micro-batches of b rows equal one batch of k*b. `documents`: at most so many in a row.
+    The batch is [k,b,T]: k micro-batches whose gradients of the summed loss are added and divided once by the loss's
+    denominator, so that k micro-batches of b rows equal one batch of k*b. `number` is that of the step whose batch it
+    is. Where the loss or the gradient's norm is not finite, the state comes out as it went in, and so it does from
+    every later step: `state.step` is then behind `number`.
 
-    Metrics are float32 scalars: `loss` (nats a loss token), `loss_tokens`, `accuracy`, `grad_norm` (before the clip),
-    `lr`; of a mixture of experts also `router_loss`, which is not part of `loss` and trains times `router_aux_coef`.
+    Metrics are float32 scalars ([G] where the rows are of several groups): each pair of the objective divided,
+    `loss_<counts>` (the loss's denominator), `grad_norm` (before the clip), and `lr` where the optimizer knows it.
+
+    Args:
+      graph: of `split`.
+      optimizer: see `optim`.
+      objective: what is minimised.
+      seed: of LoRA's dropout.
+      documents: at most so many in a row, where that is known.
     """
 
     def train_step(
-        trainable: Params, opt_state: Any, frozen: Params, batch: Batch, step: jax.Array
-    ) -> tuple[Params, Any, Batch]:
-        base_key = jax.random.fold_in(jax.random.key(seed), step)
-        model = merge(graph, trainable, frozen)
-        config = model.config
+        state: TrainState, frozen: Params, batch: Batch, number: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        trainable, opt_state = state.trainable, state.opt_state
+        model = _model(graph, documents, trainable, frozen)
 
-        def loss(trainable: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
-            sums = token_sums(merge(graph, trainable, frozen), micro, key, documents)
-            return sums["nll"] + config.router_aux_coef * sums["router"] if config.router_aux_coef else sums[
-                "nll"
-            ], sums
+        def loss(trainable: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+            sums = objective(_model(graph, documents, trainable, frozen), micro, key)
+            return jnp.sum(sums["loss"][0]), sums
 
-        def gradient(*given: Any) -> tuple[Any, Any]:
+        def gradient(*given: Any) -> tuple[Params, Sums]:
             with exact_float32(model.dtype):  # those of the backward pass too
-                return jax.grad(loss, has_aux=True)(*given)
+                grads, sums = jax.grad(loss, has_aux=True)(*given)
+            return grads, sums
 
-        def accumulate(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-            grads, sums = gradient(trainable, *micro)
-            return jax.tree.map(jnp.add, total, (grads, sums)), None
-
-        parts = batch["tokens"].shape[0]
-        keys = jax.random.split(base_key, parts)
-        if parts == 1:
-            grads, sums = gradient(trainable, jax.tree.map(lambda x: x[0], batch), keys[0])
-        else:
-            zeros = jax.tree.map(jnp.zeros_like, trainable)
-            start = (zeros, dict.fromkeys(("nll", "correct", "count", "router"), jnp.zeros((), jnp.float32)))
-            (grads, sums), _ = jax.lax.scan(accumulate, start, (batch, keys))
-        count = jnp.maximum(sums["count"], 1.0)
-        norm = optax.tree.norm(grads) / count
-        factor = optimizer.factor(norm) / count
-        grads = jax.tree.map(lambda g: g * factor, grads)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, sums = _accumulated(gradient, trainable, batch, key)
+        count = _count(sums["loss"][1])
+        groups = _Groups(model, trainable, count.shape[0])
+        norm = groups.norm(grads) / count
+        means = {name: total / _count(of) for name, (total, of) in sums.items()}
+        good = jnp.all(jnp.isfinite(means["loss"]) & jnp.isfinite(norm)) & (state.step == number)
+        grads = groups.times(grads, optimizer.factor(norm) / count)
         if optimizer.offload:
             opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
-        updates, opt_state = optimizer.update(grads, opt_state, trainable)
-        metrics = {
-            "loss": sums["nll"] / count,
-            "loss_tokens": sums["count"],
-            "accuracy": sums["correct"] / count,
-            "grad_norm": norm,
-            "lr": jnp.asarray(optimizer.learning_rate(step), jnp.float32),
-        }
-        if config.num_experts:
-            metrics["router_loss"] = sums["router"] / count
-        return optax.apply_updates(trainable, updates), opt_state, metrics
+        updates, moved = optimizer.update(grads, opt_state, trainable)
+        changed = TrainState(optax.apply_updates(trainable, updates), moved, state.step + 1)
+        before = TrainState(trainable, opt_state, state.step)
+        metrics = means | {f"loss_{objective.counts}": sums["loss"][1], "grad_norm": norm}
+        if count.shape[0] == 1:
+            metrics = {name: value[0] for name, value in metrics.items()}
+        if optimizer.learning_rate is not None:
+            metrics["lr"] = jnp.asarray(optimizer.learning_rate(state.step), jnp.float32)
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, before), metrics
 
     return train_step
+
+
+def _model(graph: Any, documents: int | None, *params: Params) -> Decoder:
+    model = merge(graph, *params)
+    model.documents = documents
+    return model
+
+
+def _count(of: jax.Array) -> jax.Array:
+    """A denominator, 1 where nothing was counted."""
+    return jnp.where(of > 0, of, 1.0)
+
+
+def _accumulated(gradient: Callable[..., Any], trainable: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
+    """Gradients and sums of all micro-batches, added."""
+    parts = next(iter(batch.values())).shape[0]
+    keys = jax.random.split(key, parts)
+    if parts == 1:
+        grads, sums = gradient(trainable, jax.tree.map(lambda x: x[0], batch), keys[0])
+        return grads, sums
+
+    def add(total: Any, micro: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(trainable, *micro)), None
+
+    first = jax.tree.map(lambda x: x[0], (batch, keys))
+    shapes = jax.eval_shape(lambda *micro: gradient(trainable, *micro)[1], *first)
+    start = (jax.tree.map(jnp.zeros_like, trainable), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    (grads, sums), _ = jax.lax.scan(add, start, (batch, keys))
+    return grads, sums
+
+
+class _Groups:
+    """Norms and factors of gradients by group of rows: with one group all parameters are its own.
+
+    With G groups, what trains has an axis `adapter` of size G, along which group g has its own slice.
+    """
+
+    def __init__(self, model: Decoder, trainable: Params, count: int):
+        self.count, self.axes = count, dict[Path, int]()
+        if count == 1:
+            return
+        for path, leaf in nnx.to_flat_state(nnx.state(model)):
+            if path in trainable:
+                axes = leaf.get_metadata("axes")
+                if "adapter" not in axes or leaf.shape[axes.index("adapter")] != count:
+                    raise ValueError(f"{path} has no axis 'adapter' of {count} groups: all groups would train it.")
+                self.axes[path] = axes.index("adapter")
+
+    def norm(self, grads: Params) -> jax.Array:
+        """float32 [G]."""
+        if self.count == 1:
+            return optax.tree.norm(grads)[None]
+        others = {path: tuple(i for i in range(g.ndim) if i != self.axes[path]) for path, g in grads.items()}
+        return jnp.sqrt(sum(jnp.sum(jnp.square(g), axis=others[path]) for path, g in grads.items()))
+
+    def times(self, grads: Params, factor: jax.Array) -> Params:
+        """Each group's gradients times its factor, [G]."""
+        if self.count == 1:
+            return jax.tree.map(lambda g: g * factor[0], grads)
+        along = {path: (-1, *(1,) * (g.ndim - self.axes[path] - 1)) for path, g in grads.items()}
+        return {path: g * jnp.broadcast_to(factor.reshape(along[path]), g.shape) for path, g in grads.items()}
 
 
 def opt_shardings(optimizer: Optimizer, trainable: Any, mesh: Mesh | None) -> Any:
@@ -138,14 +228,14 @@ def check_host_memory(platform: str, remat: str, optimizer: Optimizer) -> None:
     raise UserError(f"{asked}: a CPU has no memory apart from the host's; leave it out, or use a TPU or GPU.")
 
 
-def lower(train_step: Callable[..., Any], trainable: Any, opt_state: Any, frozen: Any, batch: Any) -> Any:
+def lower(train_step: Callable[..., Any], state: TrainState, frozen: Any, batch: Any) -> Any:
     """The step for these arguments (arrays, or shapes with shardings), before it is compiled.
 
-    What is replaced is donated, and comes out where it lay. Under a mesh, call it with that mesh set.
+    The state is donated, and comes out where it lay. Under a mesh, call it with that mesh set.
     """
-    kept = [jax.tree.map(lambda x: x.sharding, tree) for tree in (trainable, opt_state)]
-    jitted = jax.jit(train_step, donate_argnums=(0, 1), out_shardings=(*kept, None))
-    return jitted.lower(trainable, opt_state, frozen, batch, jax.ShapeDtypeStruct((), np.int32))
+    kept = jax.tree.map(lambda x: x.sharding, state)
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(kept, None))
+    return jitted.lower(state, frozen, batch, jax.ShapeDtypeStruct((), np.int32))
 
 
 def compiler_options(platform: str, dtype: Any, experts: int = 0) -> dict[str, Any]:
@@ -164,10 +254,18 @@ def compiler_options(platform: str, dtype: Any, experts: int = 0) -> dict[str, A
     return {}
 
 
-def make_eval_step(graph: Any) -> Callable[..., dict[str, jax.Array]]:
-    """The function (trainable, frozen, batch [B,T]) -> the sums of `losses.token_sums`, to be compiled."""
+def make_eval_step(
+    graph: Any, objective: Objective = next_token, *, documents: int | None = None
+) -> Callable[[Params, Params, Batch], Sums]:
+    """The function (trainable, frozen, batch [B,T]) -> the objective's sums, to be compiled."""
 
-    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> dict[str, jax.Array]:
-        return token_sums(merge(graph, trainable, frozen), batch)
+    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
+        return objective(_model(graph, documents, trainable, frozen), batch, None)
 
     return eval_step
+
+
+@jax.jit
+def all_finite(params: Params) -> jax.Array:
+    """Whether all numbers are finite: bool scalar."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(value)) for value in params.values()]))

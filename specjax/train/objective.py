@@ -1,0 +1,168 @@
+"""What is minimised: an objective is a value, which a training step and an evaluation are given.
+
+It names the batch's columns that it reads, and makes of a batch named pairs (sum, denominator), so that micro-batches,
+devices and evaluation batches add up exactly and are divided once. The pair `loss` is minimised.
+
+`next_token` is the objective unless another is given. Its loss is a sum, so the gradient of a chunk's hidden states is
+known as soon as its logits are: the forward pass makes it there (Hsu et al. 2024, Liger Kernel, arXiv:2410.10989), and
+no logits are made a second time. Other objectives are written from `logprobs.token_logprobs`.
+
+B batch, T length, C chunk, D embed, V vocab, G groups of rows.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from specjax.models import Decoder
+from specjax.models.products import exact_float32
+from specjax.train import chunks
+from specjax.train.chunks import Layout
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, denominator), float32 [G] each
+
+TOKENS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
+
+
+def _nothing_more(means: Mapping[str, float]) -> dict[str, float]:
+    return {}
+
+
+def _as_given(objective: "Objective", model: Decoder, trainable: Any, sets: Mapping[str, Any]) -> Any:
+    return objective, dict(sets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run minimises.
+
+    Attributes:
+      name: what it is called.
+      columns: the batch's columns that it reads.
+      sums: (model, batch, key) -> name -> (sum, denominator), float32 [G]: `by_group` makes them of [B,T] or [B]
+        arrays. `loss` is minimised; the others are reported beside it. A denominator depends on no parameter. `key` is
+        of LoRA's dropout, None in an evaluation.
+      counts: what the denominator of `loss` counts, such as "tokens": logged as `loss_<counts>`, and by an evaluation
+        as `<counts>`.
+      derived: the means of an evaluation -> further numbers of it.
+      prepare: (objective, model, trainable filter, data sets by name) -> (objective, data sets), called once before
+        training: what needs the model as it was then.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    sums: Callable[[Decoder, Batch, jax.Array | None], Sums]
+    counts: str = "tokens"
+    derived: Callable[[Mapping[str, float]], dict[str, float]] = _nothing_more
+    prepare: Callable[["Objective", Decoder, Any, Mapping[str, Any]], tuple["Objective", dict[str, Any]]] = _as_given
+
+    def __call__(self, model: Decoder, batch: Batch, key: jax.Array | None = None) -> Sums:
+        """The sums of one batch."""
+        return self.sums(model, batch, key)
+
+
+def by_group(model: Decoder, values: jax.Array) -> jax.Array:
+    """Sums [B,...] within each group of rows: float32 [G]. An ordinary run is one group."""
+    grouped = values.astype(jnp.float32).reshape(model.groups, -1, *values.shape[1:])
+    return jnp.sum(grouped, axis=tuple(range(1, grouped.ndim)))
+
+
+def with_router(model: Decoder, loss: jax.Array, router: jax.Array) -> jax.Array:
+    """The loss with a mixture of experts' balancing part in its gradient and not in its value."""
+    coefficient = model.config.router_aux_coef
+    return loss + coefficient * (router - jax.lax.stop_gradient(router)) if coefficient else loss
+
+
+def _next_token(model: Decoder, batch: Batch, key: jax.Array | None = None) -> Sums:
+    hidden, stats = chunks.hidden_of(model, batch, key)
+    layout = chunks.layout_of(model, *batch["targets"].shape)
+    mask = batch["loss_mask"].astype(jnp.float32)
+    table = chunks.table_of(model, layout)
+    if table is None:  # an adapter's factors lie over the output layer: its logits are made again in the backward pass
+        scored = lambda hidden, *rest: _score(layout, chunks.adapted_logits(model, layout, hidden), *rest)  # noqa: E731
+        again = jax.checkpoint(scored, prevent_cse=False)
+        (nll, correct), _ = chunks.over_chunks(
+            layout, lambda *part: (again(*part), None), hidden, batch["targets"], mask
+        )
+    else:
+        with exact_float32(model.dtype):
+            nll, correct = _summed(layout, table, hidden, batch["targets"], mask)
+    count = by_group(model, mask)
+    sums = {"loss": (nll, count), "accuracy": (correct, count)}
+    if stats is not None:
+        # Weighed by the loss tokens, so that the sums of micro-batches weigh it as they weigh their tokens.
+        router = chunks.router_loss(stats) * count
+        sums |= {"loss": (with_router(model, nll, router), count), "router_loss": (router, count)}
+    return sums
+
+
+def _perplexity(means: Mapping[str, float]) -> dict[str, float]:
+    return {"perplexity": math.exp(min(means["loss"], 700.0))}
+
+
+#: Cross-entropy of the next token, in nats per loss token; `accuracy` is the share of targets of highest probability,
+#: `router_loss` a mixture of experts' balancing loss, which trains times `router_aux_coef` and is no part of `loss`.
+next_token = Objective("next_token", TOKENS, _next_token, derived=_perplexity)
+
+
+def _score(layout: Layout, logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 [B,C,V] -> the summed nats, and how many targets are the likeliest, [G] each."""
+    target_logits = chunks.target_logit(logits, targets)
+    nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
+    correct = target_logits >= jnp.max(logits, axis=-1)
+    split = (layout.groups, -1, mask.shape[1])
+    return tuple(jnp.sum((x * mask).reshape(split), axis=(1, 2)) for x in (nll, correct))  # type: ignore[return-value]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(
+    layout: Layout, table: jax.Array, hidden: jax.Array, targets: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`_score` of all tokens: [V,D] and [B,T,D] in the compute dtype, [B,T] twice."""
+
+    def chunk(hidden: jax.Array, *rest: jax.Array) -> tuple[Any, None]:
+        return _score(layout, chunks.finished(layout, chunks.logits_of(layout, table, hidden)), *rest), None
+
+    return chunks.over_chunks(layout, chunk, hidden, targets, mask)[0]
+
+
+def _summed_forward(layout: Layout, table: Any, hidden: Any, targets: Any, mask: Any) -> tuple[Any, Any]:
+    """The sums, and the gradients of the nats by the hidden states and, where it trains, by the table."""
+    weights: jax.Array = table.value
+
+    def chunk(hidden: jax.Array, *rest: jax.Array) -> tuple[Any, jax.Array]:
+        score = lambda logits: _score(layout, chunks.finished(layout, logits), *rest)  # noqa: E731
+        sums: tuple[jax.Array, ...]
+        sums, pull = jax.vjp(score, chunks.logits_of(layout, weights, hidden))
+        (dlogits,) = pull((jnp.ones_like(sums[0]), jnp.zeros_like(sums[1])))
+        dlogits = dlogits.astype(hidden.dtype)  # as in torch, where float32 logits are cast from the compute dtype's
+        dhidden = chunks.hidden_gradient(layout, weights, dlogits)
+        if table.perturbed:
+            sums = (*sums, chunks.table_gradient(layout, dlogits, hidden))
+        return sums, dhidden
+
+    (nll, correct, *dtable), dhidden = chunks.over_chunks(layout, chunk, hidden.value, targets.value, mask.value)
+    return (nll, correct), (dhidden, *dtable)
+
+
+def _summed_backward(layout: Layout, kept: Any, given: Any) -> tuple[Any, ...]:
+    dhidden, *dtable = kept
+    dnll = given[0]
+    if isinstance(dnll, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    if layout.groups == 1:
+        by = lambda x: (x.astype(jnp.float32) * dnll[0]).astype(dhidden.dtype)  # noqa: E731
+        return by(dtable[0]) if dtable else None, by(dhidden), None, None
+    if dtable:
+        raise ValueError("the output layer's table is all groups': it cannot train with several groups of rows.")
+    rows = jnp.repeat(dnll, dhidden.shape[0] // layout.groups)[:, None, None]
+    return None, (dhidden.astype(jnp.float32) * rows).astype(dhidden.dtype), None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)

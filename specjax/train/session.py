@@ -1,0 +1,242 @@
+"""What surrounds the state of a run: devices, the compiled step, the next batch, checkpoints, clocks."""
+
+import time
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from specjax import flops, process, sharding
+from specjax.errors import UserError
+from specjax.models import Decoder
+from specjax.train import step as steps_lib
+from specjax.train.checkpoint import Checkpoints
+from specjax.train.evaluate import evaluate
+from specjax.train.objective import Objective
+from specjax.train.optim import Optimizer
+from specjax.train.result import Result, Selection
+from specjax.train.step import TrainState
+from specjax.train.throughput import Throughput
+
+
+class Session:
+    """One `fit`: the live `TrainState`, and the pool, files and clocks around it; a context manager.
+
+    Attributes:
+      state: the live state.
+      frozen: the parameters that do not train.
+      selection: the best evaluation so far.
+      clock: of training time.
+      result: what was done so far.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        data: Any,
+        optimizer: Optimizer,
+        objective: Objective,
+        *,
+        trainable: Any,
+        eval_data: Mapping[str, Any],
+        workdir: str | Path | None,
+        accumulate: int,
+        seed: int,
+    ):
+        if data.batch_size % accumulate:
+            raise UserError(f"a batch of {data.batch_size} rows does not divide into {accumulate} micro-batches.")
+        self.source, self.data, self.optimizer, self.objective = model, data, optimizer, objective
+        self.accumulate = accumulate
+        self.graph, self._trainable, self.frozen = steps_lib.split(model, trainable)
+        _check_trainable(model, trainable, self._trainable)
+        for name, rows in {"the data": data, **eval_data}.items():
+            _check_columns(objective, name, rows)
+        self.mesh = sharding.mesh_of(next(iter(self._trainable.values())))
+        device = self.mesh.devices.flat[0] if self.mesh is not None else jax.devices()[0]
+        self._platform = device.platform
+        steps_lib.check_host_memory(self._platform, model.remat, optimizer)
+        self.checkpoints = Checkpoints(Path(workdir) / "checkpoints") if workdir else None
+        self.selection, self.tokens, self.result = Selection(), 0, Result()
+        self.result.trainable_parameters = sum(value.size for value in self._trainable.values())
+        documents = getattr(data, "most_documents", None)
+        self._train_step = steps_lib.make_train_step(self.graph, optimizer, objective, seed=seed, documents=documents)
+        self._eval_step = jax.jit(steps_lib.make_eval_step(self.graph, objective, documents=_most(eval_data)))
+        self._compiled: Any = None
+        self._saved: int | None = None
+        self._next: Any = None
+        self.clock = Throughput(1 if self.mesh is None else self.mesh.size, device.device_kind)
+
+    def __enter__(self) -> "Session":
+        with ExitStack() as stack:
+            if self.mesh is not None:
+                stack.enter_context(jax.set_mesh(self.mesh))
+            self._pool = stack.enter_context(ThreadPoolExecutor(1))
+            if self.checkpoints:
+                stack.callback(self._close_checkpoints)
+            self.state = self._begin()
+            # Whatever ends the run, the caller's model gets its weights back: its buffers are donated from here on.
+            stack.callback(lambda: steps_lib.write_back(self.source, self.state.trainable))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _begin(self) -> TrainState:
+        """Float32 masters of what trains, and the optimizer's state, where they belong."""
+        masters = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("float32"), tree), donate_argnums=0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # bfloat16 becomes float32
+            trainable = masters(self._trainable)
+        del self._trainable
+        places = steps_lib.opt_shardings(self.optimizer, trainable, self.mesh)
+        opt_state = jax.jit(self.optimizer.init, out_shardings=places)(trainable)
+        everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        return TrainState(trainable, opt_state, jax.device_put(np.int32(0), everywhere))
+
+    def _close_checkpoints(self) -> None:
+        assert self.checkpoints is not None
+        self.result.best_step = self.checkpoints.best()
+        self.checkpoints.close()
+
+    def restore(self) -> int:
+        """Reads the last checkpoint, if there is one, and returns its step, else 0."""
+        latest = self.checkpoints.latest() if self.checkpoints else None
+        if self.checkpoints is None or latest is None:
+            return 0
+        meta = self.checkpoints.meta(latest)
+        for what, now in self._provenance().items():
+            if meta.get(what) != now:
+                raise UserError(
+                    f"{self.checkpoints.folder}: the checkpoint was made with another {what.replace('_', ' ')} "
+                    f"({meta.get(what)}, now {now}): restore what it was, or start in a new workdir."
+                )
+        # The number of updates is the checkpoint's own.
+        step = jax.device_put(np.int32(latest), self.state.step.sharding)
+        self.state = TrainState(**self.checkpoints.load(latest, self._saved_state()), step=step)
+        self.selection, self.tokens = Selection.of(meta), meta.get("tokens", 0)
+        self.clock.resume(self.tokens)
+        self._saved = self.result.step = latest
+        return latest
+
+    def _provenance(self) -> dict[str, Any]:
+        return {"data_fingerprint": self.data.fingerprint, "base_fingerprint": self.source.origin.fingerprint}
+
+    def save(self, step: int, loss: float | None) -> None:
+        """Starts a checkpoint.
+
+        Args:
+          step: steps done.
+          loss: of the evaluation at this step on the set that chooses; None: there was none.
+
+        Raises:
+          UserError: the weights are not finite, or the disk is full.
+        """
+        if self.checkpoints is None:
+            return
+        meta = {"step": step, "base": self.source.origin.source, "tokens": self.tokens}
+        meta |= self.selection.meta() | self._provenance()
+        with self.clock.paused():
+            self.checkpoints.save(step, self._saved_state(), meta, loss)
+        self._saved = step
+
+    def _saved_state(self) -> dict[str, Any]:
+        return {"trainable": self.state.trainable, "opt_state": self.state.opt_state}
+
+    def check_weights(self, step: int) -> None:
+        """Raises `UserError` where an update of up to this step made the weights not finite."""
+        if not steps_lib.all_finite(self.state.trainable):
+            raise UserError(
+                f"step {step}: an update made the weights infinite or NaN; {self.last_good()}: lower the learning rate."
+            )
+
+    def weights(self) -> str:
+        """What became of the weights where a step's loss is not finite, in words."""
+        if steps_lib.all_finite(self.state.trainable):
+            return "the weights are those before this step"
+        return "the weights are infinite or NaN"
+
+    def last_good(self) -> str:
+        """The last checkpoint, in words."""
+        return (
+            "no checkpoint was saved yet" if self._saved is None else f"the last good checkpoint is step {self._saved}"
+        )
+
+    def _batch(self, step: int) -> tuple[Any, int]:
+        """This process's part of the batch, on its devices, and the tokens of all of it."""
+        rows = self.data.batch_size // self.accumulate
+        batch = self.data.micro_batches(step, self.accumulate, sharding.held_rows(self.mesh, rows))
+        read = {name: batch[name] for name in self.objective.columns}
+        return sharding.put_batch(read, self.mesh, rows, lead=(None,)), self.data.tokens_in(step)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimizer step; returns device scalars, and `tokens`, those (not padding) of all steps so far."""
+        began = time.perf_counter()
+        batch, tokens = self._next.result() if self._next is not None else self._batch(step)
+        self.result.data_seconds += time.perf_counter() - began
+        if self._compiled is None:
+            with self.clock.paused():
+                self._compiled = self._compile(batch)
+        self.state, metrics = self._compiled(self.state, self.frozen, batch, np.int32(step))
+        self._next = self._pool.submit(self._batch, step + 1)
+        self.result.step, self.result.tokens = step + 1, self.result.tokens + tokens
+        self.tokens += tokens
+        return metrics | {"tokens": self.tokens}
+
+    def _compile(self, batch: Any) -> Any:
+        """Ahead of time, once: a second compilation cannot happen unseen, for a change of shape raises."""
+        began = time.perf_counter()
+        lowered = steps_lib.lower(self._train_step, self.state, self.frozen, batch)
+        options = steps_lib.compiler_options(self._platform, self.source.dtype, self.source.config.num_experts)
+        length = next(iter(batch.values())).shape[-1]
+        self.clock.flops_per_token = flops.of_step(self.source, self.state.trainable, rows=1, length=length) / length
+        compiled = lowered.compile(compiler_options=options)
+        del lowered
+        process.return_freed_memory()
+        self.result.compile_seconds = time.perf_counter() - began
+        return compiled
+
+    def evaluate(self, data: Any, batches: int) -> dict[str, float]:
+        """What the objective is on one data set, see `evaluate`."""
+        given = (self._eval_step, self.state.trainable, self.frozen, data, self.mesh)
+        return evaluate(*given, objective=self.objective, batches=batches)
+
+    def model(self) -> Decoder:
+        """The model with the weights of now."""
+        return steps_lib.merge(self.graph, self.state.trainable, self.frozen)
+
+
+def _check_trainable(model: Decoder, trainable: Any, selected: Mapping[Any, jax.Array]) -> None:
+    """Raises `UserError` where the filter's selection cannot train."""
+    if not selected:
+        raise UserError("the trainable filter selects no parameter: inject LoRA first, or train specjax.ALL.")
+    if not all(jnp.issubdtype(value.dtype, jnp.floating) for value in selected.values()):
+        raise UserError("the base is quantised and can't train: train specjax.LORA, or load it with quantise=''.")
+    loaded = [name for name in model.adapters if name is not None]
+    if len(loaded) > 1 and nnx.to_flat_state(nnx.state(model, nnx.All(trainable, nnx.LoRAParam))):
+        raise UserError(f"adapters {', '.join(sorted(loaded))} are loaded: unload all but the one to train.")
+
+
+def _check_columns(objective: Objective, name: str, data: Any) -> None:
+    """Raises `UserError` where the data lacks a column that the objective reads."""
+    columns = data.columns if hasattr(data, "columns") else tuple(data.batch(0))
+    missing = [column for column in objective.columns if column not in columns]
+    if missing:
+        raise UserError(
+            f"objective {objective.name} reads the column {missing[0]!r}, which {name} lacks; there are "
+            f"{', '.join(columns)}: give data that has it."
+        )
+
+
+def _most(sets: Mapping[str, Any]) -> int | None:
+    """At most how many documents are in a row of any of these data sets; None: not known."""
+    known = [rows.most_documents for rows in sets.values() if hasattr(rows, "most_documents")]
+    return max(known) if known and len(known) == len(sets) else None
