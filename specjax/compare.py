@@ -1,6 +1,5 @@
 """The methods side by side on one's own data: each trained in its own process, so that each peak memory is its own."""
 
-import json
 import multiprocessing
 import signal
 import sys
@@ -14,6 +13,7 @@ from rich.table import Table
 from specjax import process
 from specjax.config import get_config, merge, methods, resolved, validate
 from specjax.errors import UserError
+from specjax.files import read_object, read_rows, write_json
 
 
 def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -33,8 +33,8 @@ def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     for name, made in runs.items():
         console.rule(f"{name}")
         _run(resolved(made), workdir / name)
-    summaries = {name: json.loads((workdir / name / "summary.json").read_text()) for name in runs}
-    (workdir / "comparison.json").write_text(json.dumps(summaries, indent=2) + "\n")
+    summaries = {name: read_object(workdir / name / "summary.json", "delete it") for name in runs}
+    write_json(workdir / "comparison.json", summaries)
     console.rule("comparison")
     console.print(table(summaries))
     for prompt in config.eval.prompts:
@@ -95,7 +95,7 @@ def _answers(console: Console, prompt: str, runs: dict[str, Path]) -> None:
     """What the base said before the first step, and each result after its last."""
     console.print(f"\n[bold]{_escaped(prompt)}[/bold]")
     for number, (name, folder) in enumerate(runs.items()):
-        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        rows = [row for _, row in read_rows(folder / "samples.jsonl")]
         said = [row["text"] for row in rows if row["prompt"] == prompt]
         if said and number == 0:
             console.print(f"  [cyan]base[/cyan]  {_one_line(said[0])}")

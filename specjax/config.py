@@ -18,6 +18,7 @@ from ml_collections.config_dict import placeholder
 
 from specjax.checks import FREE, TYPES, check, eval_names, flat, nearest_key
 from specjax.errors import UserError
+from specjax.files import read_object
 
 
 def get_config() -> ConfigDict:
@@ -221,10 +222,7 @@ def load_config_file(path: str) -> ConfigDict:
     if not Path(path).is_file():
         raise UserError(f"There is no config file {path}: give one such as --config=configs/lora.py.")
     if path.endswith(".json"):
-        try:
-            return merge(get_config(), json.loads(Path(path).read_text(encoding="utf-8")), where=f"{path}: config")
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: this is not JSON ({error.msg}).") from None
+        return merge(get_config(), read_object(path), where=f"{path}: config")
     try:
         names = runpy.run_path(path)
         config = names["get_config"]() if "get_config" in names else None

@@ -1,13 +1,90 @@
-"""Writing a folder whole or not at all, and never over somebody's files."""
+"""A user's files: a folder written whole or not at all, never over somebody's files; JSON read in one way."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from specjax.errors import UserError
+
+MARK = "specjax.json"  # what a run writes into its folder first
+
+
+def claim(workdir: str | Path, names: Sequence[str] = ()) -> None:
+    """Refuses a folder that is no run's and holds anything, or anything of these names; touches nothing.
+
+    A run's folder is marked (`mark`), or has checkpoints as specjax 0.1 left them, which marked none.
+
+    Raises:
+      UserError: the folder is a file, or another's.
+    """
+    workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: choose another workdir.")
+    if not workdir.is_dir() or (workdir / MARK).is_file() or any(workdir.glob("checkpoints/[0-9]*/meta")):
+        return
+    held = sorted(entry.name for entry in workdir.iterdir() if not names or entry.name in names)
+    if held:
+        raise UserError(
+            f"{workdir} is not empty and holds no run: it has {held[0]} but no {MARK}, which each run writes: choose "
+            "another workdir."
+        )
+
+
+def mark(workdir: str | Path) -> None:
+    """Makes a run's folder, and marks it as one."""
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    write_json(Path(workdir) / MARK, {"this": "is the folder of a run of specjax, which may write here"})
+
+
+def read_object(path: str | Path, remedy: str = "restore the file") -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+      path: the file.
+      remedy: what to do if there is none, the end of the sentence.
+
+    Raises:
+      UserError: it cannot be read, is not JSON (UTF-8), or holds something else than an object.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}.") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not JSON (it is nested too deeply): {remedy}.") from error
+    except ValueError as error:  # no JSON, no UTF-8, a number of too many digits
+        raise UserError(f"{path} is not JSON ({error}): {remedy}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold a JSON object: {remedy}.")
+    return found
+
+
+def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line, object) of each line of a file of ours that holds a JSON object a line, but for a last one torn by a kill.
+
+    Raises:
+      UserError: it cannot be read, or a line is something else.
+    """
+    rows = []
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                rows.append((line, dict(json.loads(line))))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}:{len(rows) + 1} cannot be read ({error}): restore the file, or delete it.") from error
+    return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 @contextlib.contextmanager

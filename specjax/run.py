@@ -1,6 +1,5 @@
 """The composition root, a function for each verb: it takes the parts that `build` makes of a config, and runs them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from specjax import build, lora, process, sharding
+from specjax import build, files, lora, process, sharding
 from specjax.checks import ARGUMENTS
 from specjax.cluster import processes
 from specjax.config import check_length, differing, resolved, validate
@@ -41,7 +40,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
     with processes.agreement("nothing was trained"):
         validate(config, jax.device_count())
         settings = resolved(config)
-        _claim(workdir, settings)
+        _claim(workdir, config, settings)
         finished = _finished(workdir, config)
     if finished is not None:
         _say(f"{workdir}: the run was complete after {finished.step} steps, nothing was trained")
@@ -53,8 +52,9 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
     with processes.agreement("nothing was trained"):
         if processes.first():
             report = {"train": data.report} | {name: d.report for name, d in eval_data.items()}
-            _write_json(workdir / "config.json", settings)
-            _write_json(workdir / "data.json", report)
+            files.mark(workdir)
+            files.write_json(workdir / "config.json", settings)
+            files.write_json(workdir / "data.json", report)
     with processes.agreement("nothing was trained"):
         if not (workdir / "config.json").is_file():  # the first process wrote it
             raise UserError(f"{workdir} is not on a filesystem that all processes share: choose a workdir that is.")
@@ -86,7 +86,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
     )
     if result.stopped == "signal":
         raise SystemExit(143)
-    if config.export and not (workdir / "export").exists():
+    if config.export and not _exported(workdir):
         build.restore(model, config, workdir, "best")
         if note := build.write_export(model, tokenizer, config, workdir / "export"):
             _say(note)
@@ -219,27 +219,29 @@ def data(config: ConfigDict) -> None:
         show(rows.report, rows.preview(2 if name == "train" else 0))
 
 
-def _claim(workdir: Path, settings: dict[str, Any]) -> None:
+def _claim(workdir: Path, config: ConfigDict, settings: dict[str, Any]) -> None:
     """Refuses a workdir that holds something else, or a run whose result this config would change."""
-    path = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"{workdir} is a file: choose another workdir.")
-    if not path.exists():
-        if workdir.is_dir() and any(workdir.iterdir()):
-            raise UserError(f"{workdir} is not empty and holds no run: choose another workdir.")
-        return
+    for key, source, inside in _sources(config):
+        place, ours = Path(source).resolve(), workdir.resolve()
+        if source and place.exists() and (place == ours or (inside and place in ours.parents)):
+            lies = "is the folder" if place == ours else "lies in the folder"
+            raise UserError(f"--workdir={workdir} {lies} that {key} reads: choose another workdir.")
+    files.claim(workdir)
     if not any((workdir / "checkpoints").glob("[0-9]*")):
         if (workdir / "export").exists():
             raise UserError(f"{workdir} holds an export but no checkpoint to resume from: choose another workdir.")
         return  # it ended before anything was learnt: nothing to resume, nothing to lose
-    try:
-        old = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it, or choose another workdir.") from error
+    old = files.read_object(workdir / "config.json", "restore it, or choose another workdir")
     keys = differing(old, settings)
     if keys:
         changes = ", ".join(f"{key} (was {_at(old, key)!r}, now {_at(settings, key)!r})" for key in keys)
         raise UserError(f"{workdir} holds a run with another config: {changes}; undo that, or choose another workdir.")
+
+
+def _sources(config: ConfigDict) -> list[tuple[str, str, bool]]:
+    """(key, folder, whether what lies deeper in it is read too) of what a run reads."""
+    sources = [("config.model.path", config.model.path, False), ("config.data.train", config.data.train, True)]
+    return sources + [(f"config.data.eval.{name}", path, True) for name, path in config.data.eval.items()]
 
 
 def _at(settings: Mapping[str, Any], key: str) -> Any:
@@ -252,11 +254,17 @@ def _at(settings: Mapping[str, Any], key: str) -> Any:
 def _finished(workdir: Path, config: ConfigDict) -> Result | None:
     """What a complete run did (its summary is written last), or None while something is left to do."""
     path = workdir / "summary.json"
-    if not path.exists() or (config.export and not (workdir / "export").exists()):
+    if not path.exists() or (config.export and not _exported(workdir)):
         return None
-    found = json.loads(path.read_text())
-    kept = ("step", "best_step", "stopped", "trainable_parameters")
+    found, kept = files.read_object(path, "delete it"), ("step", "best_step", "stopped", "trainable_parameters")
+    if absent := [name for name in kept if name not in found]:
+        raise UserError(f"{path} has no {absent[0]}: delete it.")
     return Result(**{name: found[name] for name in kept})
+
+
+def _exported(workdir: Path) -> bool:
+    """Whether the export is there: it appears whole, but an empty folder is none."""
+    return any((workdir / "export").glob("*.safetensors"))
 
 
 def _say(text: str) -> None:
@@ -266,7 +274,7 @@ def _say(text: str) -> None:
 
 def _summarise(workdir: Path, config: ConfigDict, result: Result) -> None:
     """Writes `summary.json`: what the run cost and what came of it."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [row for _, row in files.read_rows(workdir / "metrics.jsonl")]
     evals = [line for line in lines if any(key.startswith("eval/") for key in line)]
     names = sorted({key.split("/")[1] for line in evals for key in line if key.startswith("eval/")})
     saved = sum(file.stat().st_size for file in (workdir / "export").glob("*.safetensors"))
@@ -287,11 +295,4 @@ def _summarise(workdir: Path, config: ConfigDict, result: Result) -> None:
     }
     # A run that was already complete did nothing now: what it cost stands there already.
     if result.tokens or not (workdir / "summary.json").exists():
-        _write_json(workdir / "summary.json", summary)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    partial.replace(path)
+        files.write_json(workdir / "summary.json", summary)

@@ -281,7 +281,7 @@ def test_config_files_that_are_not_there_or_not_configs(tmp_path):
     for name, said in {
         "absent.py": "There is no config file",
         "empty.py": "has no get_config",
-        "bad.json": "bad.json:2: this is not JSON",
+        "bad.json": "bad.json is not JSON (Expecting property name enclosed in double quotes: line 2 column 2",
         "wrong.json": "wrong.json: config.sead is not a key. Did you mean 'config.seed'?",
     }.items():
         with pytest.raises(UserError, match=re.escape(said)):

@@ -261,8 +261,8 @@ def _tools(where: str, row: Row, mapping: Mapping[str, str]) -> list[Any] | None
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: '{mapping['tools']}' is not JSON: {error.msg}.") from error
+        except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists in lists
+            raise UserError(f"{where}: '{mapping['tools']}' is not JSON: {error}.") from error
     return tools or None
 
 

@@ -131,6 +131,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{where} is not JSON that can be read: {_too_much(error)}.") from error
                 yield where, _mapping(row, where)
 
 
@@ -142,12 +144,20 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
             yield from _jsonl(path)
             return
         raise UserError(f"{path}:{error.lineno} is not JSON: {error.msg} at column {error.colno}.") from error
+    except UnicodeDecodeError:
+        raise  # told where all files are read
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON that can be read: {_too_much(error)}.") from error
     if isinstance(rows, dict):
         lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         rows = lists[0] if len(lists) == 1 else [rows]
     if not isinstance(rows, list):
         raise UserError(f"{path} holds a JSON {type(rows).__name__}: give a list of objects.")
     yield from _numbered(rows, f"{path} row")
+
+
+def _too_much(error: ValueError | RecursionError) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Row]]:

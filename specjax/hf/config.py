@@ -1,12 +1,12 @@
 """What the JSON files of a Hugging Face folder say of a model: its sizes and switches, and where it came from."""
 
 import copy
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from specjax.errors import UserError
+from specjax.files import read_object
 from specjax.hf.families import FAMILIES, ropes
 from specjax.models import ModelConfig, Origin
 
@@ -39,7 +39,7 @@ def from_folder(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json: give a Hugging Face model folder or a hub name.")
-    return from_hf(_read_json(path), file=str(path))
+    return from_hf(read_object(path), file=str(path))
 
 
 def origin(folder: str | Path, *, source: str = "", revision: str = "", fingerprint: str = "") -> Origin:
@@ -53,8 +53,8 @@ def origin(folder: str | Path, *, source: str = "", revision: str = "", fingerpr
         source=source,
         revision=revision,
         fingerprint=fingerprint,
-        config_json=_read_json(Path(folder) / "config.json"),
-        generation_config=_read_json(generation) if generation.is_file() else {},
+        config_json=read_object(Path(folder) / "config.json"),
+        generation_config=read_object(generation) if generation.is_file() else {},
     )
 
 
@@ -124,13 +124,3 @@ def _transformers_config(hf: dict[str, Any], model_type: str, file: str) -> Any:
         raise UserError(f"{file}: transformers refuses it: {' '.join(str(error).split())}.") from error
     finally:
         logging.getLogger("transformers").setLevel(told)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}): restore the file.") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} does not hold a JSON object: restore the file.")
-    return found

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from specjax import sharding
 from specjax.errors import UserError
+from specjax.files import read_object
 from specjax.hf import names
 from specjax.hf.config import from_folder, origin
 from specjax.hf.place import place, threads
@@ -119,12 +120,22 @@ def _pickled(model: str, out: str, *, tokenizer: bool) -> UserError:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The folder's tokenizer, or None where it has none."""
+    """The folder's tokenizer, or None where it has none. Code that a folder brings along is never run, nor asked about.
+
+    Raises:
+      UserError: its files do not load, or name a class that is code of the folder's own.
+    """
     if not any((Path(folder) / file).is_file() for file in _TOKENIZER_FILES):
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        # Not given, it asks on the terminal, and reads the answer from whatever is standard input.
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if any("auto_map" in read_object(file) for file in Path(folder).glob("*config.json")):
+            raise UserError(
+                f"{folder}: its tokenizer is code of its own (auto_map), which is not run here: give a folder whose "
+                "tokenizer transformers knows, with a tokenizer.json."
+            ) from error
         raise UserError(f"{folder}: its tokenizer does not load ({str(error).strip().splitlines()[0]}).") from error
 
 
@@ -201,10 +212,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is not a safetensors index ({error!r}): restore the file.") from error
+        table = read_object(index).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+            raise UserError(f"{index} is not a safetensors index (it has no weight_map of names): restore the file.")
+        files = [folder / name for name in sorted(set(table.values()))]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
             raise UserError(f"{index} names files that are not there: {', '.join(absent)}.")

@@ -3,12 +3,12 @@
 Source: `LoraConfig` and `PeftConfig` of peft 0.21 (peft/tuners/lora/config.py, peft/config.py).
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from specjax.errors import UserError, nearest
+from specjax.files import read_object
 from specjax.lora import fused, targets
 from specjax.lora.adapters import Adapter
 from specjax.lora.targets import TIED_HEAD
@@ -94,12 +94,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for file in (path, folder / WEIGHTS):
         if not file.is_file():
             raise UserError(f"{folder} is not a PEFT adapter folder: it has no {file.name}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}): restore the file.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object: restore the file.")
+    config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not supported; supported is LORA.")
     known = (*_READ, *_NEUTRAL, *_ANY)

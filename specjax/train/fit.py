@@ -14,6 +14,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from specjax import files
 from specjax.errors import UserError
 from specjax.models import Decoder
 from specjax.train.metrics import Log
@@ -22,6 +23,8 @@ from specjax.train.optim import as_optimizer
 from specjax.train.profile import Profile
 from specjax.train.result import Result
 from specjax.train.session import Session
+
+WRITES = ("checkpoints", "metrics.jsonl", "profile", "samples.jsonl", "tensorboard")  # into the workdir
 
 
 def fit(
@@ -79,8 +82,12 @@ def fit(
     Raises:
       UserError: the filter selects nothing, the batch does not divide, the data lacks a column of the objective, the
         loss, a gradient or a weight is not finite (the model keeps the last good weights), a checkpoint of another base
-        or other data lies in the workdir, or the disk is full.
+        or other data lies in the workdir, or files that no run wrote, or the disk is full.
     """
+    if workdir:
+        files.claim(workdir, WRITES)
+        if not jax.process_index():
+            files.mark(workdir)
     objective, sets = objective.prepare(objective, model, trainable, {"": data, **(eval_data or {})})
     data, eval_data = sets.pop(""), sets
     best = best or next(iter(eval_data), "")

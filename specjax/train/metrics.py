@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from specjax.errors import UserError, argument
+from specjax.files import read_rows
 
 
 class Log:
@@ -167,11 +168,9 @@ def _open_lines(path: Path, start: int) -> TextIO:
 
     The file is replaced in one move, so a kill at this very moment loses nothing either.
     """
-    kept = []
+    kept: list[str] = []
     if start and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= start:
-                kept.append(line)
+        kept = [line for line, row in read_rows(path) if row["step"] <= start]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, path)
