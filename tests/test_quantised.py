@@ -58,7 +58,7 @@ def quantised(kind, of=model, **changes):
 def dequantised(kind, **changes):
     """The float model whose kernels are what the quantised ones stand for."""
     made = quantised(kind, **changes)
-    hq.restore(made)
+    hq.dequantise_base(made)
     assert not hq.is_quantised(made)
     return made
 

@@ -57,7 +57,7 @@ def _put(linear: Linear | ExpertLinear, kernel: Any) -> None:
     linear.kernel = nnx.data(kernel)
 
 
-def restore(model: Decoder) -> None:
+def dequantise_base(model: Decoder) -> None:
     """Puts dequantised float kernels, of the model's compute dtype, in the quantised ones' place."""
     for path, linear in maps(model).items():
         if isinstance(old := linear.kernel, Quantised):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from specjax import sharding
 from specjax.errors import UserError, argument
-from specjax.hf.quantise import is_quantised, restore
+from specjax.hf.quantise import dequantise_base, is_quantised
 from specjax.lora.adapters import Copies, active, collect, unload
 from specjax.lora.targets import TIED_HEAD, is_stacked, linears, parts
 from specjax.lora.variants import LoRA
@@ -48,7 +48,7 @@ def merge(model: Decoder, name: str | None = None, *, dequantise: bool = False) 
     if dequantise and not quantised:
         raise UserError(f"the base is not quantised: leave {argument('dequantise')} out of the merge.")
     if quantised:
-        restore(model)
+        dequantise_base(model)
     maps = linears(model)
     for path in adapter.factors:
         _check_dtype((*path, "kernel"), maps[path].kernel.dtype)
