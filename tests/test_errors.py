@@ -18,7 +18,7 @@ from specjax.train import step
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "demo" / "base"
-LIBRARY = ("data", "models", "hf", "lora", "train", "generation", "sharding.py")
+LIBRARY = ("data", "models", "hf", "lora", "train", "generation", "plan", "sharding.py")
 PAIRS = [{"instruction": f"What is {n}?", "response": f"The number {n}."} for n in range(40)]
 KEY = re.compile(r"\bconfig\.(?!json)[a-z]|\b(?:data|mesh|model|optimizer|eval|log)\.[a-z_]+(?:=|$)|(?<![\w-])--[a-z]")
 

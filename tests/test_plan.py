@@ -248,7 +248,7 @@ def test_a_plan_from_python_leaves_the_sessions_devices_and_settings_alone(folde
 
 def test_a_mistake_in_a_plan_from_python_is_the_commands_sentence(folder):
     config = config_of(folder, "lora")
-    with pytest.raises(UserError, match=r"^--target=v5x:4x4 is no target: give one such as v5e:4x4"):
+    with pytest.raises(UserError, match=r"^target=v5x:4x4 is no target: give one such as v5e:4x4"):
         plan.plan(config, ["v5x:4x4"])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from specjax.errors import UserError
-from specjax.plan import report
+from specjax.plan import report, targets
 
 
 def plan(
@@ -40,7 +40,9 @@ def plan(
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode == 2:
-        raise UserError(done.stderr.strip().rpartition("\n")[2].removeprefix("specjax: "))
+        said = done.stderr.strip().rpartition("\n")[2].removeprefix("specjax: ")
+        said = said.replace("--target=", targets.asked(""))  # the command's flag is this function's argument
+        raise UserError(said)
     if done.returncode:
         raise RuntimeError(f"the plan's process ended with status {done.returncode}:\n{done.stderr}")
     found = [json_lib.loads(line) for line in done.stdout.splitlines()]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from specjax import build, flops
 from specjax.config import validate
-from specjax.errors import UserError
+from specjax.errors import UserError, keys
 from specjax.plan import compiled, job, targets
 from specjax.plan import search as search_lib
 
@@ -21,6 +21,7 @@ ASSUMPTIONS = (
 )
 
 
+@keys({"target": "--target"})
 def report(
     config: ConfigDict,
     target: Sequence[str],

@@ -50,7 +50,9 @@ def search(config: ConfigDict, target: targets.Target, planner: Planner) -> list
             if plans[-1]["fits"]:
                 break
     if not plans:
-        raise UserError(f"--target={target.name}: no mesh of {count} devices divides this job; {refused}".rstrip("; "))
+        raise UserError(
+            f"{targets.asked(target.name)}: no mesh of {count} devices divides this job; {refused}".rstrip("; ")
+        )
     return sorted(plans, key=lambda plan: (not plan["fits"], plan["step_seconds_bound"] or math.inf))
 
 

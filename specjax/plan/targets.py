@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from specjax.errors import UserError, nearest
+from specjax.errors import UserError, argument, nearest
 
 GIB = 2**30
 
@@ -96,6 +96,11 @@ class Target:
     chip: Chip | None
 
 
+def asked(name: str) -> str:
+    """A target as its caller gave it, for an error."""
+    return f"{argument('target')}={name}"
+
+
 def parse(name: str) -> Target:
     """Reads a target's name.
 
@@ -109,16 +114,14 @@ def parse(name: str) -> Target:
     families = [*CHIPS, "cpu"]
     if hit is None or hit[2] not in families:
         guess = nearest(hit[2], families) if hit else ""
-        raise UserError(f"--target={name} is no target: give one such as {FORMS}.{guess}")
+        raise UserError(f"{asked(name)} is no target: give one such as {FORMS}.{guess}")
     slices, family, shape = int(hit[1] or 1), hit[2], tuple(map(int, hit[3].split("x")))
     chip = CHIPS.get(family)
     if family in ("h100", "cpu") and (slices > 1 or (family == "h100" and len(shape) == 1 and shape[0] > GPUS)):
-        raise UserError(f"--target={name}: {family} is one machine's: give one such as {family}:{GPUS}.")
+        raise UserError(f"{asked(name)}: {family} is one machine's: give one such as {family}:{GPUS}.")
     if min(*shape, slices) < 1 or len(shape) != (chip.dimensions if chip else 1):
         wanted = "x".join("N" * chip.dimensions) if chip else "N"
-        raise UserError(
-            f"--target={name}: the shape of {family} is {wanted}, all at least 1: give one such as {FORMS}."
-        )
+        raise UserError(f"{asked(name)}: the shape of {family} is {wanted}, all at least 1: give one such as {FORMS}.")
     return Target(name, family, shape, slices, chip)
 
 
@@ -146,12 +149,12 @@ def devices(target: Target) -> list[Any]:
     if target.family == "cpu":
         have = jax.devices("cpu")
         if len(have) < target.shape[0]:
-            raise UserError(f"--target={target.name}: this process has {len(have)} CPU devices: ask for fewer.")
+            raise UserError(f"{asked(target.name)}: this process has {len(have)} CPU devices: ask for fewer.")
         return have[: target.shape[0]]
     if target.family == "h100":
         return _gpus(target)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--target={target.name} needs the TPU compiler: {_INSTALL.format('tpu')}.")
+        raise UserError(f"{asked(target.name)} needs the TPU compiler: {_INSTALL.format('tpu')}.")
     from jax.experimental import topologies
 
     layout = "x".join(map(str, target.shape))
@@ -162,13 +165,13 @@ def devices(target: Target) -> list[Any]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{target.family}:{layout}", **options)
     except Exception as error:  # jaxlib's own, of several kinds
         reason = str(error).strip().splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-        raise UserError(f"--target={target.name}: the TPU compiler knows no such slice ({reason}).") from error
+        raise UserError(f"{asked(target.name)}: the TPU compiler knows no such slice ({reason}).") from error
     return list(found.devices)
 
 
 def _gpus(target: Target) -> list[Any]:
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        raise UserError(f"--target={target.name} needs the CUDA compiler: {_INSTALL.format('cuda')}.")
+        raise UserError(f"{asked(target.name)} needs the CUDA compiler: {_INSTALL.format('cuda')}.")
     from jax.experimental import topologies
 
     given = {"target_config": _H100, "topology": f"1x1x{target.shape[0]}"}
