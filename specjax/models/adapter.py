@@ -130,7 +130,8 @@ def check_slots(model: Any, slots: Any) -> None:
 def in_use(module: Any) -> Any:
     """The module with the updates of the one adapter in use alone, without the axis of adapters.
 
-    So what is scanned over the layers, and kept for the backward pass, is what a model with that adapter alone has.
+    Where a layer's values are kept for the backward pass, what is scanned is then kept itself: were the axis taken off
+    inside the scan, each factor would be kept a second time.
     """
     maps = [part for part in adaptables(module).values() if isinstance(part, AdaptableMap) and part.updates]
     if not any(isinstance(part.active, int) for part in maps):

@@ -260,7 +260,8 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(c.embed_scale, self.dtype)
         x = sharding.constrain(x, "batch", "residual", None)
         # The module is split once; the scan's body sees one layer's slice of every stacked parameter.
-        graph, stacked = nnx.split(in_use(self.layers) if layers is None else self.layers)
+        # Without remat, what is kept of a layer for the backward pass has no axis of adapters, as what is scanned.
+        graph, stacked = nnx.split(in_use(self.layers) if layers is None and self.remat == "none" else self.layers)
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
         kinds = None if c.layer_kinds is None else np.array(c.layer_kinds, np.int32)
 
