@@ -77,6 +77,7 @@ def test_plain_pairs_equal_trls(trl, kind, adds_bos):
     rows = [
         {"prompt": "What is two plus two?", "chosen": " It is four.", "rejected": " It is the cat."},
         {"prompt": "What is two plus two? ", "chosen": "It is four.", "rejected": "No"},  # the space joins the answer
+        {"prompt": "What is two plus two? ", "chosen": "4", "rejected": "It is four."},  # the rejected one alone
         {
             "prompt": "The ca",
             "chosen": "t sat",

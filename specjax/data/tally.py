@@ -38,7 +38,7 @@ class Tally:
             whole: whether a document over the length needs a decision; else packing cuts it.
         """
         starts, stops = offsets[:-1][chosen], offsets[1:][chosen]
-        learnable = _targets(trained, offsets)[chosen] > 0
+        learnable = _learnable(trained, offsets)[chosen]
         long = stops - starts > self.length
         if not whole:
             self.split_texts += int((learnable & long).sum())
@@ -79,7 +79,7 @@ class Tally:
         """As `fit`, of documents in pairs: both are kept where in both something trains and both fit a row together."""
         spans = np.stack([offsets[:-1][chosen], offsets[1:][chosen]], 1).reshape(-1, 2, 2)
         sizes = (spans[:, :, 1] - spans[:, :, 0]).sum(1)
-        learnable = (_targets(trained, offsets)[chosen] > 0).reshape(-1, 2).all(1)
+        learnable = _learnable(trained, offsets)[chosen].reshape(-1, 2).all(1)
         long = learnable & (sizes > self.length)
         for reason, out in (("no trained token", ~learnable), ("over length", long)):
             self.dropped[reason][0] += int(out.sum())
@@ -126,10 +126,12 @@ class Tally:
         return f"none of the {self.rows} rows of {name} has anything to learn from ({counts})."
 
 
-def _targets(trained: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """How many targets count in each document: int64 [D]. Its first token is nobody's target."""
-    counts = np.zeros(len(offsets) - 1, np.int64)
-    full = np.diff(offsets) > 0
-    starts = offsets[:-1][full]
-    counts[full] = np.add.reduceat(trained, starts, dtype=np.int64) - trained[starts]
-    return counts
+def _learnable(trained: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Whether a target counts in each document, bool [D]; its first token is nobody's target."""
+    learnable = np.zeros(len(offsets) - 1, bool)
+    several = np.flatnonzero(np.diff(offsets) > 1)
+    if len(several):
+        bounds = np.stack([offsets[several] + 1, offsets[several + 1]], 1).ravel()
+        # Of [start + 1, stop) and of what lies between two of these; a sum would make an integer of every token.
+        learnable[several] = np.logical_or.reduceat(trained[: bounds[-1]], bounds[:-1])[::2]
+    return learnable
