@@ -19,6 +19,8 @@ from specjax.config import get_config, load_config_file
 from specjax.errors import UserError, nearest
 from specjax.verbs import FLAGS, VERBS, help_of, help_of_all
 
+INTERRUPTED = 130  # what a shell says of Ctrl-C
+
 
 def entry() -> None:
     """The `specjax` command, in a process of its own."""
@@ -35,6 +37,8 @@ def entry() -> None:
         # At a normal end all processes wait for each other; the others may be waiting for this one elsewhere.
         processes.leave()
         process.leave(status)
+    if status == INTERRUPTED:
+        process.leave(status)  # threads of XLA's may be at work still, and crash in an interpreter that ends under them
     sys.exit(status)
 
 
@@ -63,7 +67,7 @@ def main(argv: Sequence[str], *, own_process: bool = False) -> int:
         return 2
     except KeyboardInterrupt:
         print("specjax: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -66,15 +66,18 @@ def _run(settings: dict[str, Any], workdir: Path) -> None:
     context = multiprocessing.get_context("spawn")  # a fresh interpreter: no JAX state, a memory peak of its own
     process = context.Process(target=_train, args=(settings, str(workdir)))
     process.start()
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())  # it saves, and ends with 143
+    stops = (signal.SIGTERM, signal.SIGINT)
+    # It saves, and ends with 143; a second Ctrl-C it has from the terminal itself, and ends at once.
+    before = {number: signal.signal(number, lambda number, frame: process.terminate()) for number in stops}
     try:
         process.join()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if process.exitcode == 2:
         raise SystemExit(2)  # the child has said why
-    if process.exitcode == 143:
-        raise SystemExit(143)
+    if process.exitcode in (130, 143):
+        raise SystemExit(process.exitcode)
     if process.exitcode:
         raise RuntimeError(f"the run in {workdir} ended with status {process.exitcode}")
 
@@ -89,6 +92,9 @@ def _train(settings: dict[str, Any], workdir: str) -> None:
     except UserError as error:
         print("specjax:", str(error).replace("\n", " "), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("specjax: interrupted", file=sys.stderr)
+        process.leave(130)
 
 
 def _answers(console: Console, prompt: str, runs: dict[str, Path]) -> None:

@@ -34,7 +34,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
 
     Raises:
       UserError: any of the above, or what `fit` raises.
-      SystemExit: 143 after SIGTERM, once the checkpoint is saved.
+      SystemExit: 143 after SIGTERM or Ctrl-C, once the checkpoint is saved.
     """
     workdir = Path(workdir)
     with processes.agreement("nothing was trained"):

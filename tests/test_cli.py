@@ -273,3 +273,19 @@ def test_the_public_names_are_there_whatever_was_imported_first():
     assert set(specjax.__all__) <= set(dir(specjax))
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = specjax.lode
+
+
+def test_a_command_that_ctrl_c_ended_runs_into_no_end_of_the_interpreter(monkeypatch):
+    """Threads that are at work then crash: the process leaves at once, with what a shell says of Ctrl-C."""
+    left = []
+
+    def interrupted(*argv, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", interrupted)
+    monkeypatch.setattr(cli.process, "ask_for_huge_pages", lambda: None)
+    monkeypatch.setattr(cli.process, "leave", left.append)
+    monkeypatch.setattr(sys, "argv", ["specjax", "train"])
+    with pytest.raises(SystemExit):
+        cli.entry()
+    assert left == [130]

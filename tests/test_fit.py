@@ -204,15 +204,35 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, whole, start):
     assert_as_whole(tmp_path, trained, whole["full"])
 
 
-def test_sigterm_saves_and_ends_and_the_run_goes_on_from_there(tmp_path, whole):
-    before = signal.getsignal(signal.SIGTERM)
-    result, stopped = job(tmp_path, "lora", Hooked(data(), 11, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_and_the_run_goes_on_from_there(tmp_path, whole, number):
+    before = signal.getsignal(number)
+    result, stopped = job(tmp_path, "lora", Hooked(data(), 11, lambda: os.kill(os.getpid(), number)))
     assert result.stopped == "signal" and 11 <= result.step < STEPS
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).latest() == result.step
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     result, trained = job(tmp_path, "lora")
     assert result.stopped == "" and result.step == STEPS
     assert_as_whole(tmp_path, trained, whole["lora"])
+
+
+def test_a_second_ctrl_c_means_now_and_the_model_keeps_its_weights(tmp_path):
+    made, before = model(), signal.getsignal(signal.SIGINT)
+
+    def sample(of):
+        """While the second evaluation goes on, in the thread that signals come to."""
+        if (tmp_path / "checkpoints" / "2").exists():
+            signal.raise_signal(signal.SIGTERM)  # one of each is not twice
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("it went on")
+        return []
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(made, steps=12, save_every=2, eval_every=6, sample=sample, workdir=tmp_path)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).latest() is not None
+    assert np.isfinite(np.asarray(made(data().batch(0)["tokens"]))).all()
 
 
 def test_the_step_compiles_once(tmp_path, caplog):

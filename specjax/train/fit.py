@@ -188,9 +188,10 @@ def _listed(data: Any, step: int, most: int = 16) -> str:
 
 @contextmanager
 def _stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Whether to stop after a step, once SIGTERM came (what a scheduler sends before it takes the machine).
+    """Whether to stop after a step, once SIGTERM (what a scheduler sends before it takes the machine) or Ctrl-C came.
 
-    Under several processes JAX has its own handler, and agrees with the others on the step: one signal stops all.
+    A second Ctrl-C means now, and raises KeyboardInterrupt. Under several processes JAX has its own handler of SIGTERM,
+    and agrees with the others on the step: one signal stops all.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -199,8 +200,20 @@ def _stop_signal() -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+
+    def receive(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    # A process that was started to ignore Ctrl-C (nohup, a shell's background) goes on doing so.
+    before = {
+        number: signal.signal(number, receive)
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield lambda step: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
