@@ -70,11 +70,12 @@ def of_step(model: Decoder, trainable: Container[Any], *, rows: int, length: int
 def _weights_per_token(c: ModelConfig) -> float:
     """Weights that one token is multiplied by: those of its experts alone, and the output layer's."""
     heads = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    if c.num_experts:
-        mlp = 3 * c.embed_dim * c.expert_dim * c.experts_per_token + c.embed_dim * c.num_experts
-    else:
-        mlp = 3 * c.embed_dim * c.mlp_dim
-    return c.num_layers * (heads + mlp) + c.embed_dim * c.vocab_size
+    blocks = {
+        "dense": 3 * c.embed_dim * c.mlp_dim,
+        "experts": 3 * c.embed_dim * c.expert_dim * c.experts_per_token + c.embed_dim * c.num_experts,
+    }
+    layers = sum(layers * (heads + blocks[block]) for block, layers in c.segments)
+    return layers + c.embed_dim * c.vocab_size
 
 
 def _attention(c: ModelConfig, length: int) -> float:

@@ -192,16 +192,24 @@ def uncut(chunks: jax.Array, parts: int, axis: int = 1) -> jax.Array:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """'layers.self_attn.q_proj.kernel' of an NNX path."""
+    """'layers.0.self_attn.q_proj.kernel' of an NNX path: the first segment's."""
     return ".".join(str(part) for part in path)
 
 
-def of_module(module: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
-    """The sharding of every parameter of a (possibly abstract) module, by dotted path."""
+def seed_name(path: tuple[Any, ...]) -> str:
+    """What a draw for a parameter or module is keyed by: its dotted path, without the number of the first segment.
+
+    >>> seed_name(("layers", 0, "mlp", "up_proj")), seed_name(("layers", 1, "mlp", "up_proj"))
+    ('layers.mlp.up_proj', 'layers.1.mlp.up_proj')
+    """
+    return path_name(tuple(part for part in path if part != 0))
+
+
+def of_module(module: nnx.Module, mesh: Mesh) -> dict[tuple[Any, ...], NamedSharding]:
+    """The sharding of every parameter of a (possibly abstract) module, by NNX path."""
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {
-        path_name(path): named_sharding(mesh, param.get_metadata("axes"), param.shape, path_name(path))
-        for path, param in state
+        path: named_sharding(mesh, param.get_metadata("axes"), param.shape, path_name(path)) for path, param in state
     }
 
 

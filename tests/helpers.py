@@ -104,11 +104,11 @@ def model(
         name = sharding.path_name(path)
         # Kernels are drawn with their inputs first: the golden losses are of before they lay last.
         inputs = (2 if "o_proj" in name else 1) if name.endswith("kernel") else 0
-        lead = name.startswith("layers") + ("experts" in name)
+        lead = sum(axis in ("layers", "expert") for axis in leaf.get_metadata("axes"))
         shape = (*leaf.shape[:lead], *leaf.shape[leaf.ndim - inputs :], *leaf.shape[lead : leaf.ndim - inputs])
         values = rng.normal(1.0 if name.endswith("scale") else 0.0, 0.08, shape)
         values = np.moveaxis(values, range(lead, lead + inputs), range(leaf.ndim - inputs, leaf.ndim))
-        leaves.append((path, jax.device_put(jnp.asarray(values, param_dtype), places.get(name, single))))
+        leaves.append((path, jax.device_put(jnp.asarray(values, param_dtype), places.get(path, single))))
     return nnx.merge(nnx.graphdef(shapes), nnx.from_flat_state(leaves))
 
 

@@ -152,8 +152,9 @@ def gradients(pair: Pair) -> dict[str, float]:
     wanted = hf_gradients(pair.theirs)
     differs = 0.0
     for entry in names.entries(ours.config, five_weights(list(params))):
-        for place, name in entry.tensors(found[entry.path].shape):
-            value = np.asarray(names.to_hf(np.asarray(found[entry.path][place]), entry.kind))
+        gradient = np.asarray(found[entry.path])
+        for place, name in entry.tensors(gradient.shape):
+            value = names.to_hf(gradient[place], entry.kind)
             differs = max(differs, float(np.abs(value - wanted[name]).max() / np.abs(wanted[name]).max()))
     return {"gradients": differs}
 
@@ -170,16 +171,18 @@ def hf_gradients(model: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def five_weights(paths: list[str]) -> list[str]:
-    """The embedding, a query map, an output map, an MLP's last map and a norm."""
-    endings = (
-        ("embed_tokens.embedding",),
-        ("q_proj.kernel", "qkv_proj.kernel"),
-        ("o_proj.kernel",),
-        ("down_proj.kernel",),
-        ("post_attention_layernorm.scale",),
-    )
-    return [next(path for path in paths if path.endswith(ending)) for ending in endings]
+def five_weights(paths: list[names.Path]) -> list[names.Path]:
+    """The embedding, a query map, an output map, an MLP's last map and a norm, those of every segment."""
+    ends = {
+        ("embed_tokens", "embedding"),
+        ("q_proj", "kernel"),
+        ("qkv_proj", "kernel"),
+        ("o_proj", "kernel"),
+        ("down_proj", "kernel"),
+        ("post_attention_layernorm", "scale"),
+    }
+    assert len({path[-2:] for path in paths if path[-2:] in ends}) == 5
+    return [path for path in paths if path[-2:] in ends]
 
 
 def packed(pair: Pair) -> dict[str, float]:

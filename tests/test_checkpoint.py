@@ -29,11 +29,11 @@ def params(seed=0):
     """Names that a file system or a dotted path would take for something else, numbers, and one array of each width."""
     draw = np.random.default_rng(seed).standard_normal
     return {
-        ("layers", "q_proj", "lora", "v1.2", "a"): jnp.asarray(draw((3, 4)), jnp.float32),
-        ("layers", "q_proj", "lora", "v1", "2", "a"): jnp.asarray(draw((3, 4)), jnp.float32),
-        ("layers", "q_proj", "lora", "a/b %2E", "a"): jnp.asarray(draw((2,)), jnp.bfloat16),
-        ("segments", 0, "kernel"): jnp.asarray(draw((5,)), jnp.float32),
-        ("segments", 1, "kernel"): jnp.asarray(draw((6,)), jnp.float32),
+        ("layers", 0, "q_proj", "lora", "v1.2", "a"): jnp.asarray(draw((3, 4)), jnp.float32),
+        ("layers", 0, "q_proj", "lora", "v1", "2", "a"): jnp.asarray(draw((3, 4)), jnp.float32),
+        ("layers", 0, "q_proj", "lora", "a/b %2E", "a"): jnp.asarray(draw((2,)), jnp.bfloat16),
+        ("layers", 0, "kernel"): jnp.asarray(draw((5,)), jnp.float32),
+        ("layers", 1, "kernel"): jnp.asarray(draw((6,)), jnp.float32),
     }
 
 
@@ -70,10 +70,10 @@ def test_what_trains_is_read_alone(tmp_path):
     ("change", "said"),
     [
         (lambda made: made | {("norm",): jnp.ones(3)}, "it has no trainable.norm"),
-        (lambda made: dict(list(made.items())[:-1]), "it has trainable.segments.1.kernel too"),
+        (lambda made: dict(list(made.items())[:-1]), "it has trainable.layers.1.kernel too"),
         (
-            lambda made: made | {("segments", 1, "kernel"): jnp.ones((2, 3))},
-            r"trainable.segments.1.kernel is \[6\] there and \[2, 3\] here",
+            lambda made: made | {("layers", 1, "kernel"): jnp.ones((2, 3))},
+            r"trainable.layers.1.kernel is \[6\] there and \[2, 3\] here",
         ),
     ],
 )
@@ -107,13 +107,14 @@ def test_reading_writes_nothing(tmp_path):
 
 
 def written_by_0_1(folder, tree):
-    """A checkpoint of specjax 0.1: Orbax's v0 API, an item a part, parameters by dotted path."""
+    """A checkpoint of specjax 0.1: Orbax's v0 API, an item a part, parameters by dotted path, layers in one segment."""
+
+    def name(path):
+        return ".".join(str(part) for part in path if part != 0)
 
     def dotted(part):
         return jax.tree.map(
-            lambda leaf: (
-                {".".join(map(str, path)): value for path, value in leaf.items()} if isinstance(leaf, dict) else leaf
-            ),
+            lambda leaf: {name(path): value for path, value in leaf.items()} if isinstance(leaf, dict) else leaf,
             part,
             is_leaf=lambda leaf: isinstance(leaf, dict),
         )
@@ -125,7 +126,7 @@ def written_by_0_1(folder, tree):
 
 def test_what_0_1_wrote_is_read(tmp_path):
     tree = {"trainable": params(), "opt_state": optax.adam(1e-3).init(params())}
-    tree["trainable"].pop(("layers", "q_proj", "lora", "v1.2", "a"))  # 0.1 could not save it
+    tree["trainable"].pop(("layers", 0, "q_proj", "lora", "v1.2", "a"))  # 0.1 could not save it
     tree["opt_state"] = optax.adam(1e-3).init(tree["trainable"])
     written_by_0_1(tmp_path, tree)
     checkpoints = Checkpoints(tmp_path)

@@ -367,7 +367,7 @@ def test_a_models_draws_have_the_distribution_of_its_logits(llama):
 def test_a_mesh_gives_what_one_device_gives_with_rows_filled_up_to_divide(llama, axes, size, monkeypatch):
     expected = generate_tokens(llama.model, PROMPTS, max_new_tokens=16)
     model, _ = sj.load(llama.folder, mesh=sj.make_mesh(**axes), dtype="float32")
-    assert len(model.layers.mlp.up_proj.kernel[...].sharding.device_set) == 8
+    assert len(model.layers[0].mlp.up_proj.kernel[...].sharding.device_set) == 8
     module, seen = sys.modules["specjax.generation.generate"], []
     prefill = module.decoding.prefill
 

@@ -119,12 +119,12 @@ def test_a_mesh_holds_the_same_bytes_in_the_places_asked_for(tmp_path, case):
     spread, _ = load(tmp_path / "in", mesh=mesh, dtype="float32")
     axes = {
         "embed_tokens.embedding": ("tensor", "fsdp"),
-        "layers.self_attn.q_proj.kernel": (None, "tensor", None, "fsdp"),
-        "layers.self_attn.k_proj.kernel": (None, "tensor", None, "fsdp"),
-        "layers.self_attn.o_proj.kernel": (None, "fsdp", "tensor", None),
-        "layers.mlp.up_proj.kernel": (None, "tensor", "fsdp"),
-        "layers.mlp.down_proj.kernel": (None, "fsdp", "tensor"),
-        "layers.input_layernorm.scale": (None, "fsdp"),
+        "layers.0.self_attn.q_proj.kernel": (None, "tensor", None, "fsdp"),
+        "layers.0.self_attn.k_proj.kernel": (None, "tensor", None, "fsdp"),
+        "layers.0.self_attn.o_proj.kernel": (None, "fsdp", "tensor", None),
+        "layers.0.mlp.up_proj.kernel": (None, "tensor", "fsdp"),
+        "layers.0.mlp.down_proj.kernel": (None, "fsdp", "tensor"),
+        "layers.0.input_layernorm.scale": (None, "fsdp"),
         "lm_head.kernel": ("tensor", "fsdp"),
     }
     from flax import nnx
@@ -323,7 +323,7 @@ def slices(draw):
     for size in shape:
         start = draw(st.integers(0, size - 1))
         index.append(draw(st.sampled_from([slice(None), slice(start, draw(st.integers(start + 1, size)))])))
-    entry = names.Entry("w", "w" + ".{}" * stacked, kind)
+    entry = names.Entry(("w",), "w" + ".{}" * stacked, kind)
     return entry, np.arange(np.prod(shape)).reshape(shape), tuple(index)
 
 

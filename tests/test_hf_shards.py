@@ -103,7 +103,7 @@ def placed(draw):
             spec[draw(st.sampled_from(fit))] = name
     stored = draw(st.sampled_from([np.float32, ml_dtypes.bfloat16]))
     array = np.arange(math.prod(shape)).reshape(shape).astype(stored)
-    return names.Entry("w", "w" + ".{}" * stacked, kind), array, PartitionSpec(*spec)
+    return names.Entry(("w",), "w" + ".{}" * stacked, kind), array, PartitionSpec(*spec)
 
 
 @pytest.mark.parametrize("host", [True, False], ids=["the host's memory", "an accelerator's"])

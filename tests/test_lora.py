@@ -80,14 +80,15 @@ def test_factors_start_as_pefts_do(base):
         if name.endswith(".b"):
             assert not value.any()
             continue
-        bound = 1 / math.sqrt(inputs.get(name.split(".")[2], 64))
+        bound = 1 / math.sqrt(inputs.get(name.split(".")[3], 64))
         assert 0.95 * bound < np.abs(value).max() <= bound, name
         assert abs(value.std() - bound / math.sqrt(3)) < 0.05 * bound, name
         assert np.abs(value.mean()) < 0.1 * bound
         value = value[:, 0]  # the axis of adapters
         seen |= {layer.tobytes()[:64] for layer in value}
-        # What a seed means: JAX's numbers for the map's name and shape, the rank last.
-        key = jax.random.fold_in(jax.random.key(3), zlib.crc32(name.removesuffix(".updates.lora.a").encode()))
+        # What a seed means: JAX's numbers for the map's name (without the first segment's number) and shape, rank last.
+        hashed = name.removesuffix(".updates.lora.a").replace("layers.0.", "layers.")
+        key = jax.random.fold_in(jax.random.key(3), zlib.crc32(hashed.encode()))
         drawn = jax.random.uniform(key, (2, *value.shape[2:], 16), jnp.float32, -bound, bound)
         np.testing.assert_allclose(np.moveaxis(drawn, -1, 1), value, rtol=1e-6)
     assert len(seen) == 7 * 2  # no two maps, no two layers start alike
@@ -95,7 +96,7 @@ def test_factors_start_as_pefts_do(base):
     sj.lora.inject(again, rank=16, seed=3)
     sj.lora.inject(other, rank=16, seed=4)
     assert_same_bits(weights(again, sj.LORA), weights(made, sj.LORA))
-    assert not np.array_equal(*(weights(m, sj.LORA)["layers.mlp.up_proj.updates.lora.a"] for m in (made, other)))
+    assert not np.array_equal(*(weights(m, sj.LORA)["layers.0.mlp.up_proj.updates.lora.a"] for m in (made, other)))
 
 
 @pytest.mark.parametrize(
@@ -270,12 +271,15 @@ def test_targets_name_linear_maps_as_pefts_do():
     assert all(found == (True, True) for found in everything.values())
     assert match(made, ["q_proj"]) == match(made, ["self_attn.q_proj"]) == match(made, r".*\.q_proj")
     assert match(made, ["lm_head"]) == match(made, "lm_head") == {("lm_head",): (True,)}
-    assert set(match(made, ["up_proj", "k_proj"])) == {("layers", "mlp", "up_proj"), ("layers", "self_attn", "k_proj")}
-    assert match(made, r"model\.layers\.[01]\.mlp\.up_proj") == {("layers", "mlp", "up_proj"): (True, True)}
-    first = {("layers", "self_attn", "q_proj"): (True, False)}
+    assert set(match(made, ["up_proj", "k_proj"])) == {
+        ("layers", 0, "mlp", "up_proj"),
+        ("layers", 0, "self_attn", "k_proj"),
+    }
+    assert match(made, r"model\.layers\.[01]\.mlp\.up_proj") == {("layers", 0, "mlp", "up_proj"): (True, True)}
+    first = {("layers", 0, "self_attn", "q_proj"): (True, False)}
     assert match(made, r"model\.layers\.0\..*q_proj") == match(made, ["q_proj"], layers=0) == first
     assert match(made, ["layers.0.self_attn.q_proj"]) == first
-    assert ("layers", "mlp", "up_proj") not in match(made, "all-linear", exclude=["mlp.up_proj"])
+    assert ("layers", 0, "mlp", "up_proj") not in match(made, "all-linear", exclude=["mlp.up_proj"])
 
 
 @pytest.mark.parametrize(
@@ -421,7 +425,7 @@ def test_the_factors_of_maps_that_share_an_input_are_multiplied_together(targets
     ranks = {"k_proj": 2, "up_proj": 5} if targets == "all-linear" else {}
     sj.lora.inject(made, rank=3, targets=targets, dropout=dropout, rank_pattern=ranks, seed=1)
     shake(made)
-    layer = nnx.merge(*jax.tree.map(lambda x: x[0] if isinstance(x, jax.Array) else x, nnx.split(made.layers)))
+    layer = nnx.merge(*jax.tree.map(lambda x: x[0] if isinstance(x, jax.Array) else x, nnx.split(made.layers[0])))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 48)), jnp.float32)
     for maps in (
         (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
@@ -448,5 +452,5 @@ def test_factors_lie_on_the_mesh_of_their_map_and_give_the_same_logits(base, ada
         assert leaf[...].sharding.mesh.size == 8 and leaf[...].is_fully_replicated
     np.testing.assert_allclose(logits(made), wanted, rtol=0, atol=1e-4)
     sj.lora.merge(made)
-    assert tuple(made.layers.mlp.up_proj.kernel[...].sharding.spec) == (None, "tensor", "fsdp")
+    assert tuple(made.layers[0].mlp.up_proj.kernel[...].sharding.spec) == (None, "tensor", "fsdp")
     np.testing.assert_allclose(logits(made), wanted, rtol=0, atol=1e-4)

@@ -347,7 +347,7 @@ def test_every_mesh_computes_what_one_device_does(on_one_device, sizes, rows):
     places = sharding.of_module(moe, mesh)
     graph, state = nnx.split(moe)
     leaves = nnx.to_flat_state(state)
-    placed = [(path, jax.device_put(leaf[...], places[sharding.path_name(path)])) for path, leaf in leaves]
+    placed = [(path, jax.device_put(leaf[...], places[path])) for path, leaf in leaves]
     with jax.set_mesh(mesh):
         found = forward_and_gradients(nnx.merge(graph, nnx.from_flat_state(placed)), x, dy, jnp.asarray(valid), aux=1.0)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -360,7 +360,7 @@ def test_no_device_gathers_all_experts_or_all_tokens():
     places = sharding.of_module(moe, mesh)
     graph, state = nnx.split(moe)
     shapes = [
-        (path, jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=places[sharding.path_name(path)]))
+        (path, jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=places[path]))
         for path, leaf in nnx.to_flat_state(state)
     ]
     rows = jax.sharding.NamedSharding(mesh, sharding.partition_spec(("batch", "length", None)))

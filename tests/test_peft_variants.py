@@ -464,7 +464,7 @@ def experts(tmp_path_factory):
         ({"targets": ["gate_proj"]}, "gate_proj and up_proj of the experts must be targeted together, in every layer"),
         ({"targets": ["down_proj"], "layers_to_transform": [0]}, "must be targeted together, in every layer"),
         ({"targets": ["down_proj"], "dropout": 0.1}, "where PEFT has neither dropout nor DoRA"),
-        ({"targets": ["mlp.gate"], "dora": True}, "layers.mlp.gate is part of a mixture of experts"),
+        ({"targets": ["mlp.gate"], "dora": True}, "layers.0.mlp.gate is part of a mixture of experts"),
         ({"targets": ["q_proj"], "modules_to_save": ["gate"]}, "modules_to_save 'gate' matches no module"),
     ],
 )
@@ -524,7 +524,7 @@ def test_modules_without_an_update_are_named(bases, tmp_path):
     made = injected(bases, "one layer")
     both = ["model.layers.1.self_attn.k_proj", "model.layers.1.self_attn.o_proj"]
     assert sorted(sj.lora.save(made, tmp_path / "fresh")) == both
-    made.layers.self_attn.k_proj.updates["lora"].b[...] += 1.0
+    made.layers[0].self_attn.k_proj.updates["lora"].b[...] += 1.0
     with pytest.raises(UserError, match="lora_A.weight came back otherwise than it was written: nothing is saved"):
         _save_wrongly(made, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
@@ -576,9 +576,9 @@ def test_what_contradicts_itself_or_matches_nothing_is_refused(bases, name, opti
 
 def test_merging_into_a_quantised_base_is_refused(bases):
     made = injected(bases, "one layer")
-    made.layers.self_attn.o_proj.kernel = nnx.Param(
+    made.layers[0].self_attn.o_proj.kernel = nnx.Param(
         jnp.zeros((3, 8, 24, 64), jnp.int8), axes=("layers", "heads", "head_dim", "embed")
     )
-    with pytest.raises(UserError, match="layers.self_attn.o_proj.kernel is stored as int8, a quantised base"):
+    with pytest.raises(UserError, match="layers.0.self_attn.o_proj.kernel is stored as int8, a quantised base"):
         sj.lora.merge(made)
     assert sj.lora.names(made) == ["default"]

@@ -419,7 +419,7 @@ def test_moments_in_fewer_bits_are_fewer_bytes_of_a_device(folder, monkeypatch, 
 def test_a_step_counts_the_flops_that_xla_counts_of_the_products():
     sizes_ = sizes(**TINY, vocab_size=1024, num_hidden_layers=1)
     made = abstract(from_hf(sizes_), dtype="float32", param_dtype="float32")
-    up = ("layers", "mlp", "up_proj", "kernel")
+    up = ("layers", 0, "mlp", "up_proj", "kernel")
     per_token = 2 * (4 * 256 * 256 + 3 * 256 * 512 + 256 * 1024)
     pairs = 64 * 65 // 2
     forward = 2 * 64 * per_token + 2 * 4 * 4 * 64 * pairs

@@ -162,7 +162,7 @@ def test_training_is_that_over_the_dequantised_floats_also_on_a_mesh(options, fo
     if not options:
         mesh = sj.make_mesh(data=2, fsdp=2, tensor=2)
         there, _ = sj.load(folder, mesh=mesh, dtype="float32", quantise="nf4")
-        codes = there.layers.mlp.down_proj.kernel.codes[...]
+        codes = there.layers[0].mlp.down_proj.kernel.codes[...]
         assert codes.addressable_shards[0].data.shape == (3, 64, 64)
         with jax.set_mesh(mesh):
             np.testing.assert_allclose(train(there), losses, rtol=1e-5)

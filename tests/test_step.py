@@ -338,9 +338,9 @@ def test_evaluation_is_weighted_by_tokens_and_sees_every_row_once():
 
 
 SHAPES = {
-    ("layers", "mlp", "up_proj", "kernel"): (3, 4),
-    ("layers", "norm", "scale"): (4,),
-    ("layers", "mlp", "up_proj", "bias"): (4,),
+    ("layers", 0, "mlp", "up_proj", "kernel"): (3, 4),
+    ("layers", 0, "norm", "scale"): (4,),
+    ("layers", 0, "mlp", "up_proj", "bias"): (4,),
 }
 
 
@@ -462,7 +462,7 @@ def test_a_mixture_of_experts_trains_on_transformers_loss_with_its_balancing_par
     np.testing.assert_allclose(metrics["router_loss"], float(theirs.aux_loss.detach()), rtol=1e-5)
     for layer in range(2):
         wanted = reference.get_parameter(f"model.layers.{layer}.mlp.gate.weight").grad.numpy()
-        router = ("layers", "mlp", "gate", "kernel")
+        router = ("layers", 0, "mlp", "gate", "kernel")
         found = np.asarray(params[router] - after.trainable[router])[layer]
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
     # Each micro-batch balances by itself, and weighs as many tokens as it has losses.

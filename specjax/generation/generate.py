@@ -178,7 +178,8 @@ def generate_tokens(
         repetition_penalty=np.float32(repetition_penalty),
     )
     graph, state = _split(model, adapter)
-    setup = _Setup(graph, state, unstacked(state["layers"]), _head(nnx.merge(graph, state), size), choice)
+    stacks = [state["layers"][segment] for segment in range(len(model.config.segments))]
+    setup = _Setup(graph, state, unstacked(stacks), _head(nnx.merge(graph, state), size), choice)
     turn = min((r.original_max_positions for r in model.config.ropes if r.kind == "longrope"), default=math.inf)
     found: list[list[int]] = [[] for _ in prompts]
     waiting = list(range(len(prompts)))
@@ -251,17 +252,21 @@ def _rows(
     return rows
 
 
-def unstacked(layers: Any) -> list[Any] | None:
-    """The stacked parameters layer by layer, as views of the same memory; None but on a single CPU device.
+def unstacked(segments: Sequence[Any]) -> list[list[Any]] | None:
+    """The stacked parameters of each segment layer by layer, views of the same memory; None but on a single CPU device.
 
     A scan hands its body slices. XLA's CPU backend copies each slice before it multiplies, which doubles the time of a
     decoding step; other backends read them in place.
     """
-    arrays = jax.tree.leaves(layers)
-    if not _on_cpu(arrays[0]) or len(arrays[0].devices()) > 1:
+    first = jax.tree.leaves(segments)[0]
+    if not _on_cpu(first) or len(first.devices()) > 1:
         return None
-    views = jax.tree.map(np.asarray, layers)
-    return [jax.tree.map(lambda x, i=i: jax.device_put(x[i]), views) for i in range(len(arrays[0]))]
+    found = []
+    for stack in segments:
+        views = jax.tree.map(np.asarray, stack)
+        count = len(jax.tree.leaves(views)[0])
+        found.append([jax.tree.map(lambda x, i=i: jax.device_put(x[i]), views) for i in range(count)])
+    return found
 
 
 def _on_cpu(array: jax.Array) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from specjax.errors import UserError
 from specjax.files import read_object
 from specjax.hf.families import FAMILIES, ropes
-from specjax.models import ModelConfig, Origin
+from specjax.models import ModelConfig, Origin, Segment
 
 _SIZES = (
     "vocab_size",
@@ -94,12 +94,12 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
     fields["activation"] = ACTIVATIONS[fields["activation"]]
     if getattr(c, "use_bidirectional_attention", False):
         raise UserError(f"{file}: use_bidirectional_attention is not supported: specjax trains causal models.")
+    block = "experts" if fields.get("num_experts") else "dense"
     return ModelConfig(
         family=family.name,
         vocab_size=c.vocab_size,
         embed_dim=c.hidden_size,
         mlp_dim=c.intermediate_size,
-        num_layers=c.num_hidden_layers,
         num_heads=heads,
         num_kv_heads=c.num_key_value_heads,
         head_dim=head_dim,
@@ -107,7 +107,7 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
         norm_eps=c.rms_norm_eps,
         ropes=found,
         tied=bool(c.tie_word_embeddings),
-        **{"query_scale": head_dim**-0.5} | fields,
+        **{"query_scale": head_dim**-0.5, "segments": (Segment(block, c.num_hidden_layers),)} | fields,
     )
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from specjax import sharding
 from specjax.cluster import processes
 from specjax.errors import UserError, argument
 from specjax.hf import names
@@ -98,8 +97,8 @@ def tensors(model: Decoder, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield slot.name, _assemble(slot, arrays[slot.entry.path], np.dtype(dtype))[0]
 
 
-def _arrays(model: Decoder) -> dict[str, jax.Array]:
-    return {sharding.path_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+def _arrays(model: Decoder) -> dict[names.Path, jax.Array]:
+    return {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def _layout(model: Decoder, dtype: Any, shard_bytes: int) -> dict[str, list[_Slot]]:

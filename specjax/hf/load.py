@@ -172,9 +172,7 @@ def random(
     layout = None
     if mesh is not None:
         places = sharding.of_module(shapes, mesh)
-        layout = nnx.from_flat_state(
-            [(path, places[sharding.path_name(path)]) for path, _ in nnx.to_flat_state(nnx.state(shapes))]
-        )
+        layout = nnx.from_flat_state([(path, places[path]) for path, _ in nnx.to_flat_state(nnx.state(shapes))])
         layout = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(build)), jax.tree.leaves(layout))
     return nnx.merge(nnx.graphdef(shapes), jax.jit(build, out_shardings=layout)())
 
@@ -229,23 +227,21 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _read(
-    model: Decoder, places: dict[str, jax.sharding.Sharding], tensors: Tensors, mesh: Mesh | None = None
+    model: Decoder, places: dict[names.Path, jax.sharding.Sharding], tensors: Tensors, mesh: Mesh | None = None
 ) -> Decoder:
     """The model with its weights in their places, parameter by parameter; several threads copy."""
     graph, state = nnx.split(model)
-    parts = {sharding.path_name(path): part for path, part in nnx.iter_modules(model)}
-    kernels = {path: part for path, part in parts.items() if isinstance(part, Quantised)}
-    flat = nnx.to_flat_state(state)
-    leaves = {sharding.path_name(path): leaf for path, leaf in flat if not isinstance(leaf, QuantisedParam)}
+    kernels = {path: part for path, part in nnx.iter_modules(model) if isinstance(part, Quantised)}
+    leaves = {path: leaf for path, leaf in nnx.to_flat_state(state) if not isinstance(leaf, QuantisedParam)}
     arrays, reader = [], Reader(mesh)
     with threads() as pool:
         for entry in names.entries(model.config, list(kernels)):
             found = reader.read(entry, kernels[entry.path], tensors, pool)
-            arrays += [((*entry.path.split("."), name), value) for name, value in found.items()]
+            arrays += [((*entry.path, name), value) for name, value in found.items()]
         for entry in names.entries(model.config, list(leaves)):
             leaf = leaves[entry.path]
             array = place(entry, leaf.shape, leaf.dtype, places[entry.path], tensors, pool)
-            arrays.append((tuple(entry.path.split(".")), array))
+            arrays.append((entry.path, array))
             tensors.release()
     read: Decoder = nnx.merge(graph, nnx.from_flat_state(arrays))
     if kernels:
@@ -254,18 +250,18 @@ def _read(
     return read
 
 
-def _places(model: Decoder, mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:
+def _places(model: Decoder, mesh: Mesh | None) -> dict[names.Path, jax.sharding.Sharding]:
     """Where each parameter goes, by path."""
     if mesh is not None:
         return dict(sharding.of_module(model, mesh))
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return {sharding.path_name(path): default for path, _ in nnx.to_flat_state(nnx.state(model))}
+    return {path: default for path, _ in nnx.to_flat_state(nnx.state(model))}
 
 
 def _check(folder: Path, model: Decoder, tensors: Tensors) -> None:
     """Missing, unexpected and mis-shaped tensors, all in one sentence; a tied head that differs."""
     config = model.config
-    shapes = {sharding.path_name(path): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    shapes = {path: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
     wanted: dict[str, tuple[int, ...]] = {}
     table = names.entries(config, list(shapes))
     for entry in table:
@@ -290,7 +286,7 @@ def _check(folder: Path, model: Decoder, tensors: Tensors) -> None:
     if parts:
         raise UserError(f"{folder}: its tensors do not fit config.json ({'; '.join(parts)}).")
     if config.tied and (head := tensors.get(_HEAD)) is not None:
-        embedding = tensors[next(entry.hf for entry in table if entry.path == "embed_tokens.embedding")]
+        embedding = tensors[next(entry.hf for entry in table if entry.path == ("embed_tokens", "embedding"))]
         # transformers ties them only if they are equal, and uses the head as it is otherwise.
         if head.shape != embedding.shape or not all(map(np.array_equal, _bits(head), _bits(embedding))):
             raise UserError(

@@ -4,7 +4,8 @@ Conversion is rename, reshape, stack: nothing is transposed, permuted or folded.
 
     our path  |  HF name, one {} for each stacked axis of ours, outermost first: the layer, then the expert  |  kind
 
-and the kind how one tensor of the stack lies in the file:
+Our path is without the segment's number; a file counts a segment's layers behind those of the segments before. The kind
+says how one tensor of the stack lies in the file:
 
     kernel/1, kernel/2   ours [*out, *in] with 1 or 2 input axes  <->  HF [prod(out), prod(in)]
     flat                 ours [*shape]                            <->  HF [prod(shape)]
@@ -24,6 +25,7 @@ import numpy as np
 from specjax.models import ModelConfig
 
 Rows = tuple[tuple[str, str, str], ...]
+Path = tuple[str | int, ...]  # of NNX: ("layers", segment, "mlp", "up_proj", "kernel")
 
 
 def _maps(block: str, names: str, kind: str = "kernel/1") -> Rows:
@@ -80,7 +82,7 @@ TABLES = {
     "olmo2": _ENDS + _POST + _ATTENTION + _QK_NORMS + _MLP,
     "granite": _LLAMA,
     "mixtral": _ENDS + _PRE + _ATTENTION + _experts("block_sparse_moe", "w1 w3 w2"),
-    "qwen3_moe": _ENDS + _PRE + _ATTENTION + _QK_NORMS + _experts("mlp", "gate_proj up_proj down_proj"),
+    "qwen3_moe": _ENDS + _PRE + _ATTENTION + _QK_NORMS + _MLP + _experts("mlp", "gate_proj up_proj down_proj"),
 }
 
 # Tensors that old checkpoints carry and no model needs: rotary frequencies are computed.
@@ -89,11 +91,19 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One of our parameters and the HF tensors that it is: one, one a layer, or one a layer and expert."""
+    """One of our parameters and the HF tensors that it is: one, one a layer, or one a layer and expert.
 
-    path: str
+    Attributes:
+      path: ours.
+      hf: the tensors' name, with a {} for each axis that counts them.
+      kind: how one of them lies in the file.
+      first: the number of the first layer, where the first of those axes counts layers.
+    """
+
+    path: Path
     hf: str
     kind: str
+    first: int = 0
 
     @property
     def stacked(self) -> int:
@@ -103,27 +113,33 @@ class Entry:
     def tensors(self, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str]]:
         """The place in the stack and the name of every HF tensor, from the parameter's whole shape.
 
-        >>> list(Entry("norm.scale", "model.norm.weight", "flat").tensors((64,)))
+        >>> list(Entry(("norm", "scale"), "model.norm.weight", "flat").tensors((64,)))
         [((), 'model.norm.weight')]
-        >>> [name for _, name in Entry("w", "layers.{}.experts.{}.w1", "kernel/1").tensors((2, 2, 8, 4))]
-        ['layers.0.experts.0.w1', 'layers.0.experts.1.w1', 'layers.1.experts.0.w1', 'layers.1.experts.1.w1']
+        >>> [name for _, name in Entry(("w",), "layers.{}.experts.{}.w1", "kernel/1", first=3).tensors((2, 2, 8, 4))]
+        ['layers.3.experts.0.w1', 'layers.3.experts.1.w1', 'layers.4.experts.0.w1', 'layers.4.experts.1.w1']
         """
         for place in itertools.product(*map(range, shape[: self.stacked])):
-            yield place, self.hf.format(*place)
+            yield place, self.hf.format(*(place[:1] and (self.first + place[0], *place[1:])))
 
     def hf_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of each HF tensor, from the parameter's whole shape."""
         return hf_shape(shape[self.stacked :], self.kind)
 
 
-def entries(config: ModelConfig, paths: Sequence[str]) -> list[Entry]:
+def entries(config: ModelConfig, paths: Sequence[Path]) -> list[Entry]:
     """The rows for the parameters that a model has.
 
     Raises:
       KeyError: a parameter without a row (a bug: the table is complete for its family).
     """
-    rows = {path: Entry(path, hf, kind) for path, hf, kind in TABLES[config.family]}
-    return [rows[path] for path in paths]
+    rows = {tuple(path.split(".")): (hf, kind) for path, hf, kind in TABLES[config.family]}
+
+    def entry(path: Path) -> Entry:
+        segments = [part for part in path if isinstance(part, int)]  # one, of a layer's parameter
+        hf, kind = rows[tuple(part for part in path if isinstance(part, str))]
+        return Entry(path, hf, kind, config.spans[segments[0]].start if segments else 0)
+
+    return [entry(path) for path in paths]
 
 
 def hf_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:

@@ -18,19 +18,18 @@ from specjax.hf.place import place
 from specjax.hf.tensors import Tensors
 from specjax.models import Decoder
 from specjax.models.layers import Linear
-from specjax.models.moe import ExpertLinear
+from specjax.models.moe import ExpertLinear, Router
 from specjax.models.quantised import Leaves, Quantised, Report, check, dequantise, lead_of, quantise
 
-_ROUTER = "layers.mlp.gate"
 
-
-def maps(model: Decoder) -> dict[str, Linear | ExpertLinear]:
+def maps(model: Decoder) -> dict[names.Path, Linear | ExpertLinear]:
     """The linear maps that are quantised, by path: those of the layers, without a router."""
-    found = {sharding.path_name(path): module for path, module in nnx.iter_modules(model)}
     return {
         path: module
-        for path, module in found.items()
-        if isinstance(module, Linear | ExpertLinear) and path.startswith("layers.") and path != _ROUTER
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Linear | ExpertLinear)
+        and not isinstance(module, Router)
+        and "layers" in module.kernel.get_metadata("axes")
     }
 
 
@@ -45,7 +44,7 @@ def convert(model: Decoder, kind: str) -> None:
     for path, linear in maps(model).items():
         kernel, in_dims = linear.kernel, linear.in_dims
         axes = kernel.get_metadata("axes")
-        check(f"{path}.kernel", kernel.shape, kind, in_dims)
+        check(sharding.path_name((*path, "kernel")), kernel.shape, kind, in_dims)
         run = functools.partial(quantise, kind=kind, in_dims=in_dims, lead=lead_of(axes))
         value = kernel.get_raw_value()
         leaves = jax.eval_shape(run, value) if isinstance(value, jax.ShapeDtypeStruct) else jax.jit(run)(value)
@@ -62,7 +61,8 @@ def dequantise_base(model: Decoder) -> None:
     for path, linear in maps(model).items():
         if isinstance(old := linear.kernel, Quantised):
             mesh = sharding.mesh_of(old.codes[...])
-            layout = None if mesh is None else sharding.named_sharding(mesh, old.axes, old.shape, f"{path}.kernel")
+            name = sharding.path_name((*path, "kernel"))
+            layout = None if mesh is None else sharding.named_sharding(mesh, old.axes, old.shape, name)
             _put(linear, nnx.Param(floats(old, layout), axes=old.axes))
     model.origin = dataclasses.replace(model.origin, quantisation=None)
 
@@ -102,10 +102,11 @@ class Reader:
         where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         layouts = dict.fromkeys(kernel.leaves, where)
         if self.mesh is not None:
-            where = sharding.named_sharding(self.mesh, kernel.axes[entry.stacked :], inner, entry.path)
+            told = sharding.path_name(entry.path)
+            where = sharding.named_sharding(self.mesh, kernel.axes[entry.stacked :], inner, told)
             for name, leaf in kernel.leaves.items():
                 axes = getattr(kernel, name).get_metadata("axes")
-                layouts[name] = sharding.named_sharding(self.mesh, axes, leaf.shape, f"{entry.path}.{name}")
+                layouts[name] = sharding.named_sharding(self.mesh, axes, leaf.shape, f"{told}.{name}")
         shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in kernel.leaves.items()}
         stacks = jax.jit(
             lambda: {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}, out_shardings=layouts
@@ -113,19 +114,18 @@ class Reader:
         write = _writer(kernel.kind, kernel.in_dims, tuple(sorted(layouts.items())))
         sums = []
         for at, name in entry.tensors(shape):
-            part = place(
-                names.Entry(entry.path, name, entry.kind), inner, _float(tensors[name].dtype), where, tensors, pool
-            )
+            part = place(dataclasses.replace(entry, hf=name), inner, _float(tensors[name].dtype), where, tensors, pool)
             stacks, errors = write(stacks, part, tuple(map(np.int32, at)))
             jax.block_until_ready(errors)  # the host holds no tensor but this one
             sums.append(errors)
             tensors.release()
-        self._count(entry.path.split(".")[-2], kernel, sums)
+        self._count(str(entry.path[-2]), kernel, sums)
         return stacks
 
     def _count(self, name: str, kernel: Quantised, sums: list[Any]) -> None:
         wrong, all_, largest = np.array(sums, np.float64).T
-        self.sums[name] = (wrong.sum(), all_.sum(), largest.max())
+        before = self.sums.get(name, (0.0, 0.0, 0.0))  # the map's kind in another segment
+        self.sums[name] = (before[0] + wrong.sum(), before[1] + all_.sum(), max(before[2], largest.max()))
         self.bytes += sum(leaf.size * leaf.dtype.itemsize for leaf in kernel.leaves.values())
         self.parameters += math.prod(kernel.shape)
 

@@ -18,7 +18,7 @@ import numpy as np
 from specjax import sharding
 from specjax.errors import UserError
 from specjax.lora.adapters import Adapter, Factors
-from specjax.lora.targets import linears
+from specjax.lora.targets import linears, modules
 from specjax.lora.variants import ExpertLoRA, variant_of
 from specjax.models import Decoder
 from specjax.models.adapter import Path
@@ -38,11 +38,12 @@ def check(model: Decoder, factors: Mapping[Path, Factors], dropout: float, dora:
             f"{sharding.path_name(touched[0])} is part of a mixture of experts, where PEFT has neither dropout nor "
             "DoRA: leave those out, or target the attention's maps alone."
         )
-    for parameter, fused in FUSED.items():
-        held = _held(factors, parameter)
+    for fused in FUSED.values():
+        wanted = [path for path, one in maps.items() if isinstance(one, ExpertLinear) and path[-1] in fused]
+        held = [factors[path] for path in wanted if path in factors]
         ranks = {rank for one in held for rank in one.ranks}
         alphas = {alpha for one in held for alpha in one.alphas}
-        if held and (len(held) < len(fused) or len(ranks) > 1 or len(alphas) > 1):
+        if held and (len(held) < len(wanted) or len(ranks) > 1 or len(alphas) > 1):
             raise UserError(
                 f"{' and '.join(fused)} of the experts must be targeted together, in every layer, with one rank and "
                 "alpha: PEFT holds them in one tensor."
@@ -56,10 +57,10 @@ def parameters(model: Decoder, wanted: list[str]) -> set[str]:
       UserError: one names nothing, or some layers only.
     """
     found = set()
-    layers = model.config.num_layers if model.config.num_experts else 0
+    layers = _layers(model)
     for one in wanted:
         hits = [
-            [_name(layer, known).endswith(f".{one}") or _name(layer, known) == one for layer in range(layers)]
+            [_name(layer, known).endswith(f".{one}") or _name(layer, known) == one for layer in layers]
             for known in (*FUSED, "gate.weight")
         ]
         if not any(map(any, hits)) or any(any(hit) and not all(hit) for hit in hits):
@@ -71,6 +72,12 @@ def parameters(model: Decoder, wanted: list[str]) -> set[str]:
     return found
 
 
+def _layers(model: Decoder) -> list[int]:
+    """The numbers of the layers with experts."""
+    spans = zip(model.config.segments, model.config.spans, strict=True)
+    return [layer for segment, span in spans if segment.block == "experts" for layer in span]
+
+
 def _name(layer: int, parameter: str) -> str:
     return f"model.layers.{layer}.mlp.{'' if parameter == 'gate.weight' else 'experts.'}{parameter}"
 
@@ -79,33 +86,32 @@ def settings(model: Decoder, adapter: Adapter) -> tuple[dict[str, int], dict[str
     """Rank and alpha of each targeted parameter, by PEFT's name in every layer, and `target_parameters`."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    targets = []
+    targets: list[str] = []
     maps = linears(model)
     for path, factors in adapter.factors.items():
         if isinstance(maps[path], Router):
-            targets.append("gate.weight")
-            for layer, rank in enumerate(factors.ranks):
+            targets = ["gate.weight"]
+            for module, rank, alpha in zip(modules(model, path), factors.ranks, factors.alphas, strict=True):
                 if rank:
-                    ranks[_name(layer, "gate.weight")] = rank
-                    alphas[_name(layer, "gate.weight")] = factors.alphas[layer]
+                    ranks[f"{module}.weight"], alphas[f"{module}.weight"] = rank, alpha
     for parameter in FUSED:
         held = _held(adapter.factors, parameter)
         if held:
             targets.append(parameter)
             own, fused = held[0].ranks[0], _fused_rank(held)
             alpha = held[0].alphas[0] * (math.sqrt(fused / own) if adapter.rslora else fused / own)
-            for layer in range(len(held[0].ranks)):
+            for layer in _layers(model):
                 ranks[_name(layer, parameter)], alphas[_name(layer, parameter)] = fused, alpha
     return ranks, alphas, targets
 
 
-def tensors(adapter: Adapter, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(model: Decoder, adapter: Adapter, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the file that holds the experts' factors."""
     both = all(_held(adapter.factors, parameter) for parameter in FUSED)
     for parameter in FUSED:
         held = _held(adapter.factors, parameter)
-        for layer in range(len(held[0].ranks) if held else 0):
-            a, b = _fuse(held, layer)
+        for place, layer in enumerate(_layers(model) if held else ()):
+            a, b = _fuse(held, place)
             rows = {
                 "A": a.reshape(-1, a.shape[2]),
                 "B": b.transpose(1, 2, 0).reshape(b.shape[1], -1),
@@ -114,9 +120,9 @@ def tensors(adapter: Adapter, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
                 yield _key(both, prefix, parameter, layer, letter), np.ascontiguousarray(value)
 
 
-def _fuse(held: list[Factors], layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """A [E, R, in] and B [E, out, R] of one layer's fused parameter."""
-    a, b = ([np.asarray(one.values[letter])[layer] for one in held] for letter in "ab")
+def _fuse(held: list[Factors], place: int) -> tuple[np.ndarray, np.ndarray]:
+    """A [E, R, in] and B [E, out, R] of one layer's fused parameter, by its place among the layers with experts."""
+    a, b = ([np.asarray(one.values[letter])[place] for one in held] for letter in "ab")
     if _fused_rank(held) == held[0].ranks[0]:
         return a[0], np.concatenate(b, axis=1)
     gate, up = b
@@ -142,7 +148,7 @@ def read(
     """
     found: dict[Path, Factors] = {}
     keys: set[str] = set()
-    layers = range(model.config.num_layers)
+    layers = _layers(model)
     both = set(FUSED) <= wanted
     for parameter in sorted(set(FUSED) & wanted):
         ranks, alphas = ({of(_name(layer, parameter)) for layer in layers} for of in (rank_of, alpha_of))
@@ -163,7 +169,7 @@ def _layer(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A [E, R, in] and B [E, out, R] of one layer's fused parameter."""
     count = model.config.num_experts
-    kernels = [linear.kernel for _, linear in _maps_of(model, parameter)]
+    kernels = [segments[0][1].kernel for segments in _maps_of(model, parameter)]
     size, out = kernels[0].shape[3], sum(kernel.shape[2] for kernel in kernels)
     for key, shape in zip(keys, ((rank * count, size), (out, rank * count)), strict=True):
         if key not in held:
@@ -174,36 +180,50 @@ def _layer(
     return a.reshape(count, rank, size), b.reshape(out, rank, count).transpose(2, 0, 1)
 
 
-def _maps_of(model: Decoder, parameter: str) -> list[tuple[Path, ExpertLinear]]:
-    """Our maps that PEFT has as one parameter, by path, in its order."""
-    by_name = {path[-1]: (path, one) for path, one in linears(model).items() if isinstance(one, ExpertLinear)}
-    return [by_name[name] for name in FUSED[parameter]]
+def _maps_of(model: Decoder, parameter: str) -> list[list[tuple[Path, ExpertLinear]]]:
+    """Our maps that PEFT has as one parameter, in its order, each as its modules, one per segment, by path."""
+    maps = [(path, one) for path, one in sorted(linears(model).items()) if isinstance(one, ExpertLinear)]
+    return [[(path, one) for path, one in maps if path[-1] == name] for name in FUSED[parameter]]
 
 
 def _maps(
     model: Decoder, parameter: str, a: np.ndarray, b: np.ndarray, alpha: float, rslora: bool
 ) -> dict[Path, Factors]:
     """The fused update, a [L,E,R,in] and b [L,E,out,R], as those of our maps."""
-    maps, layers, rank = _maps_of(model, parameter), len(a), a.shape[2]
-    half, first = rank // 2, maps[0][1].kernel.shape[2]
+    maps, rank = _maps_of(model, parameter), a.shape[2]
+    half, first = rank // 2, maps[0][0][1].kernel.shape[2]
     blocks = not b[:, :, first:, :half].any() and not b[:, :, :first, half:].any()
     apart = len(maps) > 1 and rank % 2 == 0 and blocks  # as we write it: gate and up have updates of their own
     if apart:
         alpha = round(alpha / (math.sqrt(2) if rslora else 2), 12)
     result: dict[Path, Factors] = {}
-    for number, (path, linear) in enumerate(maps):
+    for number, segments in enumerate(maps):
         rows = slice(number * half, (number + 1) * half) if apart else slice(0, rank)
         columns = slice(number * first, (number + 1) * first)
-        values = {"a": np.ascontiguousarray(a[:, :, rows]), "b": np.ascontiguousarray(b[:, :, columns, rows])}
-        ranks = (values["a"].shape[2],) * layers
-        result[path] = Factors(variant_of(linear, {}), values, ranks, (alpha,) * layers)
+        start = 0
+        for path, linear in segments:
+            layers = linear.kernel.shape[0]
+            here, start = slice(start, start + layers), start + layers
+            values = {"a": np.ascontiguousarray(a[here, :, rows]), "b": np.ascontiguousarray(b[here, :, columns, rows])}
+            ranks = (values["a"].shape[2],) * layers
+            result[path] = Factors(variant_of(linear, {}), values, ranks, (alpha,) * layers)
     return result
 
 
 def _held(factors: Mapping[Path, Factors], parameter: str) -> list[Factors]:
-    """The factors of our maps that PEFT has as one parameter."""
-    of_experts = {path[-1]: one for path, one in factors.items() if isinstance(one.variant, ExpertLoRA)}
-    return [of_experts[name] for name in FUSED[parameter] if name in of_experts]
+    """The factors of our maps that PEFT has as one parameter, each with the layers of all segments."""
+    of_experts = [(path[-1], one) for path, one in sorted(factors.items()) if isinstance(one.variant, ExpertLoRA)]
+    maps = [[one for last, one in of_experts if last == name] for name in FUSED[parameter]]
+    return [_joined(segments) for segments in maps if segments]
+
+
+def _joined(segments: list[Factors]) -> Factors:
+    """The layers of several segments, whose ranks are equal, one after another."""
+    if len(segments) == 1:
+        return segments[0]
+    values = {field: np.concatenate([one.values[field] for one in segments]) for field in segments[0].values}
+    ranks, alphas = (sum((getattr(one, name) for one in segments), ()) for name in ("ranks", "alphas"))
+    return Factors(segments[0].variant, values, ranks, alphas)
 
 
 def _fused_rank(held: list[Factors]) -> int:

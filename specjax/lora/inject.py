@@ -131,7 +131,7 @@ def _fresh(
     factors = {}
     for path, (ranks, alphas) in shapes.items():
         # What a seed means: the dotted name of the map decides.
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(sharding.path_name(path).encode()))
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(sharding.seed_name(path).encode()))
 
         def draw(shape: tuple[int, ...], bound: float, key: Any = key) -> jax.Array:
             drawn = jax.random.uniform(key, (longest,), jnp.float32, -bound, bound)

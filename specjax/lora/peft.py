@@ -77,7 +77,7 @@ def save(
     source = base or model.origin.source or None
     config = write_config(model, adapter, source, revision or (None if base else model.origin.revision or None))
     tensors = {row.key: _to_file(model, adapter, row) for row in _table(model, adapter)}
-    tensors |= dict(fused.tensors(adapter, _PREFIX))
+    tensors |= dict(fused.tensors(model, adapter, _PREFIX))
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -174,7 +174,7 @@ def _plan(model: Decoder, config: dict[str, Any]) -> Adapter:
     chosen = {path: flags for path, flags in chosen.items() if not isinstance(maps[path], ExpertLinear | Router)}
     if "gate.weight" in fused.parameters(model, config.get("target_parameters", [])):
         routers = [path for path, one in maps.items() if isinstance(one, Router)]
-        chosen |= {path: (True,) * model.config.num_layers for path in routers}
+        chosen |= {path: (True,) * len(targets.modules(model, path)) for path in routers}
     factors = {}
     for path, flags in chosen.items():
         suffix = ".weight" if isinstance(maps[path], Router) else ""
@@ -316,5 +316,5 @@ def _differs(model: Decoder, wrote: Adapter, found: Adapter) -> str:
     for row in _table(model, wrote):
         if _place(model, wrote, row).tobytes() != _place(model, found, row).tobytes():
             return row.key
-    pairs = zip(fused.tensors(wrote, _PREFIX), fused.tensors(found, _PREFIX), strict=True)
+    pairs = zip(fused.tensors(model, wrote, _PREFIX), fused.tensors(model, found, _PREFIX), strict=True)
     return next((key for (key, one), (_, other) in pairs if one.tobytes() != other.tobytes()), "")

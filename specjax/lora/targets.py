@@ -24,7 +24,7 @@ _PARAMETERS = ("kernel", "bias", "scale", "embedding")
 
 
 def parts(model: Decoder) -> dict[Path, Adaptable]:
-    """The modules that can wear an adapter, by path (("layers", "self_attn", "q_proj"): that map in every layer)."""
+    """The modules that can wear an adapter, by path (("layers", 0, "mlp", "up_proj"): the first segment's)."""
     return adaptables(model)
 
 
@@ -52,7 +52,7 @@ def tensors(model: Decoder, path: Path, parameter: str) -> tuple[list[str], str]
     """The Hugging Face tensors of a module's parameter, by layer, and how they lie in a file (see `hf.names`)."""
     if parameter == TIED_HEAD:
         return ["lm_head.weight"], "table"
-    (entry,) = hf_names.entries(model.config, [sharding.path_name((*path, parameter))])
+    (entry,) = hf_names.entries(model.config, [(*path, parameter)])
     shape = getattr(parts(model)[path], parameter).shape
     return [name for _, name in entry.tensors(shape)], entry.kind
 
@@ -61,8 +61,8 @@ def modules(model: Decoder, path: Path) -> list[str]:
     """The names PEFT knows a module by, one a layer: "model.layers.0.mlp.up_proj", ..."""
     part = parts(model)[path]
     if isinstance(part, Router | ExpertLinear):  # transformers 5 knows them so, whatever the files say
-        first, *rest = path
-        return [sharding.path_name(("model", first, layer, *rest)) for layer in range(model.config.num_layers)]
+        layers, segment, *rest = path
+        return [sharding.path_name(("model", layers, layer, *rest)) for layer in model.config.spans[int(segment)]]
     tensor_names, _ = tensors(model, path, parameters(part)[0])
     return [name.removesuffix(".weight") for name in tensor_names]
 

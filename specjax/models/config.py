@@ -1,8 +1,23 @@
 """The sizes of a decoder and the switches of its mathematics."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from specjax.models.rope import Rope
+
+
+class Segment(NamedTuple):
+    """A run of equal layers: one stack of parameters, one scan.
+
+    Attributes:
+      block: what stands behind a layer's attention: "dense" (an MLP) or "experts" (a mixture of them).
+      layers: how many layers.
+    """
+
+    block: str
+    layers: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,6 +25,7 @@ class ModelConfig:
     """What a decoder needs to know.
 
     Attributes:
+      segments: the layers, from the first to the last; most models have one segment.
       windows: the sliding window of each kind of attention layer, None for all keys; most models have one kind.
       ropes: the rotary frequencies, one for every kind of layer or one for all.
       layer_kinds: which kind each layer is; None where there is one kind.
@@ -21,7 +37,8 @@ class ModelConfig:
       attention_softcap: c of c * tanh(scores / c); None: none. So is `logits_softcap`.
       embed_scale: multiplies embeddings, in the compute dtype; `residual_scale` what each block adds; the logits are
         divided by `logits_divisor`.
-      num_experts: 0 for a dense MLP; `expert_dim` is an expert's inner size, and the next two are those of `MoE`.
+      num_experts: of a layer that has experts, 0 where none has; `expert_dim` is an expert's inner size, and the next
+        two are those of `MoE`.
       router_aux_coef: of the balancing loss, 0 unless the config's `output_router_logits` asks for it, as transformers.
     """
 
@@ -29,7 +46,7 @@ class ModelConfig:
     vocab_size: int
     embed_dim: int
     mlp_dim: int
-    num_layers: int
+    segments: tuple[Segment, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -59,3 +76,23 @@ class ModelConfig:
     normalise_experts: bool = True
     round_expert_weights: bool = False
     router_aux_coef: float = 0.0
+
+    @property
+    def num_layers(self) -> int:
+        """The layers of all segments."""
+        return sum(segment.layers for segment in self.segments)
+
+    @property
+    def spans(self) -> tuple[range, ...]:
+        """The numbers of each segment's layers, counted over all of them."""
+        ends = tuple(itertools.accumulate(segment.layers for segment in self.segments))
+        return tuple(range(end - segment.layers, end) for end, segment in zip(ends, self.segments, strict=True))
+
+
+def segments(blocks: Iterable[str]) -> tuple[Segment, ...]:
+    """The segments of layers with these blocks, in order.
+
+    >>> segments(["dense", "experts", "experts"])
+    (Segment(block='dense', layers=1), Segment(block='experts', layers=2))
+    """
+    return tuple(Segment(block, len(list(run))) for block, run in itertools.groupby(blocks))

@@ -1,6 +1,6 @@
-"""One decoder-only transformer for every supported family; its layers are stacked and scanned.
+"""One decoder-only transformer for every supported family; equal layers in a row are stacked and scanned.
 
-B batch, T length, S cache length, D embed, V vocab, L layers, K kv heads, H head_dim.
+B batch, T length, S cache length, D embed, V vocab, L layers (of a segment; of all in a cache), K kv heads, H head_dim.
 """
 
 import functools
@@ -39,9 +39,9 @@ POLICIES: dict[str, Callable[[], Any]] = {
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP with residuals; the norms stand where `config.norms` says."""
+    """Attention and MLP, or a mixture of experts, with residuals; the norms stand where `config.norms` says."""
 
-    def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, block: str, *, layers: int | None, rngs: nnx.Rngs | None):
         before, after = config.norms in ("pre", "sandwich"), config.norms in ("post", "sandwich")
 
         def norm(there: bool) -> RMSNorm | None:
@@ -50,7 +50,8 @@ class DecoderLayer(nnx.Module):
 
         self.residual_scale, self.after = config.residual_scale, after
         self.self_attn = Attention(config, layers=layers, rngs=rngs)
-        self.mlp = _experts(config, layers, rngs) if config.num_experts else MLP(config, layers=layers, rngs=rngs)
+        experts = block == "experts"
+        self.mlp = _experts(config, layers, rngs) if experts else MLP(config, layers=layers, rngs=rngs)
         # Hugging Face's names: post_attention_layernorm is the norm before the MLP where blocks are normed before only.
         self.input_layernorm, self.post_attention_layernorm = norm(before), norm(True)
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(before and after), norm(after)
@@ -122,7 +123,9 @@ class Decoder(nnx.Module):
         self.documents: int | None = None
         self.groups = 1
         self.embed_tokens = Embed(config.vocab_size, config.embed_dim, rngs=rngs)
-        self.layers = DecoderLayer(config, layers=config.num_layers, rngs=rngs)
+        self.layers = nnx.List(
+            [DecoderLayer(config, segment.block, layers=segment.layers, rngs=rngs) for segment in config.segments]
+        )
         self.norm = RMSNorm((config.embed_dim,), ("embed",), config.norm_eps, style=config.norm_style, rngs=rngs)
         head = Linear((config.embed_dim,), (config.vocab_size,), ("embed",), ("vocab",), rngs=rngs)
         self.lm_head = None if config.tied else head
@@ -211,7 +214,7 @@ class Decoder(nnx.Module):
         cache_segments: jax.Array,
         slot: jax.Array | int,
         lengths: jax.Array | None = None,
-        layers: Sequence[Any] | None = None,
+        layers: Sequence[Sequence[Any]] | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Runs further tokens against a cache.
 
@@ -225,8 +228,8 @@ class Decoder(nnx.Module):
             that the cache is empty, which spares the new tokens from looking there.
           lengths: int32 [B], the tokens of each text so far, which choose longrope's factors (Phi-3); default up to
             and with these tokens. What the cache holds was rotated by the choice of its own call.
-          layers: the parameters of each layer, arrays of their own (`generate.unstacked`), which are then not scanned;
-            default the slices of the stacked ones.
+          layers: the parameters of each layer of each segment, arrays of their own (`generate.unstacked`), which are
+            then not scanned; default the slices of the stacked ones.
 
         Returns:
           (hidden [B,T,D], the extended cache).
@@ -251,7 +254,7 @@ class Decoder(nnx.Module):
         lengths: jax.Array | None,
         cache: Cache | None,
         dropout_key: jax.Array | None,
-        layers: Sequence[Any] | None = None,
+        layers: Sequence[Sequence[Any]] | None = None,
     ) -> tuple[jax.Array, Any, Stats | None]:
         c = self.config
         kind_of = self._kinds(where["q_positions"], lengths)
@@ -259,11 +262,31 @@ class Decoder(nnx.Module):
         if c.embed_scale != 1:
             x = x * jnp.asarray(c.embed_scale, self.dtype)
         x = sharding.constrain(x, "batch", "residual", None)
-        # The module is split once; the scan's body sees one layer's slice of every stacked parameter.
-        # Without remat, what is kept of a layer for the backward pass has no axis of adapters, as what is scanned.
-        graph, stacked = nnx.split(in_use(self.layers) if layers is None and self.remat == "none" else self.layers)
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
         kinds = None if c.layer_kinds is None else np.array(c.layer_kinds, np.int32)
+        routed = []
+        for segment, (stack, span) in enumerate(zip(self.layers, c.spans, strict=True)):
+            # The module is split once; the scan's body sees one layer's slice of every stacked parameter.
+            # Without remat, what is kept of a layer for the backward pass has no axis of adapters, as what is scanned.
+            graph, stacked = nnx.split(in_use(stack) if layers is None and self.remat == "none" else stack)
+            layer = self._layer(graph, kind_of, where)
+            if layers is not None:
+                for number, state in zip(span, layers[segment], strict=True):
+                    kind = None if kinds is None else kinds[number]
+                    (x, cache), _ = layer((x, cache), (state, None, kind, number))
+                continue
+            # The cache is carried, not sliced and stacked like the parameters: a layer then writes its new slots in
+            # place, each segment those of its own layers.
+            numbers = None if cache is None else jnp.arange(span.start, span.stop, dtype=jnp.int32)
+            keys, kinds_here = (None if each is None else each[span.start : span.stop] for each in (layer_keys, kinds))
+            (x, cache), stats = jax.lax.scan(layer, (x, cache), (stacked, keys, kinds_here, numbers))
+            if stats is not None:
+                routed.append(stats)
+        joined = jax.tree.map(lambda *each: jnp.concatenate(each), *routed) if len(routed) > 1 else None
+        return self.norm(x), cache, joined or next(iter(routed), None)
+
+    def _layer(self, graph: Any, kind_of: Callable[[Any], Kind], where: dict[str, Any]) -> Callable[..., Any]:
+        """One layer of a segment, whose module has this graph: ((x, cache), inputs) -> ((x, cache), router's sums)."""
 
         def layer(carry: Any, inputs: Any) -> tuple[Any, Any]:
             x, cache = carry
@@ -271,17 +294,9 @@ class Decoder(nnx.Module):
             x, cache, stats = nnx.merge(graph, state)(x, kind_of(kind), where | {"layer": number}, cache, key)
             return (x, cache), stats
 
-        if self.remat != "none":
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.remat]())
-        if layers is not None:
-            for number, state in enumerate(layers):
-                kind = None if kinds is None else kinds[number]
-                (x, cache), _ = layer((x, cache), (state, None, kind, number))
-            return self.norm(x), cache, None
-        # The cache is carried, not sliced and stacked like the parameters: a layer then writes its new slots in place.
-        numbers = None if cache is None else jnp.arange(c.num_layers, dtype=jnp.int32)
-        (x, cache), stats = jax.lax.scan(layer, (x, cache), (stacked, layer_keys, kinds, numbers))
-        return self.norm(x), cache, stats
+        if self.remat == "none":
+            return layer
+        return jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.remat]())
 
     def _kinds(self, positions: jax.Array, lengths: jax.Array | None) -> Callable[[Any], Kind]:
         """A layer's window and rotary tables, by the number of its kind.

@@ -313,7 +313,7 @@ def load_balancing_loss(stats: Stats) -> jax.Array:
     mesh the sums run over all devices: a micro-batch is the global one.
 
     Args:
-      stats: the sums of `MoE`, with any leading axes ([L,E], [L] from the scan over layers).
+      stats: the sums of `MoE`, with any leading axes ([L,E], [L] of the layers with experts).
 
     Returns:
       float32 scalar; 0 where there is no token. Multiply it by the config's `router_aux_loss_coef`.

@@ -192,8 +192,9 @@ def _escaped(key: Any) -> Names:
 
 
 def _dotted(key: Any) -> Names:
-    """As specjax 0.1 wrote it: a tuple is one name."""
-    return (".".join(map(str, key)) if isinstance(key, tuple) else str(key),)
+    """As specjax 0.1 wrote it: a tuple is one name, and all layers were what the first segment's are now."""
+    name = ".".join(map(str, key)) if isinstance(key, tuple) else str(key)
+    return (name.replace("layers.0.", "layers.", 1),)
 
 
 def _nested(leaves: Mapping[Names, Any]) -> dict[str, Any]:

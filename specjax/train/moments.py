@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from specjax import sharding
 from specjax.errors import UserError
 
 KINDS = ("float32", "bfloat16", "8bit")
@@ -104,7 +105,7 @@ def _stored(state: Any, pack: Any) -> Any:
 def _dotted(path: Any) -> str:
     """The seed of a parameter's draws: its path, whether that is one tuple or keys within keys."""
     keys = [getattr(key, "key", key) for key in path]
-    return ".".join(str(part) for key in keys for part in (key if isinstance(key, tuple) else (key,)))
+    return sharding.seed_name(tuple(part for key in keys for part in (key if isinstance(key, tuple) else (key,))))
 
 
 def _restored(state: Any) -> Any:
