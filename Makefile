@@ -1,10 +1,22 @@
-# make test | demo: each sets up what it needs in .venv first, once. PYTHON names another interpreter.
+# make check | test | demo: each sets up what it needs in .venv first, once. PYTHON names another interpreter.
 PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test newest demo demo-base bench parity clean
+# What `make check` runs, less what is marked slow: no file that trains, compiles steps or needs torch.
+FAST := $(patsubst %,tests/test_%.py,cli config docs golden helpers imports launch metrics process \
+	data_chat data_formats data_pack data_read data_report data_templates)
+
+.PHONY: check test newest demo demo-base bench parity clean
+
+# Between two edits. Types and tests side by side; either's failure fails it.
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" $(FAST) & tests=$$!; \
+	wait $$types; types=$$?; wait $$tests && exit $$types
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -5,6 +5,9 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
+
+import pytest
 
 assert "jax" not in sys.modules, "the devices are counted when jax is imported: nothing may import it before this file"
 
@@ -22,3 +25,25 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # What is kept between starts goes to a folder of this process, which its children share.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="specjax-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# What is built for several files. Nothing heavy is imported before a fixture is asked for.
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    """A float32 Llama that transformers wrote, to be read alone."""
+    from helpers import torch_model
+
+    path = tmp_path_factory.mktemp("llama") / "model"
+    torch_model().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A random Llama with a tokenizer, in a folder where a file's runs go too, and beside it `data/` to learn from."""
+    from run_fixtures import write_base, write_data
+
+    folder = tmp_path_factory.mktemp("run")
+    write_data(folder / "data")
+    return write_base(folder / "base")

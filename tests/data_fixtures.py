@@ -2,8 +2,11 @@
 
 from functools import cache
 
+import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from specjax.errors import UserError
 
 SPECIAL = [
     "<pad>",
@@ -112,6 +115,13 @@ TOOL_ROWS = {
         {"role": "assistant", "content": "No cat."},
     ],
 }
+
+
+def refuse(action, match):
+    """What is called raises the user's mistake, one sentence that has `match`."""
+    with pytest.raises(UserError, match=match) as caught:
+        action()
+    assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
 
 
 @cache

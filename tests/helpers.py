@@ -209,10 +209,10 @@ BASE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
 
 
 def assert_same_bits(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
-    """The same names, dtypes and bytes."""
+    """The same names, dtypes, shapes and bytes."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert found[name].dtype == value.dtype, name
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
         assert found[name].tobytes() == value.tobytes(), name
 
 
@@ -221,7 +221,11 @@ def contents(folder: Path) -> dict[str, np.ndarray]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
+def logged(workdir: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl` without what measures time."""
-    rows = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("tokens_per_s")} for row in rows]
+    """They without what measures time."""
+    return [{key: x for key, x in row.items() if not key.startswith("tokens_per_s")} for row in logged(workdir)]

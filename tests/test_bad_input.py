@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_fixtures import PAIRS, ROOT, flags, specjax, tree, write_base, write_data, write_rows
+from run_fixtures import PAIRS, ROOT, flags, specjax, tree, write_rows
 from safetensors.numpy import load_file, save_file
 
 from specjax.train.checkpoint import Checkpoints
@@ -20,18 +20,10 @@ PROMPTS = [{"instruction": row["instruction"]} for row in PAIRS]
 FILE_LIMIT = 20_000  # bytes: more than the logs of a few hundred steps, less than the weights
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("original")
-    write_data(folder / "data")
-    write_base(folder / "base")
-    return folder
-
-
 @pytest.fixture
-def home(original, tmp_path):
+def home(base, tmp_path):
     """A folder of one's own with a base and data, to spoil."""
-    shutil.copytree(original, tmp_path / "home")
+    shutil.copytree(base.parent, tmp_path / "home")
     return tmp_path / "home"
 
 

@@ -3,20 +3,13 @@
 import json
 
 import pytest
-from data_fixtures import CONVERSATIONS, tokenizer
+from data_fixtures import CONVERSATIONS, refuse, tokenizer
 
 import specjax.data as data
 from specjax.data.formats import Conversation, Pair, Text, examples, recognise
-from specjax.errors import UserError
 
 ROWS = [{"instruction": f"Say {n}", "response": f"{n}"} for n in range(5)]
 SIZES = {"length": 64, "batch_size": 2}
-
-
-def refuse(action, match):
-    with pytest.raises(UserError, match=match) as caught:
-        action()
-    assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,10 @@ import csv
 import json
 
 import pytest
-from data_fixtures import tokenizer
+from data_fixtures import refuse, tokenizer
 
 import specjax.data as data
 from specjax.data.read import read
-from specjax.errors import UserError
 
 ROWS = [{"instruction": f"Say {n}", "response": f"{n}, «naïf» 🙂\n\nend"} for n in range(5)]
 SIZES = {"length": 64, "batch_size": 2}
@@ -25,12 +24,6 @@ def places(source, split="train"):
 def jsonl(path, values):
     path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
     return path
-
-
-def refuse(action, match):
-    with pytest.raises(UserError, match=match) as caught:
-        action()
-    assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
 
 
 # --- sources

@@ -5,19 +5,13 @@ import re
 
 import numpy as np
 import pytest
-from data_fixtures import CONVERSATIONS, tokenizer
+from data_fixtures import CONVERSATIONS, refuse, tokenizer
 from rich.console import Console
 
 import specjax.data as data
 from specjax.data.report import show
-from specjax.errors import UserError
 
 SIZES = {"length": 64, "batch_size": 2}
-
-
-def refuse(action, match):
-    with pytest.raises(UserError, match=match):
-        action()
 
 
 # --- the held-out split

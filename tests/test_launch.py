@@ -165,6 +165,7 @@ def test_gpus_are_dealt_out(monkeypatch, tmp_path):
     assert launch._shares(2) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
 
 
+@pytest.mark.slow
 def test_local_trains_with_several_processes_and_passes_sigterm_on(tmp_path):
     """Told to stop while it trains, it saves and ends with 143; the same command again goes on to the end."""
     write_data(tmp_path / "data")

@@ -150,15 +150,19 @@ def logits(of):
 
 
 def their_model(bases, name, train=False):
+    """`adapted` by a variant over its base."""
+    told, base = VARIANTS[name]
+    return adapted(bases[base][1], told, train)
+
+
+def adapted(reference, told, train=False):
     """A fresh PEFT model, with its adapter as after some training."""
     import peft
     import torch
 
-    told, base = VARIANTS[name]
     torch.manual_seed(0)  # of the first values, which PEFT draws
     theirs = peft.get_peft_model(
-        copy.deepcopy(bases[base][1]),
-        peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **copy.deepcopy(told)),
+        copy.deepcopy(reference), peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **copy.deepcopy(told))
     )
     if not train:
         generator = torch.Generator().manual_seed(0)
@@ -397,11 +401,7 @@ def test_variants_in_other_families(tmp_path, family):
 
     reference = torch_model(family)
     reference.save_pretrained(tmp_path / "base")
-    VARIANTS["now"] = (FAMILIES[family], "now")
-    try:
-        theirs = their_model({"now": (None, reference)}, "now")
-    finally:
-        del VARIANTS["now"]
+    theirs = adapted(reference, FAMILIES[family])
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     wanted = torch_logits(theirs, TOKENS)
     made = load(tmp_path / "base", dtype="float32")[0]

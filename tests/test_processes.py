@@ -1,7 +1,6 @@
 """Several real processes as one run: 2 train, one is told to stop, 4 go on, and it is the run of one process."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -11,17 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_fixtures import ROOT, flags, specjax, write_base, write_data
+from helpers import metrics
+from run_fixtures import ROOT, flags, specjax
 from safetensors.numpy import load_file
 
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    write_data(folder / "data")
-    return write_base(folder / "base")
 
 
 def start(
@@ -65,14 +58,10 @@ def job(base: Path, workdir: Path, **changes) -> list[str]:
     return flags(base, workdir, "full", **(keys | changes))
 
 
-def rows(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_same_run(one: Path, other: Path, rtol: float = 1e-5) -> None:
-    for mine, theirs in zip(rows(one), rows(other), strict=True):
+    for mine, theirs in zip(metrics(one), metrics(other), strict=True):
         assert mine.keys() == theirs.keys()
-        for key in (key for key in mine if not key.startswith("tokens_per_s")):
+        for key in mine:
             assert mine[key] == pytest.approx(theirs[key], rel=rtol), (mine["step"], key)
     assert (one / "data.json").read_text() == (other / "data.json").read_text()
 
@@ -89,7 +78,7 @@ def test_two_are_told_to_stop_four_go_on_and_it_is_the_run_of_one(base):
                 break
         ends = [process.communicate(timeout=300) for process in (first, second)]
     assert (first.returncode, second.returncode) == (143, 143), ends
-    stopped = rows(shared)[-1]["step"]
+    stopped = metrics(shared)[-1]["step"]
     assert 3 <= stopped < STEPS
     assert "stopped by a signal" in ends[0][0] and not ends[1][0]
     found = together(4, 2, *argv)

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import metrics
+from helpers import logged, metrics
 from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, write_data
 from safetensors.numpy import load_file
 
@@ -42,13 +42,6 @@ def job(base: Path, workdir: Path, kind: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    write_data(folder / "data")
-    return write_base(folder / "base")
-
-
-@pytest.fixture(scope="module")
 def runs(base):
     """The workdir of a finished run of each kind."""
     found = {kind: base.parent / kind for kind in KINDS}
@@ -59,7 +52,7 @@ def runs(base):
 
 def rows(workdir: Path, which: str) -> list[dict]:
     """The lines of `metrics.jsonl` that hold `which`."""
-    return [row for row in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if which in row]
+    return [row for row in logged(workdir) if which in row]
 
 
 def torch_loss(model, tokenizer, examples: list[dict]) -> float:
@@ -128,8 +121,8 @@ def test_a_run_leaves_its_config_reports_metrics_and_summary(base, runs, kind):
 def test_transformers_and_peft_open_the_export_and_find_the_losses_that_were_logged(base, runs, kind):
     model, tokenizer = opened(base, runs[kind] / "export")
     for name, examples in (("pairs", PAIRS), ("text", TEXTS)):
-        logged = rows(runs[kind], f"eval/{name}/loss")[-1][f"eval/{name}/loss"]
-        assert torch_loss(model, tokenizer, examples[-16:]) == pytest.approx(logged, abs=1e-4)
+        last = rows(runs[kind], f"eval/{name}/loss")[-1][f"eval/{name}/loss"]
+        assert torch_loss(model, tokenizer, examples[-16:]) == pytest.approx(last, abs=1e-4)
 
 
 def test_mfu_is_counted_where_the_peak_is_known_and_a_trace_is_written_where_it_is_asked_for(
@@ -380,8 +373,8 @@ def test_a_mixture_of_experts_is_trained_with_its_balancing_loss_and_opens_in_tr
     tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "export")
     model = transformers.AutoModelForCausalLM.from_pretrained(workdir / "export")
     found = torch_loss(model, tokenizer, PAIRS[-16:])
-    logged = min(row["eval/pairs/loss"] for row in rows(workdir, "eval/pairs/loss"))
-    np.testing.assert_allclose(found, logged, rtol=1e-4)
+    best = min(row["eval/pairs/loss"] for row in rows(workdir, "eval/pairs/loss"))
+    np.testing.assert_allclose(found, best, rtol=1e-4)
 
 
 def test_a_dense_model_has_no_experts_to_balance(base, tmp_path, capsys):
