@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # What `make check` runs, less what is marked slow: no file that trains, compiles steps or needs torch.
-FAST := $(patsubst %,tests/test_%.py,cli config docs golden helpers imports launch metrics process \
-	data_chat data_formats data_pack data_read data_report data_templates)
+FAST := $(patsubst %,tests/test_%.py,cli config docs errors helpers imports launch metrics process \
+	data_cache data_chat data_formats data_pack data_preference data_read data_report data_templates)
 
 .PHONY: check test newest demo demo-base bench parity clean
 

@@ -55,6 +55,7 @@ def python(code: str, *args: str, **environment: str) -> "subprocess.CompletedPr
     return subprocess.run(given, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
 
 
+@pytest.mark.slow
 def test_importing_specjax_changes_nothing_in_the_interpreter():
     done = python(IMPORT_ALL, "[]")
     assert done.returncode == 0, done.stderr
@@ -89,6 +90,7 @@ def loaded(asked: list[str], config: Path | str, **environment: str) -> "subproc
     return python(code, **environment)
 
 
+@pytest.mark.slow
 def test_the_command_loads_no_torch_but_for_a_config_file_that_does(asked, tmp_path):
     done = loaded(asked, "configs/lora.py")
     assert (done.returncode, done.stderr) == (0, "")
@@ -111,6 +113,7 @@ def test_the_command_leaves_torch_to_transformers_where_it_is_told_to(asked):
     assert python(code, SPECJAX_DISABLE="torch_block").stdout == "not left out\n"
 
 
+@pytest.mark.slow
 def test_a_method_of_compare_prepares_the_process_that_it_trains_in():
     code = (
         "import sys, jax; from specjax import compare\n"
