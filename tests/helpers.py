@@ -218,7 +218,9 @@ def assert_same_bits(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]
 
 def contents(folder: Path) -> dict[str, np.ndarray]:
     """Every tensor of a folder's safetensors by name, whichever files it lies in."""
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    files = sorted(folder.glob("*.safetensors"))
+    assert files, folder  # two empty folders would hold the same
+    return {name: value for file in files for name, value in load_file(file).items()}
 
 
 def logged(workdir: str | Path) -> list[dict[str, Any]]:

@@ -65,6 +65,12 @@ def tree() -> list[str]:
     return found
 
 
+def test_what_these_tests_go_through_is_there():
+    assert {"full.py", "sft.py", "lora.py"} <= {path.name for path in CONFIGS}
+    assert {"architecture.md", "measurements.md", "parity.md"} <= {path.name for path in DOCUMENTS}
+    assert [path.name for path in NOTEBOOKS] == ["quickstart.ipynb"]
+
+
 def test_there_are_commands_in_the_readme_and_in_every_config():
     where = [path for path, _ in all_commands()]
     assert where.count("README.md") > 10

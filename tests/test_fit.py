@@ -1,25 +1,23 @@
-"""The loop: what is logged, saved and resumed, and that nothing of it shows in the numbers.
-
-Run as a program, this file is the training job that the tests kill: `test_fit.py WORKDIR full|lora [limit]`.
-"""
+"""The loop: what is logged, saved and resumed, and that nothing of it shows in the numbers."""
 
 import dataclasses
 import json
 import logging
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import fit_job
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
+from fit_job import STEPS, Hooked, Stop, job, stop, subject
 from helpers import BASE, assert_same_bits, data, metrics, model, weights
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -33,55 +31,6 @@ from specjax.train.session import Session
 from specjax.train.step import split
 
 KINDS = ("full", "lora")
-STEPS = 24
-FILE_LIMIT = 20_000  # bytes: more than metrics.jsonl, less than the weights
-
-
-def subject(kind="full", **changes):
-    """A fresh model, always the same one, and its filter."""
-    made = model(**changes)
-    if kind == "lora":
-        sj.lora.inject(made, rank=4, dropout=0.1, targets="all-linear", seed=1)
-    return made, sj.LORA if kind == "lora" else sj.ALL
-
-
-def job(workdir, kind="full", rows=None, *, steps=STEPS, of=None, **changes):
-    """The run whose metrics and weights the tests compare: accumulation, evaluation, dropout, saves between evals."""
-    made, trainable = of or subject(kind)
-    options = {
-        "accumulate": 2,
-        "eval_data": {"heldout": data(seed=1, documents=6)},
-        "eval_every": 8,
-        "save_every": 3,
-        "log_every": 2,
-        "tensorboard": False,
-        "seed": 5,
-    } | changes
-    result = sj.fit(made, rows or data(), sj.adamw(5e-3), steps=steps, trainable=trainable, workdir=workdir, **options)
-    return result, weights(made)
-
-
-class Hooked:
-    """Data that does something when the batch of a step is asked for, which is while the step before it runs."""
-
-    def __init__(self, inner, step, do):
-        self.inner, self.step, self.do = inner, step, do
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def micro_batches(self, step, count, rows):
-        if step == self.step:
-            self.do()
-        return self.inner.micro_batches(step, count, rows)
-
-
-class Stop(Exception):
-    pass
-
-
-def stop():
-    raise Stop
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +103,12 @@ def test_evaluating_saving_and_logging_change_no_weight(whole):
 
 @pytest.fixture(scope="module")
 def start(compiled):
-    """Starts this file as a program."""
+    """Starts the job as a program."""
     environment = os.environ | {name.upper(): str(value) for name, value in compiled.items()}
     environment |= {"PYTHONPATH": str(Path(__file__).parent.parent), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
     def begin(workdir, *more):
-        command = [sys.executable, "-u", __file__, str(workdir), *more]
+        command = [sys.executable, "-u", fit_job.__file__, str(workdir), *more]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return begin
@@ -410,13 +359,6 @@ def test_samples_are_taken_from_the_weights_of_the_moment(tmp_path):
     assert [(row["step"], row["text"]) for row in lines] == [(0, "answer 1"), (2, "answer 2"), (4, "answer 3")]
 
 
-def limit_files(workdir):
-    """Once step 9 is saved no file may grow beyond FILE_LIMIT. (Python ignores SIGXFSZ: writing fails instead.)"""
-    while not (workdir / "checkpoints" / "9").is_dir():
-        time.sleep(0.01)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_LIMIT, FILE_LIMIT))
-
-
 def test_a_steps_numbers_are_read_once_the_next_one_was_given_to_the_device(monkeypatch):
     """So the device never waits for the host: not in the steps between two evaluations or saves."""
     events = []
@@ -441,13 +383,6 @@ def test_a_steps_numbers_are_read_once_the_next_one_was_given_to_the_device(monk
     sj.fit(model(), data(), sj.adamw(1e-3), steps=6, log_every=1)
     for step in range(1, 6):
         assert events.index(("read", step)) > events.index(("given", step + 1))
-
-
-if __name__ == "__main__":
-    workdir, kind, *limit = sys.argv[1:]
-    hooked = Hooked(data(), 10, lambda: limit_files(Path(workdir))) if limit else None
-    _, trained = job(workdir, kind, hooked)
-    np.savez(Path(workdir) / "weights.npz", **trained)
 
 
 def test_the_step_is_told_how_many_documents_a_row_has(monkeypatch):

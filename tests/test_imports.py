@@ -161,11 +161,11 @@ def declared(*extras: str) -> set[str]:
 
 def used(*folders: str) -> dict[str, set[str]]:
     """Each foreign module that the folders' files import -> the distributions that bring it."""
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    assert files
-    tops = {name.partition(".")[0] for path in files for name in imported(path)} - sys.stdlib_module_names - OURS
-    brought = packages_distributions()
-    return {top: {canonical(name) for name in brought.get(top, [top])} for top in tops}
+    files = {folder: list((ROOT / folder).rglob("*.py")) for folder in folders}
+    assert all(files.values())
+    tops = {name.partition(".")[0] for paths in files.values() for path in paths for name in imported(path)}
+    brought, foreign = packages_distributions(), tops - sys.stdlib_module_names - OURS
+    return {top: {canonical(name) for name in brought.get(top, [top])} for top in foreign}
 
 
 def test_what_the_package_imports_is_declared():
@@ -180,3 +180,13 @@ def test_what_is_declared_is_imported():
 def test_what_the_tests_import_is_declared():
     undeclared = {top for top, names in used("tests").items() if not names & declared("test")}
     assert undeclared == set()
+
+
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+
+
+def test_tests_import_no_tests():
+    stems = {path.stem for path in TESTS if path.stem.startswith("test_")}
+    assert len(stems) > 30 and len(TESTS) > len(stems)
+    for path in TESTS:
+        assert not {name.partition(".")[0] for name in imported(path)} & stems, path

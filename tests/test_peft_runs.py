@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from fit_job import Hooked, Stop, job, stop
 from helpers import BASE, assert_same_bits, data, model, prompts, torch_logits, weights
 from run_fixtures import flags, specjax, write_base, write_data
-from test_fit import Hooked, Stop, job, stop
 
 import specjax as sj
 from specjax import build

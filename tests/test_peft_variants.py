@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from courses import assert_same_movement, our_losses, packed, torch_losses
 from flax import nnx
 from helpers import BASE, assert_same_bits, prompts, token_sums, torch_logits, torch_model, weights
 from safetensors.numpy import load_file
-from test_step import assert_same_movement, our_losses, packed, torch_losses
 
 import specjax as sj
 from specjax import sharding

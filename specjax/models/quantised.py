@@ -186,7 +186,7 @@ def quantise(kernel: jax.Array, kind: str, in_dims: int, lead: int = 0) -> Leave
     unit = jnp.clip(blocks * (1.0 / jnp.maximum(absmax, 1e-38))[..., None], -1, 1)
     codes = jnp.zeros(unit.shape, jnp.uint8)
     for bound in _NF4_BOUNDS:
-        codes += unit > bound
+        codes += (unit > bound).astype(jnp.uint8)
     pairs = codes.reshape(*w.shape[:-1], -1, 2)
     statistics = _quantise_statistics(absmax.reshape(*w.shape[:lead], -1))
     statistics["absmax"] = statistics["absmax"].reshape(absmax.shape)

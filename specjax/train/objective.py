@@ -115,7 +115,7 @@ def _score(layout: Layout, logits: jax.Array, targets: jax.Array, mask: jax.Arra
     """float32 [B,C,V] -> the summed nats, and how many targets are the likeliest, [G] each."""
     target_logits = chunks.target_logit(logits, targets)
     nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
-    correct = target_logits >= jnp.max(logits, axis=-1)
+    correct = (target_logits >= jnp.max(logits, axis=-1)).astype(jnp.float32)
     split = (layout.groups, -1, mask.shape[1])
     return tuple(jnp.sum((x * mask).reshape(split), axis=(1, 2)) for x in (nll, correct))  # type: ignore[return-value]
 
