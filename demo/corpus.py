@@ -10,6 +10,7 @@ every Python version, and a held-out module stands in no training file, the base
 |---|---|---|
 | text_train, text_eval | {"text"}: language topics and docstrings, as pages of a manual | full.py, the domain's loss |
 | pairs_train, pairs_eval | {"instruction", "response"}: a question, the docstring's first paragraph | sft.py, lora.py |
+| preference_train, preference_eval | {"prompt", "chosen", "rejected"}: its own answer, and another thing's | dpo.py |
 | general_eval | {"text"}: source code of held-out modules | what is forgotten |
 | base_train, base_eval | {"text"}: topics and docstrings as they stand, and the source code | the base model |
 """
@@ -25,7 +26,7 @@ import sysconfig
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SALT = "specjax-4"  # the first of its kind that holds out `textwrap`, whose questions are easily judged by eye
 HELD_OUT = 0.1  # of the modules, and of the topics
@@ -227,7 +228,26 @@ def build() -> dict[str, list[dict[str, str]]]:
         "base_eval": capped(text_eval, BASE_PROSE) + capped(code_eval, BASE_CODE),
     }
     rows = {name: [{"text": text} for text in kept] for name, kept in texts.items()}
-    return rows | {"pairs_train": pairs_train, "pairs_eval": pairs_eval}
+    rows |= {"pairs_train": pairs_train, "pairs_eval": pairs_eval}
+    return rows | {"preference_train": preferences(pairs_train), "preference_eval": preferences(pairs_eval)}
+
+
+def preferences(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Each question with its answer, and with the answer to a question far from it."""
+
+    def said(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    others = rows[len(rows) // 2 :] + rows[: len(rows) // 2]
+    return [
+        {
+            "prompt": said("user", row["instruction"]),
+            "chosen": said("assistant", row["response"]),
+            "rejected": said("assistant", other["response"]),
+        }
+        for row, other in zip(rows, others, strict=True)
+        if other["response"] != row["response"]
+    ]
 
 
 def write(out: Path) -> dict[str, tuple[int, int]]:
@@ -237,8 +257,13 @@ def write(out: Path) -> dict[str, tuple[int, int]]:
     for name, rows in build().items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        counts[name] = (len(rows), sum(len(value) for row in rows for value in row.values()))
+        counts[name] = (len(rows), sum(characters(value) for row in rows for value in row.values()))
     return counts
+
+
+def characters(value: Any) -> int:
+    """Of a text, or of the messages of a conversation."""
+    return len(value) if isinstance(value, str) else sum(len(message["content"]) for message in value)
 
 
 def main() -> None:
@@ -247,10 +272,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the files (made if need be)")
     out = parser.parse_args().out
     counts = write(out)
-    print(f"{'file':<14}{'rows':>8}{'characters':>13}")
-    for name in ("text_train", "text_eval", "pairs_train", "pairs_eval", "general_eval", "base_train", "base_eval"):
-        rows, characters = counts[name]
-        print(f"{name:<14}{rows:>8,}{characters:>13,}")
+    print(f"{'file':<18}{'rows':>8}{'characters':>13}")
+    for name, (rows, size) in counts.items():
+        print(f"{name:<18}{rows:>8,}{size:>13,}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from specjax.lora import ALL as ALL
     from specjax.lora import LORA as LORA
     from specjax.sharding import make_mesh as make_mesh
+    from specjax.train.dpo import dpo as dpo
     from specjax.train.fit import fit as fit
     from specjax.train.logprobs import token_logprobs as token_logprobs
     from specjax.train.objective import Objective as Objective
@@ -34,6 +35,7 @@ _HOMES = {
     "load": "specjax.hf.load",
     "export": "specjax.hf.export",
     "fit": "specjax.train.fit",
+    "dpo": "specjax.train.dpo",
     "adamw": "specjax.train.optim",
     "lion": "specjax.train.optim",
     "optimizer": "specjax.train.optim",

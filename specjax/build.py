@@ -24,6 +24,8 @@ from specjax.hf.export import export as export_folder
 from specjax.models import Decoder
 from specjax.train import optim
 from specjax.train.checkpoint import Checkpoints
+from specjax.train.dpo import dpo
+from specjax.train.objective import Objective, next_token
 from specjax.train.step import split, write_back
 
 SEED_MODEL, SEED_LORA = 0, 1  # offsets of config.seed, so that no two draws share a key
@@ -150,6 +152,21 @@ def filter_of(config: ConfigDict) -> Any:
 
 
 @keys(ARGUMENTS)
+def objective_of(config: ConfigDict) -> Objective:
+    """What is minimised."""
+    return dpo(**config.dpo) if config.objective == "dpo" else next_token
+
+
+def check_pairs(config: ConfigDict, data: Data) -> None:
+    """Raises `UserError` where the training rows are pairs of answers, and the objective would train on both."""
+    if config.objective != "dpo" and data.together > 1:
+        raise UserError(
+            f"config.data.train: {config.data.train} has pairs of answers, of which config.objective="
+            f"{config.objective} would train on the rejected ones too: set config.objective=dpo."
+        )
+
+
+@keys(ARGUMENTS)
 def optimizer_of(config: ConfigDict, steps: int) -> optim.Optimizer:
     """The optimizer, its schedule laid over `steps`."""
     c = config.optimizer
@@ -182,12 +199,17 @@ def sampler_of(config: ConfigDict, tokenizer: Any) -> Callable[[Decoder], Sequen
     return lambda model: list(zip(prompts, generate_texts(model, tokenizer, prompts, **how), strict=True))
 
 
-def load_run(workdir: str | Path, which: str, mesh: Mesh) -> tuple[Decoder, ConfigDict]:
-    """A run's model with the weights of a checkpoint, and the run's config."""
+def config_of(workdir: str | Path) -> ConfigDict:
+    """A run's config."""
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is not a run: it has no config.json; give the workdir of `specjax train`.")
-    config = load_config_file(str(path))
+    return load_config_file(str(path))
+
+
+def load_run(workdir: str | Path, which: str, mesh: Mesh) -> tuple[Decoder, ConfigDict]:
+    """A run's model with the weights of a checkpoint, and the run's config."""
+    config = config_of(workdir)
     folder = hf_load.resolve(config.model.path, config.model.revision)
     model = model_of(config, folder, mesh)
     restore(model, config, Path(workdir), which)

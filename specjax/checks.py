@@ -16,6 +16,8 @@ from specjax.errors import UserError, keys, nearest
 FREE = ("data.eval", "data.columns")  # groups whose names are the user's own; every value is a string
 CHOICES = {
     "trainable": ("all", "lora"),
+    "objective": ("next_token", "dpo"),
+    "dpo.loss": ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust"),
     "model.dtype": ("bfloat16", "float32"),
     "model.init": ("checkpoint", "random"),
     "model.remat": ("none", "full", "attention", "dots", "offload"),
@@ -38,6 +40,8 @@ ARGUMENTS = {
     **{axis: f"config.mesh.{axis}" for axis in ("data", "fsdp", "expert", "context", "tensor")},
     **{"remat": "config.model.remat", "offload": "config.optimizer.offload", "wandb": "config.log.wandb"},
     "holdout": "config.data.eval_fraction",
+    **{name: f"config.dpo.{name}" for name in ("beta", "loss", "label_smoothing")},
+    "objective": "config.objective",
 }
 POSITIVE = ("optimizer.learning_rate", "optimizer.eps")
 BIASES = ("none", "all", "lora_only")  # config.lora.bias

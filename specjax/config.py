@@ -31,6 +31,12 @@ def get_config() -> ConfigDict:
     config.batch_size = 8  # rows per optimizer step, over all devices and micro-batches
     config.accumulate = 1  # micro-batches per optimizer step
 
+    config.objective = "next_token"  # next_token | dpo: of two answers the chosen one more likely (wants pairs)
+    config.dpo = ConfigDict()  # only with objective="dpo"
+    config.dpo.beta = 0.1  # how far the model may leave the reference: the larger, the less
+    config.dpo.loss = "sigmoid"  # sigmoid | sigmoid_norm | hinge | ipo | robust, as TRL names them
+    config.dpo.label_smoothing = 0.0  # with loss="robust": the share of pairs that are labelled the wrong way round
+
     config.model = ConfigDict()
     config.model.path = ""  # a Hugging Face folder or a hub name
     config.model.revision = ""  # of a hub name; "": its default branch
@@ -177,7 +183,9 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     >>> differing({"seed": 0, "log": {"every": 1}}, {"seed": 1, "log": {"every": 9}})
     ['seed']
     """
-    was, now, absent = dict(flat(old)), dict(flat(new)), object()
+    # A key that a run's specjax did not know yet stood, unsaid, at what is now its default.
+    was = dict(flat(get_config().to_dict())) | dict(flat(old))
+    now, absent = dict(flat(get_config().to_dict())) | dict(flat(new)), object()
     keys = (key for key in {**was, **now} if was.get(key, absent) != now.get(key, absent))
     return [key for key in keys if not re.match(r"(log|export|compare|checkpoint\.every|data\.cache)(\.|$)", key)]
 

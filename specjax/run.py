@@ -19,6 +19,7 @@ from specjax.errors import UserError, keys
 from specjax.generation.generate import generate as generate_texts
 from specjax.hf import load as hf_load
 from specjax.train.evaluate import evaluate as evaluate_set
+from specjax.train.evaluate import most_documents
 from specjax.train.fit import fit
 from specjax.train.result import Result
 from specjax.train.step import make_eval_step, split
@@ -47,8 +48,10 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         return finished
     with processes.agreement("nothing was trained"):
         mesh = sharding.make_mesh(**config.mesh)
+        objective = build.objective_of(config)
         folder, tokenizer = build.tokenizer_of(config)
         data, eval_data = build.data_of(config, tokenizer, Console(quiet=not processes.first()))
+        build.check_pairs(config, data)
     with processes.agreement("nothing was trained"):
         if processes.first():
             report = {"train": data.report} | {name: d.report for name, d in eval_data.items()}
@@ -68,6 +71,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         build.optimizer_of(config, steps),
         steps=steps,
         trainable=build.filter_of(config),
+        objective=objective,
         workdir=workdir,
         accumulate=config.accumulate,
         eval_data=eval_data,
@@ -99,14 +103,15 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
 
 @keys(ARGUMENTS)
 def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, float]]:
-    """Prints and returns loss, perplexity and accuracy of a run's best checkpoint on the config's named sets.
+    """Prints and returns what the objective is on the config's named sets, with a run's best checkpoint.
 
-    The sets, their template and their lengths are the config's; the model is the run's.
+    The objective, the sets, their template and their lengths are the config's; the model is the run's.
     """
     with processes.agreement("nothing was evaluated"):
         validate(config, jax.device_count())
-        model, run_config = build.load_run(workdir, "best", sharding.make_mesh(**config.mesh))
-        _, tokenizer = build.tokenizer_of(run_config)
+        objective, run_config = build.objective_of(config), build.config_of(workdir)
+        folder, tokenizer = build.tokenizer_of(run_config)
+        model = build.model_of(run_config, folder, sharding.make_mesh(**config.mesh))
         check_length(config.data.length, model.config.max_positions)
         eval_data = build.eval_data_of(config, tokenizer, Console(quiet=not processes.first()))
         if not eval_data:
@@ -114,18 +119,22 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
                 "config.data.eval is empty and config.data.eval_fraction is 0: name a set, "
                 "--config.data.eval.NAME=FILE."
             )
+        # A reference is the model as it was before it was trained.
+        rows = config.batch_size // config.accumulate
+        objective, eval_data = objective.prepare(objective, model, build.filter_of(run_config), eval_data, rows)
+        build.restore(model, run_config, Path(workdir), "best")
     graph, params, frozen = split(model, nnx.Param)
-    step, mesh = jax.jit(make_eval_step(graph)), sharding.mesh_of(next(iter(params.values())))
+    mesh = sharding.mesh_of(next(iter(params.values())))
     assert mesh is not None
+    step = jax.jit(make_eval_step(graph, objective, documents=most_documents(eval_data)))
+    options: dict[str, Any] = {"objective": objective, "batches": config.eval.batches}
     with jax.set_mesh(mesh):
-        found = {
-            name: evaluate_set(step, params, frozen, rows, mesh, batches=config.eval.batches)
-            for name, rows in eval_data.items()
-        }
-    table = Table("set", "loss", "perplexity", "token accuracy", "tokens")
+        found = {name: evaluate_set(step, params, frozen, rows, mesh, **options) for name, rows in eval_data.items()}
+    heads = list(next(iter(found.values())))
+    shown = {"perplexity": "{:.2f}", "accuracy": "{:.1%}", objective.counts: "{:,}"}
+    table = Table("set", *("token accuracy" if head == "accuracy" else head for head in heads))
     for name, values in found.items():
-        numbers = (f"{values['loss']:.4f}", f"{values['perplexity']:.2f}", f"{values['accuracy']:.1%}")
-        table.add_row(name, *numbers, f"{values['tokens']:,}")
+        table.add_row(name, *(shown.get(head, "{:.4f}").format(values[head]) for head in heads))
     Console(quiet=not processes.first()).print(table)
     return found
 

@@ -300,3 +300,16 @@ def test_every_choice_is_accepted():
         if choice == "lora" or (key == "model.quantise" and choice):  # what is quantised can't train
             made.trainable, made.lora.rank = "lora", 2
         validate(made)
+
+
+def test_the_losses_of_dpo_that_a_config_may_name_are_those_that_there_are():
+    from specjax.train.dpo import LOSSES
+
+    assert CHOICES["dpo.loss"] == tuple(LOSSES)
+
+
+def test_a_run_that_did_not_know_a_key_goes_on_at_its_default():
+    now = resolved(get_config())
+    old = {key: value for key, value in now.items() if key not in ("objective", "dpo")}
+    assert differing(old, now) == []
+    assert differing(old, now | {"objective": "dpo"}) == ["objective"]

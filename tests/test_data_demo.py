@@ -9,6 +9,7 @@ from demo import corpus
 from demo.tokenizer import BOS, END, PAD, START, train_tokenizer
 
 NAMES = ("text_train", "text_eval", "pairs_train", "pairs_eval", "general_eval", "base_train", "base_eval")
+PREFERENCE = ("preference_train", "preference_eval")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def rows():
 
 def test_every_file_has_rows_and_the_eval_sets_are_small(rows, tmp_path):
     counts = corpus.write(tmp_path / "out")
-    assert sorted(counts) == sorted(NAMES)
+    assert sorted(counts) == sorted(NAMES + PREFERENCE)
     assert all(counts[name] == (len(rows[name]), counts[name][1]) and len(rows[name]) > 5 for name in NAMES)
     assert counts["base_train"][1] > 3_000_000 and counts["text_train"][1] > 500_000
     assert len(rows["pairs_train"]) > 2000 and len(rows["pairs_eval"]) == corpus.EVAL_PAIRS

@@ -165,13 +165,19 @@ class InTrlsOrder:
             rows.append(len(starts))
         self.data.plan, self.num_rows = Plan(np.array(starts), np.array(sizes), np.array(rows)), len(course.rows)
 
-    def batch(self, step, rows):
-        """Micro-batch i of `fit` takes every k-th row from i on, TRL's takes neighbours."""
-        order = np.arange(self.batch_size).reshape(MICRO_BATCHES, ROWS).T.ravel()
-        return self.data._assemble((step * self.batch_size + order[rows]) % self.num_rows)
+    def row_ids(self, step):
+        return (step * self.batch_size + np.arange(self.batch_size)) % self.num_rows
+
+    def batch(self, step, rows=slice(None)):
+        return self.data._assemble(self.row_ids(step)[rows])
+
+    def micro_batches(self, step, count, rows):
+        """TRL's micro-batches are neighbours."""
+        order = np.arange(self.batch_size).reshape(count, -1)[:, rows].ravel()
+        return {name: value.reshape(count, len(rows), -1) for name, value in self.batch(step, order).items()}
 
     def tokens_in(self, step):
-        return int(np.count_nonzero(self.batch(step, np.arange(self.batch_size))["segment_ids"]))
+        return int(np.count_nonzero(self.batch(step)["segment_ids"]))
 
 
 def trls_rate(peak):

@@ -44,6 +44,7 @@ class Data:
         length, batch_size, seed: as given.
         num_rows: rows of the plan.
         most_documents: in a row.
+        together: documents that always lie side by side in one row: 2 of preference pairs, else 1.
         steps_per_epoch: whole batches in one pass, at least 1.
         template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
         end_of_turn: id of the token that ends the assistant's turns there: generation must stop at it.
@@ -77,6 +78,7 @@ class Data:
         self.loss_mask = np.append(trained[1:], False)  # aligned with targets; a document's last token has none
         self.loss_mask[offsets[1:] - 1] = False
         self._added: dict[str, np.ndarray] = {}  # column -> a value per token
+        self.together = together
         self.plan: Plan = plan(offsets, length, packing, together)
         self.num_rows = len(self.plan.rows) - 1
         self.most_documents = int(np.diff(self.plan.rows).max(initial=1))
@@ -132,6 +134,13 @@ class Data:
         wider = copy.copy(self)
         wider._added = {**self._added, name: values.astype(np.float32, copy=False)}
         return wider
+
+    def per_token(self, rows: np.ndarray) -> np.ndarray:
+        """Values that lie as the rows of the plan do, [num_rows,T], as one value per token, [N], for `with_column`."""
+        flat = np.zeros(self.tokens.shape, rows.dtype)
+        held = np.arange(self.length)[None] < self._sizes[:, None]
+        flat[ranges(self.plan.starts, self.plan.sizes)] = rows[held]
+        return flat
 
     def tokens_in(self, step: int) -> int:
         """Tokens, not padding, of the global batch of `step`."""

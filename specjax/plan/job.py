@@ -17,6 +17,7 @@ from specjax.errors import keys
 from specjax.hf import load as hf_load
 from specjax.models import Decoder
 from specjax.train import step as steps_lib
+from specjax.train.dpo import reading_reference
 
 
 @dataclasses.dataclass
@@ -64,8 +65,14 @@ def make(config: ConfigDict, devices: list[Any]) -> Job:
     opt_state = jax.tree.map(_struct, shapes, steps_lib.opt_shardings(optimizer, trainable, mesh))
     rows = (config.accumulate, config.batch_size // config.accumulate, config.data.length)
     place = NamedSharding(mesh, sharding.partition_spec((None, "batch", "length")))
-    batch = {name: jax.ShapeDtypeStruct(rows, jnp.dtype(dtype), sharding=place) for name, dtype in COLUMNS.items()}
-    step = steps_lib.make_train_step(graph, optimizer, seed=config.seed)
+    objective = build.objective_of(config)
+    if config.objective == "dpo" and config.trainable == "all":
+        objective = reading_reference(objective)
+    batch = {
+        name: jax.ShapeDtypeStruct(rows, jnp.dtype(COLUMNS.get(name, "float32")), sharding=place)
+        for name in objective.columns
+    }
+    step = steps_lib.make_train_step(graph, optimizer, objective, seed=config.seed)
     count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
         lowered = steps_lib.lower(step, steps_lib.TrainState(trainable, opt_state, count), frozen, batch)

@@ -1,5 +1,6 @@
 """What an objective is on a data set: its pairs added up over all batches, and divided once."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -46,3 +47,9 @@ def evaluate(
     total = {name: [sum(float(part[name][i].sum()) for part in sums) for i in (0, 1)] for name in names}
     means = {name: value / (of or 1.0) for name, (value, of) in total.items()}
     return means | objective.derived(means) | {objective.counts: int(total["loss"][1])}
+
+
+def most_documents(sets: Mapping[str, Any]) -> int | None:
+    """At most how many documents are in a row of any of these data sets; None: not known."""
+    known = [rows.most_documents for rows in sets.values() if hasattr(rows, "most_documents")]
+    return max(known) if known and len(known) == len(sets) else None

@@ -88,7 +88,8 @@ def fit(
         files.claim(workdir, WRITES)
         if not jax.process_index():
             files.mark(workdir)
-    objective, sets = objective.prepare(objective, model, trainable, {"": data, **(eval_data or {})})
+    rows = max(1, data.batch_size // accumulate)
+    objective, sets = objective.prepare(objective, model, trainable, {"": data, **(eval_data or {})}, rows)
     data, eval_data = sets.pop(""), sets
     best = best or next(iter(eval_data), "")
     with (

@@ -34,7 +34,7 @@ def _nothing_more(means: Mapping[str, float]) -> dict[str, float]:
     return {}
 
 
-def _as_given(objective: "Objective", model: Decoder, trainable: Any, sets: Mapping[str, Any]) -> Any:
+def _as_given(objective: "Objective", model: Decoder, trainable: Any, sets: Mapping[str, Any], rows: int) -> Any:
     return objective, dict(sets)
 
 
@@ -51,8 +51,8 @@ class Objective:
       counts: what the denominator of `loss` counts, such as "tokens": logged as `loss_<counts>`, and by an evaluation
         as `<counts>`.
       derived: the means of an evaluation -> further numbers of it.
-      prepare: (objective, model, trainable filter, data sets by name) -> (objective, data sets), called once before
-        training: what needs the model as it was then.
+      prepare: (objective, model, trainable filter, data sets by name, rows) -> (objective, data sets), called once
+        before training: what needs the model as it was then. `rows` fit a device's memory at once.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Objective:
     sums: Callable[[Decoder, Batch, jax.Array | None], Sums]
     counts: str = "tokens"
     derived: Callable[[Mapping[str, float]], dict[str, float]] = _nothing_more
-    prepare: Callable[["Objective", Decoder, Any, Mapping[str, Any]], tuple["Objective", dict[str, Any]]] = _as_given
+    prepare: Callable[..., tuple["Objective", dict[str, Any]]] = _as_given
 
     def __call__(self, model: Decoder, batch: Batch, key: jax.Array | None = None) -> Sums:
         """The sums of one batch."""

@@ -19,7 +19,7 @@ from specjax.errors import UserError
 from specjax.models import Decoder
 from specjax.train import step as steps_lib
 from specjax.train.checkpoint import Checkpoints
-from specjax.train.evaluate import evaluate
+from specjax.train.evaluate import evaluate, most_documents
 from specjax.train.objective import Objective
 from specjax.train.optim import Optimizer
 from specjax.train.result import Result, Selection
@@ -68,7 +68,7 @@ class Session:
         self.result.trainable_parameters = sum(value.size for value in self._trainable.values())
         documents = getattr(data, "most_documents", None)
         self._train_step = steps_lib.make_train_step(self.graph, optimizer, objective, seed=seed, documents=documents)
-        self._eval_step = jax.jit(steps_lib.make_eval_step(self.graph, objective, documents=_most(eval_data)))
+        self._eval_step = jax.jit(steps_lib.make_eval_step(self.graph, objective, documents=most_documents(eval_data)))
         self._compiled: Any = None
         self._saved: int | None = None
         self._next: Any = None
@@ -234,9 +234,3 @@ def _check_columns(objective: Objective, name: str, data: Any) -> None:
             f"objective {objective.name} reads the column {missing[0]!r}, which {name} lacks; there are "
             f"{', '.join(columns)}: give data that has it."
         )
-
-
-def _most(sets: Mapping[str, Any]) -> int | None:
-    """At most how many documents are in a row of any of these data sets; None: not known."""
-    known = [rows.most_documents for rows in sets.values() if hasattr(rows, "most_documents")]
-    return max(known) if known and len(known) == len(sets) else None
