@@ -8,8 +8,9 @@ r"""DPO: of two answers to a prompt, the chosen one becomes more likely than the
 As it stands it runs on the demo's base and corpus (`make demo` writes the corpus), 60 steps: the chosen answer is the
 question's own, the rejected one another's.
 
-The reference is the base, asked with the adapter off: no second model. With trainable="all" its log-probabilities are
-computed once before training. `specjax export --workdir=runs/dpo --out=DIR --merge` writes a merged model.
+The reference is the base, asked with the adapter off: no second model. Of configs/sft.py with --config.objective=dpo,
+where every weight trains, its log-probabilities are computed once before training.
+`specjax export --workdir=runs/dpo --out=DIR --merge` writes a merged model.
 """
 
 from specjax.config import ConfigDict
@@ -26,7 +27,6 @@ def get_config() -> ConfigDict:
     config.steps = 60
     config.model.path = "demo/base"
     config.data.train = "runs/demo/data/preference_train.jsonl"
-    config.data.eval.heldout = "runs/demo/data/preference_eval.jsonl"
     config.data.length = 256
     config.optimizer.learning_rate = 1e-3  # for the demo's 4M parameters: 1e-5 for billions
     config.optimizer.warmup_steps = 10

@@ -132,9 +132,10 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
         found = {name: evaluate_set(step, params, frozen, rows, mesh, **options) for name, rows in eval_data.items()}
     heads = list(next(iter(found.values())))
     shown = {"perplexity": "{:.2f}", "accuracy": "{:.1%}", objective.counts: "{:,}"}
-    table = Table("set", *("token accuracy" if head == "accuracy" else head for head in heads))
-    for name, values in found.items():
-        table.add_row(name, *(shown.get(head, "{:.4f}").format(values[head]) for head in heads))
+    table = Table("set", *found)  # a row per number: an objective may have many
+    for head in heads:
+        numbers = (shown.get(head, "{:.4f}").format(values[head]) for values in found.values())
+        table.add_row("token accuracy" if head == "accuracy" else head, *numbers)
     Console(quiet=not processes.first()).print(table)
     return found
 

@@ -265,15 +265,8 @@ def test_the_command_trains_evaluates_and_exports_pairs(tmp_path, capsys, traina
         said = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
         rows.append({"prompt": [{"role": "user", "content": row["instruction"]}], **said})
     train, held = write_rows(tmp_path / "train.jsonl", rows[:-16]), write_rows(tmp_path / "held.jsonl", rows[-16:])
-    more = {
-        "trainable": trainable,
-        "lora__rank": 4 if trainable == "lora" else None,
-        "data__eval__held": held,
-        "data__length": 128,
-    }
-    given = flags(base, tmp_path / "run", "dpo", train, **more, data__eval__heldout=held)
-    if trainable == "all":
-        given += ["--config.lora.rank=None"]
+    more = {"data.eval.held": held, "data.length": 128, "objective": "dpo"}
+    given = flags(base, tmp_path / "run", "dpo" if trainable == "lora" else "sft", train, **more)
     assert specjax("train", *given) == 0
     lines = [line for line in metrics(tmp_path / "run") if "eval/held/loss" in line]
     assert lines[0]["eval/held/loss"] == pytest.approx(np.log(2), rel=1e-5)
