@@ -426,6 +426,7 @@ def test_variants_in_other_families(tmp_path, family):
         ("all-linear", {"rslora": True}, 5),
         (["down_proj"], {}, 1),
         (["gate_proj", "up_proj", "q_proj"], {"rank_pattern": {"q_proj": 3, "experts.*": 2}}, 2),
+        (["mlp.gate", "q_proj"], {"layers_to_transform": [1]}, 0),
     ],
 )
 def test_adapters_of_experts_come_back_and_open_in_peft(experts, tmp_path, targets, options, trained):

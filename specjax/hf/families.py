@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from specjax.errors import UserError
 from specjax.models import rope
+from specjax.models.config import segments
 from specjax.models.rope import Rope
 
 Fields = dict[str, Any]
@@ -108,12 +109,13 @@ def _mixtral(c: Any) -> Fields:
 
 
 def _qwen3_moe(c: Any) -> Fields:
-    if c.mlp_only_layers or c.decoder_sparse_step != 1:
+    dense = {n for n in range(c.num_hidden_layers) if n in c.mlp_only_layers or (n + 1) % c.decoder_sparse_step}
+    if len(dense) == c.num_hidden_layers:
         raise UserError(
-            "mlp_only_layers and decoder_sparse_step (layers without experts among those with) are not supported for "
-            "Qwen3-MoE: every layer must have experts."
+            "mlp_only_layers and decoder_sparse_step leave no layer with experts: Qwen3-MoE must have at least one."
         )
     return {
+        "segments": segments("dense" if n in dense else "experts" for n in range(c.num_hidden_layers)),
         "qkv_bias": c.attention_bias,
         "o_bias": c.attention_bias,
         "qk_norm": "head",

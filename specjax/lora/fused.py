@@ -4,6 +4,9 @@ PEFT knows the experts of a layer as two parameters, `gate_up_proj` [E, 2F, D] a
 lie in one matrix each: A [R*E, in], expert by expert, and B [out, R*E], rank by rank. Ours are three maps, a [L,E,R,in]
 and b [L,E,out,R] each. So gate and up of rank r are one update of rank 2r there, B block-diagonal (what PEFT makes of
 "all-linear": rank and alpha doubled); an update that PEFT trained is dense, and gate and up share its A.
+
+A router is a parameter too, and so is a dense layer's MLP map in a model with experts: PEFT takes `target_modules` that
+end in gate_proj, up_proj or down_proj for the experts' in every layer, and would drop the dense layer's.
 Source: `ParamWrapper` in peft/tuners/lora/layer.py, peft/utils/transformers_weight_conversion.py, version 0.21.
 
 E experts, F mlp, D embed, L layers, R rank.
@@ -18,7 +21,7 @@ import numpy as np
 from specjax import sharding
 from specjax.errors import UserError
 from specjax.lora.adapters import Adapter, Factors
-from specjax.lora.targets import linears, modules
+from specjax.lora.targets import Layers, linears, modules
 from specjax.lora.variants import ExpertLoRA, variant_of
 from specjax.models import Decoder
 from specjax.models.adapter import Path
@@ -30,12 +33,15 @@ FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 def check(model: Decoder, factors: Mapping[Path, Factors], dropout: float, dora: bool) -> None:
     """Raises `UserError` for an adapter on experts or router that PEFT's files cannot hold."""
     maps = linears(model)
-    touched = [path for path in factors if isinstance(maps[path], ExpertLinear | Router)]
+    single = by_parameter(model)
+    touched = [path for path in factors if isinstance(maps[path], ExpertLinear) or path in single]
     if not touched:
         return
     if dropout or dora:
+        dense = not isinstance(maps[touched[0]], ExpertLinear | Router)
+        what = "the MLP of a dense layer in a model with experts" if dense else "a mixture of experts"
         raise UserError(
-            f"{sharding.path_name(touched[0])} is part of a mixture of experts, where PEFT has neither dropout nor "
+            f"{sharding.path_name(touched[0])} is part of {what}, where PEFT has neither dropout nor "
             "DoRA: leave those out, or target the attention's maps alone."
         )
     for fused in FUSED.values():
@@ -50,26 +56,50 @@ def check(model: Decoder, factors: Mapping[Path, Factors], dropout: float, dora:
             )
 
 
+def by_parameter(model: Decoder) -> dict[Path, list[str]]:
+    """The maps of one matrix that PEFT must know by their parameter, with its name in each layer."""
+    maps = linears(model)
+    experts = {path[-1] for path, one in maps.items() if isinstance(one, ExpertLinear)}
+    return {
+        path: [f"{name}.weight" for name in modules(model, path)]
+        for path, one in maps.items()
+        if isinstance(one, Router) or (path[-1] in experts and not isinstance(one, ExpertLinear))
+    }
+
+
+def matrices(model: Decoder, wanted: list[str]) -> dict[Path, Layers]:
+    """Which of `by_parameter` PEFT's `target_parameters` names, and in which layers."""
+    flags = {
+        path: tuple(any(_names(one, name) for one in wanted) for name in known)
+        for path, known in by_parameter(model).items()
+    }
+    return {path: layers for path, layers in flags.items() if any(layers)}
+
+
 def parameters(model: Decoder, wanted: list[str]) -> set[str]:
-    """Which of `gate_up_proj`, `down_proj` and `gate.weight` PEFT's `target_parameters` names.
+    """Which of `gate_up_proj` and `down_proj` PEFT's `target_parameters` names.
 
     Raises:
-      UserError: one names nothing, or some layers only.
+      UserError: one names no parameter here, or the experts' of some layers only.
     """
     found = set()
     layers = _layers(model)
     for one in wanted:
-        hits = [
-            [_name(layer, known).endswith(f".{one}") or _name(layer, known) == one for layer in layers]
-            for known in (*FUSED, "gate.weight")
-        ]
-        if not any(map(any, hits)) or any(any(hit) and not all(hit) for hit in hits):
+        hits = {known: [_names(one, _name(layer, known)) for layer in layers] for known in FUSED}
+        if not (matrices(model, [one]) or any(map(any, hits.values()))) or any(
+            any(hit) and not all(hit) for hit in hits.values()
+        ):
             raise UserError(
                 f"target_parameters {one!r} names no parameter of a mixture of experts in this model, or not in every "
                 "layer of it."
             )
-        found |= {known for known, hit in zip((*FUSED, "gate.weight"), hits, strict=True) if any(hit)}
+        found |= {known for known, hit in hits.items() if any(hit)}
     return found
+
+
+def _names(wanted: str, name: str) -> bool:
+    """Whether an entry of `target_parameters` names a parameter: by its name or the end of it."""
+    return name == wanted or name.endswith(f".{wanted}")
 
 
 def _layers(model: Decoder) -> list[int]:
@@ -79,7 +109,7 @@ def _layers(model: Decoder) -> list[int]:
 
 
 def _name(layer: int, parameter: str) -> str:
-    return f"model.layers.{layer}.mlp.{'' if parameter == 'gate.weight' else 'experts.'}{parameter}"
+    return f"model.layers.{layer}.mlp.experts.{parameter}"
 
 
 def settings(model: Decoder, adapter: Adapter) -> tuple[dict[str, int], dict[str, float], list[str]]:
@@ -88,12 +118,15 @@ def settings(model: Decoder, adapter: Adapter) -> tuple[dict[str, int], dict[str
     alphas: dict[str, float] = {}
     targets: list[str] = []
     maps = linears(model)
-    for path, factors in adapter.factors.items():
-        if isinstance(maps[path], Router):
-            targets = ["gate.weight"]
-            for module, rank, alpha in zip(modules(model, path), factors.ranks, factors.alphas, strict=True):
-                if rank:
-                    ranks[f"{module}.weight"], alphas[f"{module}.weight"] = rank, alpha
+    for path, known in by_parameter(model).items():
+        if path not in adapter.factors:
+            continue
+        factors = adapter.factors[path]
+        for name, rank, alpha in zip(known, factors.ranks, factors.alphas, strict=True):
+            if rank:
+                ranks[name], alphas[name] = rank, alpha
+        everywhere = isinstance(maps[path], Router) and all(factors.ranks)  # no other module is called "gate"
+        targets += ["gate.weight"] if everywhere else [name for name in known if name in ranks]
     for parameter in FUSED:
         held = _held(adapter.factors, parameter)
         if held:

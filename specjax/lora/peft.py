@@ -172,12 +172,11 @@ def _plan(model: Decoder, config: dict[str, Any]) -> Adapter:
     maps, parts = targets.linears(model), targets.parts(model)
     rank_of, alpha_of = _patterns(config)
     chosen = {path: flags for path, flags in chosen.items() if not isinstance(maps[path], ExpertLinear | Router)}
-    if "gate.weight" in fused.parameters(model, config.get("target_parameters", [])):
-        routers = [path for path, one in maps.items() if isinstance(one, Router)]
-        chosen |= {path: (True,) * len(targets.modules(model, path)) for path in routers}
+    matrices = fused.matrices(model, config.get("target_parameters", []))
+    chosen |= matrices
     factors = {}
     for path, flags in chosen.items():
-        suffix = ".weight" if isinstance(maps[path], Router) else ""
+        suffix = ".weight" if path in matrices else ""
         modules = [f"{name}{suffix}" for name in targets.modules(model, path)]
         ranks = tuple(int(rank_of(name)) if on else 0 for name, on in zip(modules, flags, strict=True))
         variant = variant_of(maps[path], config)

@@ -14,7 +14,7 @@ from specjax.lora.adapters import Adapter
 from specjax.lora.targets import TIED_HEAD
 from specjax.lora.variants import VARIANTS
 from specjax.models import Decoder
-from specjax.models.moe import ExpertLinear, Router
+from specjax.models.moe import ExpertLinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -119,9 +119,10 @@ def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: s
     `r` and `lora_alpha` are the most frequent ones, `rank_pattern` and `alpha_pattern` hold the others.
     """
     maps = targets.linears(model)
+    matrices = fused.by_parameter(model)
     ranks, alphas = {}, {}
     for path, factors in adapter.factors.items():
-        if isinstance(maps[path], Router | ExpertLinear):
+        if isinstance(maps[path], ExpertLinear) or path in matrices:
             continue
         for name, rank, alpha in zip(targets.modules(model, path), factors.ranks, factors.alphas, strict=True):
             if rank:
