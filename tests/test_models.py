@@ -187,7 +187,7 @@ def test_gemma_3_in_both_dialects_is_one_model():
 )
 def test_a_config_that_is_not_supported_says_what_and_what_is(changes, said):
     with pytest.raises(UserError) as refused:
-        from_hf(sizes(**changes), file="there/config.json")
+        from_hf(sizes() | changes, file="there/config.json")
     for part in ("there/config.json", *said):
         assert part in str(refused.value)
 
