@@ -14,6 +14,7 @@ from helpers import assert_same_bits, data, metrics, model, token_sums, weights
 import specjax as sj
 from specjax import sharding
 from specjax.errors import UserError
+from specjax.models.adapter import select
 from specjax.train import chunks, moments
 from specjax.train.step import begin, make_train_step, merge, split
 
@@ -274,3 +275,50 @@ def test_the_batch_lies_where_the_mesh_wants_it_whatever_its_columns():
     rows = data(answers=True).with_column("weight", np.ones(data(answers=True).tokens.shape))
     placed = sharding.put_batch(rows.batch(0, sharding.held_rows(mesh, 8)), mesh, 8)
     assert placed["weight"].dtype == jnp.float32 and placed["weight"].sharding.spec[0] == ("data", "fsdp", "expert")
+
+
+def test_groups_of_rows_are_clipped_and_trained_each_as_if_alone():
+    """Two adapters over one base: one division, one norm and one clip per group. Their axis is told by its name."""
+    rule, rows = sj.adamw(1e-2, clip_norm=0.3), data(answers=True, batch_size=8)
+    batches = [rows.batch(number) for number in range(3)]
+
+    def both(model, batch, key):
+        model = select(model, [0, 1])
+        model.groups = 2
+        return sj.next_token(model, batch, key)
+
+    def course(names, objective, part):
+        made = model()
+        for name in names:
+            sj.lora.inject(made, rank=3, alpha=200, targets=["q_proj", "up_proj"], seed=int(name), name=name)
+        graph, params, frozen = split(made, sj.LORA)
+        step, state, told = jax.jit(make_train_step(graph, rule, objective)), begin(rule, params), []
+        for number, batch in enumerate(batches):
+            state, numbers = step(state, frozen, {k: v[None, part] for k, v in batch.items()}, np.int32(number))
+            told.append(numbers)
+        return state.trainable, told
+
+    found, told = course("12", sj.Objective("both", sj.next_token.columns, both), slice(None))
+    norms = []
+    for group, name in enumerate("12"):
+        alone, wanted = course(name, sj.next_token, slice(4 * group, 4 * group + 4))
+        for numbers, other in zip(told, wanted, strict=True):
+            for each in ("loss", "grad_norm", "accuracy", "loss_tokens"):
+                np.testing.assert_allclose(numbers[each][group], other[each], rtol=1e-5, err_msg=each)
+        norms += [float(other["grad_norm"]) for other in wanted]
+        for path, value in alone.items():
+            mine = np.asarray(found[path])[:, group : group + 1]
+            np.testing.assert_allclose(mine, value, rtol=0, atol=2e-5 * float(jnp.abs(value).max()), err_msg=str(path))
+    assert min(norms) > 0.3  # or the clip is not seen
+
+
+def test_what_all_groups_would_train_is_refused():
+    def both(model, batch, key):
+        model.groups = 2
+        return sj.next_token(model, batch, key)
+
+    rule, (graph, params, frozen) = sj.adamw(1e-2), split(model(), sj.ALL)
+    step = make_train_step(graph, rule, sj.Objective("both", sj.next_token.columns, both))
+    batch = {name: value[None] for name, value in data().batch(0).items()}
+    with pytest.raises(ValueError, match="groups"):
+        jax.eval_shape(step, begin(rule, params), frozen, batch, np.int32(0))
