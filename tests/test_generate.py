@@ -647,5 +647,5 @@ def test_a_chat_without_a_template_or_against_it_is_told(llama, tokenizer):
     with pytest.raises(UserError, match=r"chat template refuses the prompt: only even questions"):
         sj.generate(llama.model, tokenizer, ["1"], chat=True)
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"no chat template: .*--raw.*built in are alpaca, chatml, gemma"):
+    with pytest.raises(UserError, match=r"no chat template: .*chat=False.*built in are alpaca, chatml, gemma"):
         sj.generate(llama.model, tokenizer, ["1"], chat=True)

@@ -169,8 +169,8 @@ def overwrite_header(path: Path) -> None:
         (lambda p: overwrite_header(p / "model.safetensors"), "model.safetensors is corrupt or cut short"),
         (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors and no"),
         (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "has only pickled weights (.bin)"),
-        (lambda p: (p / "model.safetensors.index.json").write_text("{"), "index.json is not a safetensors index"),
-        (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "index.json is not a safetensors index"),
+        (lambda p: (p / "model.safetensors.index.json").write_text("{"), "index.json is not JSON"),
+        (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "index.json does not hold a JSON object"),
         (
             lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
             "names files that are not there: gone.safetensors",
