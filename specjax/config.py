@@ -183,10 +183,11 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     >>> differing({"seed": 0, "log": {"every": 1}}, {"seed": 1, "log": {"every": 9}})
     ['seed']
     """
+    was, now = dict(flat(old)), dict(flat(new))
     # A key that a run's specjax did not know yet stood, unsaid, at what is now its default.
-    was = dict(flat(get_config().to_dict())) | dict(flat(old))
-    now, absent = dict(flat(get_config().to_dict())) | dict(flat(new)), object()
-    keys = (key for key in {**was, **now} if was.get(key, absent) != now.get(key, absent))
+    default, absent = dict(flat(get_config().to_dict())), object()
+    of = lambda values, key: values.get(key, default.get(key, absent))  # noqa: E731
+    keys = (key for key in {**was, **now} if of(was, key) != of(now, key))
     return [key for key in keys if not re.match(r"(log|export|compare|checkpoint\.every|data\.cache)(\.|$)", key)]
 
 
