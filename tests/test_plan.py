@@ -376,9 +376,9 @@ def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(tmp_pat
     kernels = [dims for dims in summed if re.fullmatch(r"(?:1,)?(?:512|256),(?:256|512|128)", dims)]
     assert bool(kernels) == (method == "full")
     # [B,T,V] is on no device, nor a device's part of it: nothing is as large as that but the output's table.
-    part = 8 * 256 * made.model.vocab_size // len(made.mesh.devices.flat)
+    part = 8 * 256 * made.model.config.vocab_size // len(made.mesh.devices.flat)
     arrays = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
-    assert max(arrays) <= made.model.vocab_size * made.model.embed_dim < part
+    assert max(arrays) <= made.model.config.vocab_size * made.model.config.embed_dim < part
 
 
 @pytest.mark.parametrize("what", [{"model.remat": "offload"}, {"optimizer.offload": True}], ids=str)
