@@ -307,7 +307,7 @@ def test_a_run_on_other_data_or_another_base_is_not_resumed(tmp_path, change, sa
 
 def rebased(fingerprint):
     made = model()
-    made.config = dataclasses.replace(made.config, fingerprint=fingerprint)
+    made.origin = dataclasses.replace(made.origin, fingerprint=fingerprint)
     return made
 
 
