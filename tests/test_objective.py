@@ -192,8 +192,26 @@ def test_moments_in_fewer_bits_are_of_rules_that_have_them(monkeypatch):
     held = sj.optimizer(optax.inject_hyperparams(optax.adamw)(learning_rate=0.5), moments="8bit").init(params)
     assert float(held.hyperparams["learning_rate"]) == 0.5
     for rule in (optax.adafactor(1e-3), optax.sgd(1e-3, momentum=0.9), optax.sgd(1e-3)):
+        made = model()
+        before = weights(made)
         with pytest.raises(UserError, match="moments '8bit' are of rules that keep Adam's or Lion's moments"):
-            fitted(sj.optimizer(rule, moments="8bit"))
+            sj.fit(made, data(), sj.optimizer(rule, moments="8bit"), steps=1)
+        assert_same_bits(weights(made), before)  # nothing was donated yet
+
+
+@pytest.mark.parametrize(
+    ("sums", "said"),
+    [
+        (lambda model, batch, key: {}, "objective mine gives nothing: it must give `loss` too"),
+        (
+            lambda model, batch, key: {"loss": (jnp.sum(batch["loss_mask"]), jnp.ones(1))},
+            r"mine: loss is .*float32 .G. each",
+        ),
+    ],
+)
+def test_an_objective_that_gives_no_sums_is_told_what_to_give(sums, said):
+    with pytest.raises(UserError, match=said):
+        sj.fit(model(), data(), sj.adamw(1e-3), steps=1, objective=sj.Objective("mine", sj.next_token.columns, sums))
 
 
 def test_what_is_no_rule_is_refused():

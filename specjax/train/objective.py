@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from specjax.errors import UserError
 from specjax.models import Decoder
 from specjax.models.products import exact_float32
 from specjax.train import chunks
@@ -63,8 +64,23 @@ class Objective:
     prepare: Callable[..., tuple["Objective", dict[str, Any]]] = _as_given
 
     def __call__(self, model: Decoder, batch: Batch, key: jax.Array | None = None) -> Sums:
-        """The sums of one batch."""
-        return self.sums(model, batch, key)
+        """The sums of one batch.
+
+        Raises:
+          UserError: they have no `loss`, or are no pairs of float32 [G].
+        """
+        sums = self.sums(model, batch, key)
+        if "loss" not in sums:
+            raise UserError(f"objective {self.name} gives {', '.join(sums) or 'nothing'}: it must give `loss` too.")
+        groups = jnp.shape(sums["loss"][0])
+        for name, pair in sums.items():
+            given = [(jnp.shape(one), getattr(one, "dtype", None)) for one in pair]
+            if len(groups) != 1 or given != [(groups, jnp.float32)] * 2:
+                raise UserError(
+                    f"objective {self.name}: {name} is {given}: give a sum and a denominator, float32 [G] each, as "
+                    "specjax.by_group makes them."
+                )
+        return sums
 
 
 def by_group(model: Decoder, values: jax.Array) -> jax.Array:

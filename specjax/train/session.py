@@ -63,6 +63,7 @@ class Session:
         device = self.mesh.devices.flat[0] if self.mesh is not None else jax.devices()[0]
         self._platform = device.platform
         steps_lib.check_host_memory(self._platform, model.remat, optimizer)
+        jax.eval_shape(optimizer.init, self._trainable)  # it refuses before the model's buffers are donated
         self.checkpoints = Checkpoints(Path(workdir) / "checkpoints") if workdir else None
         self.selection, self.tokens, self.result = Selection(), 0, Result()
         self.result.trainable_parameters = sum(value.size for value in self._trainable.values())
