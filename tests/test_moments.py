@@ -151,9 +151,9 @@ def test_moments_in_the_hosts_memory_are_saved_and_read_back_there(tmp_path):
 def test_what_there_is_not_is_said():
     with pytest.raises(UserError, match="moments '8bits': choose one of float32, bfloat16, 8bit. Did you mean '8bit'"):
         sj.adamw(1e-3, moments="8bits")
-    with pytest.raises(UserError, match=r"optimizer\.offload: a CPU has no memory apart from the host's"):
+    with pytest.raises(UserError, match="offload=True: a CPU has no memory apart from the host's"):
         sj.fit(model(), data(), sj.adamw(1e-3, offload=True), steps=1)
     made = model()
     made.remat = "offload"
-    with pytest.raises(UserError, match=r"model\.remat=offload: a CPU has no memory apart from the host's"):
+    with pytest.raises(UserError, match="remat=offload: a CPU has no memory apart from the host's"):
         sj.fit(made, data(), sj.adamw(1e-3), steps=1)

@@ -70,7 +70,7 @@ def _is_state(one: Any) -> bool:
 def _check(state: Any, kind: str) -> None:
     """Raises `UserError` where a rule has no moments, or where large arrays of another kind would stay float32."""
     parts = jax.tree.leaves(state, is_leaf=_is_state)
-    others = [part for part in parts if not _is_state(part) and part.size >= SMALL]
+    others = [part for part in parts if not _is_state(part) and part.ndim and part.size >= SMALL]
     if others or not any(map(_is_state, parts)):
         raise UserError(
             f"moments {kind!r} are of rules that keep Adam's or Lion's moments, and this one keeps others: "
