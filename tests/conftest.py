@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 assert "jax" not in sys.modules, "the devices are counted when jax is imported: nothing may import it before this file"
 
@@ -21,6 +22,12 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # [B] with [B,T] is a mistake 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and a fork do not go together
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+# What signatures say of shapes and dtypes is checked at every call, in the modules that say it.
+ROOT = Path(__file__).parent.parent
+NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "specjax").rglob("*.py")}
+SHAPED = [name for path, name in NAMES.items() if "from jaxtyping import" in path.read_text(encoding="utf-8")]
+install_import_hook(SHAPED, "shape_checks.checked")
 
 # What is kept between starts goes to a folder of this process, which its children share.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="specjax-tests-")

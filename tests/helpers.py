@@ -197,9 +197,14 @@ def weights(of: nnx.Module, kind: Any = nnx.Param) -> dict[str, np.ndarray]:
     return {sharding.path_name(path): np.array(leaf[...], copy=True) for path, leaf in leaves}
 
 
+def on_device(batch: dict[str, Any]) -> dict[str, jax.Array]:
+    """The data's batch as arrays of JAX, which a loss takes."""
+    return jax.tree.map(jnp.asarray, batch)
+
+
 def token_sums(of: Decoder, batch: dict[str, Any], key: Any = None) -> dict[str, jax.Array]:
     """The sums of `next_token` over a batch, float32 scalars: `nll`, `correct`, `count`, `router`."""
-    sums = next_token(of, batch, key)
+    sums = next_token(of, on_device(batch), key)
     (nll, count), (correct, _) = sums["loss"], sums["accuracy"]
     router = sums["router_loss"][0] if "router_loss" in sums else jnp.zeros(1)
     return {"nll": nll[0], "correct": correct[0], "count": count[0], "router": router[0]}

@@ -25,7 +25,7 @@ def inputs():
     segments, positions = np.zeros((2, B, T), np.int32)
     segments[0, :120], segments[0, 120:290], segments[1] = 1, 2, 1
     positions[0, :120], positions[0, 120:290], positions[1] = np.arange(120), np.arange(170), np.arange(T)
-    return (q, k, v), dy * (segments > 0)[:, :, None, None], segments, positions
+    return (q, k, v), dy * (segments > 0)[:, :, None, None], jnp.asarray(segments), jnp.asarray(positions)
 
 
 def both(function, qkv, dy, mesh=None):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from data_fixtures import TEXTS, tokenizer
 from flax import nnx
-from helpers import BASE, assert_same_bits, data, metrics, model, torch_model, weights
+from helpers import BASE, assert_same_bits, data, metrics, model, on_device, torch_model, weights
 from run_fixtures import PAIRS, flags, specjax, write_base, write_rows
 
 import specjax as sj
@@ -228,7 +228,7 @@ def test_the_reference_is_asked_without_a_gradient_and_in_one_pass_where_it_is_a
     fresh, _, _ = small()
     texts = [
         str(jax.make_jaxpr(lambda m, b=b: sj.dpo()(m, b)["loss"][0])(m))
-        for m, b in ((made, wider.batch(0)), (fresh, data.batch(0)))
+        for m, b in ((made, on_device(wider.batch(0))), (fresh, on_device(data.batch(0))))
     ]
     assert texts[1].count("scan[") == 2 * texts[0].count("scan[")
 

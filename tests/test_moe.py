@@ -144,7 +144,7 @@ def test_of_equally_probable_experts_the_lower_ones_are_chosen():
         block.gate.weight[:] = 0
         index = torch.arange(3).expand(PROMPT, 3).contiguous()
         wanted = block.experts(torch.tensor(x[0]), index, torch.full((PROMPT, 3), 1 / 3))
-    y, stats = ours(block, experts_per_token=3)(x)
+    y, stats = ours(block, experts_per_token=3)(jnp.asarray(x))
     close(y[0], to_numpy(wanted))
     np.testing.assert_array_equal(stats["chosen"], [PROMPT] * 3 + [0] * 5)
 
@@ -309,7 +309,7 @@ def with_lora(moe, rank=3):
 
 
 def test_lora_of_each_expert_equals_the_merged_kernel():
-    moe, x = with_lora(random_moe()), tokens(length=61)[0]
+    moe, x = with_lora(random_moe()), jnp.asarray(tokens(length=61)[0])
     found = moe(x)[0]
     for linear in (moe.experts.gate_proj, moe.experts.up_proj, moe.experts.down_proj):
         stack = linear.updates["experts"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same_bits, data, metrics, model, token_sums, weights
+from helpers import assert_same_bits, data, metrics, model, on_device, token_sums, weights
 
 import specjax as sj
 from specjax import sharding
@@ -51,7 +51,7 @@ def test_scores_and_their_gradients_are_the_definition_by_chunks_too(monkeypatch
             if isinstance(leaf, sj.LORA):
                 leaf[...] = leaf[...] + 0.1
     graph, params, frozen = split(made, sj.ALL if trains == "all" else sj.LORA)
-    batch = data(vocab_size=136, batch_size=4, answers=True).batch(0)
+    batch = on_device(data(vocab_size=136, batch_size=4, answers=True).batch(0))
 
     def ours(params):
         scores = sj.token_logprobs(merge(graph, params, frozen), batch)
@@ -77,7 +77,7 @@ def test_scores_and_their_gradients_are_the_definition_by_chunks_too(monkeypatch
 def test_the_whole_logits_are_in_neither_pass(monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 4 * 131 * 16)
     graph, params, _ = split(model(vocab_size=131), sj.ALL)
-    batch = data(vocab_size=131, batch_size=4).batch(0)
+    batch = on_device(data(vocab_size=131, batch_size=4).batch(0))
     run = lambda p: jnp.sum(jnp.square(sj.token_logprobs(merge(graph, p), batch).logprobs))  # noqa: E731
     text = jax.jit(jax.grad(run)).lower(params).compile().as_text()
     assert not any(f"[{shape}]" in text for shape in ("4,64,131", "256,131", "131,256"))
@@ -119,7 +119,7 @@ def test_an_objective_from_outside_trains_is_evaluated_and_chooses_the_best(tmp_
 
 
 def test_next_token_is_written_from_the_same_scores():
-    made, batch = model(), data(answers=True).batch(0)
+    made, batch = model(), on_device(data(answers=True).batch(0))
     sums, (nll, count) = token_sums(made, batch), z_loss(0)(made, batch)["nll"]
     np.testing.assert_allclose(nll[0], sums["nll"], rtol=1e-6)
     assert count[0] == sums["count"]
@@ -274,7 +274,7 @@ def test_a_last_update_that_breaks_the_weights_is_said_and_not_saved(tmp_path):
 
 
 def test_groups_of_rows_have_sums_of_their_own_and_one_group_is_all():
-    made, batch = model(), data(answers=True, batch_size=4).batch(0)
+    made, batch = model(), on_device(data(answers=True, batch_size=4).batch(0))
     whole = jax.jit(lambda b: sj.next_token(made, b))(batch)
     made.groups = 2
     halves = jax.jit(lambda b: sj.next_token(made, b))(batch)

@@ -1,5 +1,6 @@
 """Layers that are not alike: dense layers among layers with experts, against transformers and PEFT."""
 
+import jax.numpy as jnp
 import numpy as np
 import parity
 import peft
@@ -102,7 +103,7 @@ def test_peft_builds_an_adapter_on_dense_maps_alone(pair, tmp_path):
 
 def test_the_balancing_loss_is_of_the_layers_with_experts(pair):
     made = pair.ours()
-    _, stats = made.hidden_and_stats(pair.tokens)
+    _, stats = made.hidden_and_stats(jnp.asarray(pair.tokens))
     routed = sum(segment.layers for segment in made.config.segments if segment.block == "experts")
     assert stats["chosen"].shape == (routed, made.config.num_experts)
     with torch.no_grad():

@@ -8,7 +8,7 @@ raises a float to an int.
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import KINDS, data, model
+from helpers import KINDS, data, model, on_device
 
 import specjax as sj
 from specjax.generation.generate import generate_tokens
@@ -27,7 +27,7 @@ def strict():
 def trace(made, trainable=sj.ALL):
     """The loss with its gradients, and an evaluation step."""
     graph, params, frozen = split(made, trainable)
-    batch, key = data(batch_size=2).batch(0), jax.random.key(0)
+    batch, key = on_device(data(batch_size=2).batch(0)), jax.random.key(0)
     loss = lambda params: jnp.sum(sj.next_token(merge(graph, params, frozen), batch, key)["loss"][0])  # noqa: E731
     jax.eval_shape(jax.grad(loss), params)
     jax.eval_shape(make_eval_step(graph), params, frozen, batch)

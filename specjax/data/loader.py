@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64, Shaped
 
 from specjax.data.pack import Plan, plan, ranges
 from specjax.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Int32[np.ndarray, "b T"] | Float32[np.ndarray, "b T"]]
+MicroBatches = dict[str, Int32[np.ndarray, "k b T"] | Float32[np.ndarray, "k b T"]]
 
 # The columns that every batch has, and their dtypes.
 COLUMNS = {
@@ -54,9 +56,9 @@ class Data:
 
     def __init__(
         self,
-        tokens: np.ndarray,
-        trained: np.ndarray,
-        offsets: np.ndarray,
+        tokens: Int32[np.ndarray, " N"],
+        trained: Bool[np.ndarray, " N"],
+        offsets: Int64[np.ndarray, " ends"],
         *,
         tokenizer: Any,
         length: int,
@@ -68,7 +70,7 @@ class Data:
         end_of_turn: int | None = None,
         report: dict[str, Any] | None = None,
     ):
-        """Plans the rows of documents `tokens[offsets[d]:offsets[d+1]]`; `trained` [N] marks what the loss counts.
+        """Plans the rows of documents `tokens[offsets[d]:offsets[d+1]]`; `trained` marks what the loss counts.
 
         So many documents as `together` says lie side by side in one row, see `plan`.
         """
@@ -88,13 +90,13 @@ class Data:
         self.fingerprint = self._fingerprint()
         self.report = (report or {}) | self._counts(packing)
 
-    def batch(self, step: int, rows: np.ndarray | None = None) -> Batch:
-        """The global batch of `step`, or those of its rows: [b,T] arrays."""
+    def batch(self, step: int, rows: Int64[np.ndarray, " b"] | None = None) -> Batch:
+        """The global batch of `step`, or those of its rows."""
         numbers = self.row_ids(step)
         return self._assemble(numbers if rows is None else numbers[rows])
 
-    def micro_batches(self, step: int, count: int, rows: np.ndarray | None = None) -> Batch:
-        """The global batch of `step` in `count` micro-batches, or some rows of each: [count,b,T] arrays.
+    def micro_batches(self, step: int, count: int, rows: Int64[np.ndarray, " b"] | None = None) -> MicroBatches:
+        """The global batch of `step` in `count` micro-batches, or some rows of each.
 
         Micro-batch i takes every `count`-th row of the batch, from row i on: a device, which has neighbouring rows of
         the batch, so has its rows of each micro-batch without an exchange.
@@ -102,7 +104,7 @@ class Data:
         Args:
             step: which batch.
             count: of micro-batches; it divides `batch_size`.
-            rows: int [b], rows of one micro-batch, 0 to batch_size // count - 1; default all.
+            rows: of one micro-batch, 0 to batch_size // count - 1; default all.
         """
         if self.batch_size % count:
             raise UserError(f"a batch of {self.batch_size} rows does not divide into {count} micro-batches.")
@@ -110,8 +112,8 @@ class Data:
         batch = self.batch(step, (np.arange(count)[:, None] + count * chosen).ravel())
         return {name: values.reshape(count, len(chosen), self.length) for name, values in batch.items()}
 
-    def row_ids(self, step: int) -> np.ndarray:
-        """The numbers, in the plan, of the rows of the global batch of `step`: int64 [B]."""
+    def row_ids(self, step: int) -> Int64[np.ndarray, " {self.batch_size}"]:
+        """The numbers, in the plan, of the rows of the global batch of `step`."""
         return np.array([self._row(step * self.batch_size + i) for i in range(self.batch_size)], np.int64)
 
     def with_column(self, name: str, values: np.ndarray) -> "Data":
@@ -135,8 +137,8 @@ class Data:
         wider._added = {**self._added, name: values.astype(np.float32, copy=False)}
         return wider
 
-    def per_token(self, rows: np.ndarray) -> np.ndarray:
-        """Values that lie as the rows of the plan do, [num_rows,T], as one value per token, [N], for `with_column`."""
+    def per_token(self, rows: Shaped[np.ndarray, " {self.num_rows} {self.length}"]) -> Shaped[np.ndarray, " N"]:
+        """Values that lie as the rows of the plan do as one value per token, for `with_column`."""
         flat = np.zeros(self.tokens.shape, rows.dtype)
         held = np.arange(self.length)[None] < self._sizes[:, None]
         flat[ranges(self.plan.starts, self.plan.sizes)] = rows[held]
@@ -146,7 +148,7 @@ class Data:
         """Tokens, not padding, of the global batch of `step`."""
         return int(self._sizes[self.row_ids(step)].sum())
 
-    def once(self, rows: np.ndarray | None = None) -> Iterator[Batch]:
+    def once(self, rows: Int64[np.ndarray, " b"] | None = None) -> Iterator[Batch]:
         """Every row exactly once, in the plan's order, `batch_size` at a time, the last ones empty to fill it up.
 
         Args:
@@ -185,7 +187,7 @@ class Data:
             self._order = (epoch, order)
         return int(order[place])
 
-    def _assemble(self, rows: np.ndarray, height: int | None = None) -> Batch:
+    def _assemble(self, rows: Int64[np.ndarray, " rows"], height: int | None = None) -> Batch:
         height = height or len(rows)
         counts = self.plan.rows[rows + 1] - self.plan.rows[rows]
         pieces = ranges(self.plan.rows[rows], counts)
@@ -232,8 +234,8 @@ class Data:
         }
 
 
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of `range(count)`, int64, that depends on nothing but (count, seed, epoch).
+def shuffled(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " {count}"]:
+    """A permutation of `range(count)` that depends on nothing but (count, seed, epoch).
 
     Ranks the rows by splitmix64 of a counter: plain integer arithmetic, so unlike `numpy.random`'s generators it is
     the same for every NumPy, for ever.

@@ -8,17 +8,18 @@ from bisect import bisect_left, insort
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 
 class Plan(NamedTuple):
-    """Rows made of pieces: `starts` int64 [P], `sizes` int64 [P], `rows` int64 [R+1]."""
+    """Rows made of pieces: `rows` has one number more than there are rows."""
 
-    starts: np.ndarray
-    sizes: np.ndarray
-    rows: np.ndarray
+    starts: Int64[np.ndarray, " P"]
+    sizes: Int64[np.ndarray, " P"]
+    rows: Int64[np.ndarray, " R+1"]
 
 
-def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def ranges(starts: Int64[np.ndarray, " P"], sizes: Int64[np.ndarray, " P"]) -> Int64[np.ndarray, " total"]:
     """The integers of several ranges, end to end.
 
     >>> ranges(np.array([5, 20]), np.array([3, 2])).tolist()
@@ -28,8 +29,8 @@ def ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + sizes, sizes)
 
 
-def cut(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of at most `length` tokens of documents that lie at `offsets` [D+1]; every token is in exactly one piece.
+def cut(offsets: Int64[np.ndarray, " ends"], length: int) -> tuple[Int64[np.ndarray, " P"], Int64[np.ndarray, " P"]]:
+    """Pieces of at most `length` tokens of documents that lie at `offsets`; every token is in exactly one piece.
 
     >>> [a.tolist() for a in cut(np.array([0, 3, 10]), 4)]
     [[0, 3, 7], [3, 4, 3]]
@@ -40,8 +41,8 @@ def cut(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(offsets[:-1], pieces) + inside, np.minimum(np.repeat(sizes, pieces) - inside, length)
 
 
-def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
-    """Best-fit decreasing: the row of each piece, int64 [P].
+def best_fit(sizes: Int64[np.ndarray, " P"], length: int) -> Int64[np.ndarray, " P"]:
+    """Best-fit decreasing: the row of each piece.
 
     The longest pieces are placed first, each into the fullest row that still has room for it, else into a new one.
     At most 11/9 of the fewest possible rows and a few more (Johnson 1974), in practice within a percent. Takes
@@ -72,8 +73,8 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
     return row_of
 
 
-def plan(offsets: np.ndarray, length: int, packing: bool = True, together: int = 1) -> Plan:
-    """The plan of documents at `offsets` [D+1] in rows of `length`; without packing, a row holds one piece.
+def plan(offsets: Int64[np.ndarray, " ends"], length: int, packing: bool = True, together: int = 1) -> Plan:
+    """The plan of documents at `offsets` in rows of `length`; without packing, a row holds one piece.
 
     Args:
         offsets: where documents begin and end.

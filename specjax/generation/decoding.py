@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Int32
 
 from specjax import sharding
 from specjax.generation.sampling import penalise, sample
@@ -55,8 +56,8 @@ class Progress(NamedTuple):
     seen: Any  # bool [B,V], the tokens of prompt and text; None without a repetition penalty
 
 
-def _places(rows: Rows, length: int) -> tuple[Array, Array]:
-    """Positions and segments, int32 [B,P+N], of the tokens that the slots hold or will hold; negative: padding.
+def _places(rows: Rows, length: int) -> tuple[Int32[Array, "B S"], Int32[Array, "B S"]]:
+    """Positions and segments of the tokens that the slots hold or will hold; negative: padding.
 
     A slot not yet written is later than every query, so the causal mask hides it.
     """
@@ -86,7 +87,7 @@ def prefill(state: Any, rows: Rows, *, graph: Any, new: int, penalised: bool) ->
 def decode(
     state: Any,
     layers: Sequence[Any] | None,
-    head: Array | None,
+    head: Float[Array, "D V"] | None,
     progress: Progress,
     rows: Rows,
     choice: Choice,
@@ -101,7 +102,7 @@ def decode(
     Args:
       state: the model's arrays.
       layers: None or each layer's arrays, see `Decoder.extend`.
-      head: None or [D,V], see `Decoder.unembed`.
+      head: None or the output layer's table, see `Decoder.unembed`.
       progress: of `prefill` or an earlier call; it is used up.
       rows: the prompts, as many rows as `progress` has.
       choice: see `Choice`.
@@ -155,6 +156,6 @@ def _placed_cache(cache: Cache) -> Cache:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def transposed(table: Array, dtype: Any) -> Array:
-    """[V,D] -> [D,V] in `dtype`."""
+def transposed(table: Float[Array, "V D"], dtype: Any) -> Float[Array, "D V"]:
+    """The table in `dtype`, transposed."""
     return table.T.astype(dtype)

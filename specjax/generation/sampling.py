@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float32, Int32, Key
 
 from specjax.errors import UserError, argument
 
@@ -127,27 +128,31 @@ class Sampling:
         return cls(**{name: value for name, value in (told | given).items() if name in kept})
 
 
-def penalise(logits: Array, seen: Array, penalty: Any) -> Array:
-    """float32 [B,V]: the logits of the tokens in `seen`, bool [B,V], made less likely (transformers' processor)."""
+def penalise(logits: Float32[Array, "B V"], seen: Bool[Array, "B V"], penalty: Any) -> Float32[Array, "B V"]:
+    """The logits, those of the tokens in `seen` made less likely (transformers' processor)."""
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def sample(
-    logits: Array, keys: Array, temperature: Any, top_k: Any, top_p: Any, min_p: Any = 0.0, *, few: int = 0
-) -> Array:
+    logits: Float32[Array, "B V"],
+    keys: Key[Array, " B"],
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any = 0.0,
+    *,
+    few: int = 0,
+) -> Int32[Array, " B"]:
     """Draws a token a row: temperature, then top-k, top-p and min-p over what is left, as transformers' warpers.
 
     Args:
-      logits: float32 [B,V].
-      keys: random keys [B].
+      logits: of the next token.
+      keys: a row's random key each.
       temperature: above 0.
       top_k: 0: off. Tokens that tie with the last one kept are kept, here and in top-p.
       top_p: of the least likely tokens, those that together have at most 1 - top_p go (arXiv:1904.09751); 1: off.
       min_p: tokens less than this many times as probable as the likeliest go (arXiv:2407.01082); 0: off.
       few: static; where not 0, top_k is from 1 to this, and only so many tokens are sorted.
-
-    Returns:
-      int32 [B].
     """
     scores = logits / temperature
 

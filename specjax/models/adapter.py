@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int32
 
 from specjax.errors import UserError
 from specjax.models.stack import Constant, Update
@@ -54,7 +56,7 @@ class Adaptable(nnx.Module):
         key = str(self.active)
         return self.own[key] if isinstance(self.active, int) and key in self.own else None
 
-    def used(self, name: str, base: str = "") -> jax.Array:
+    def used(self, name: str, base: str = "") -> Float[Array, "..."]:
         """The parameter `name` that is in use: the active adapter's copy, else the base's (called `base` there)."""
         value: jax.Array = getattr(self, base or name)[...]
         own = self.copies
@@ -82,14 +84,14 @@ def adaptables(model: nnx.Module) -> dict[Path, Adaptable]:
     return {path: module for path, module in nnx.iter_modules(model) if isinstance(module, Adaptable)}
 
 
-def select(model: Any, adapters: int | Sequence[int] | jax.Array | None) -> Any:
+def select(model: Any, adapters: int | Sequence[int] | Int32[Array | np.ndarray, " G"] | None) -> Any:
     """The same model with the same parameters, whose rows other adapters answer; the given one stays as it is.
 
     It may be called inside a traced function, and the gradient of the new model's factors is that of the given one's.
 
     Args:
       model: a `Decoder`.
-      adapters: None: the base; a slot: that adapter for all rows; int32 [G]: the slots of G equal groups of consecutive
+      adapters: None: the base; a slot: that adapter for all rows; several: the slots of G equal groups of consecutive
         rows of the batch, a negative one for the base. An array of JAX may change without compiling again.
 
     Raises:

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, Int32
 
 from specjax import sharding
 from specjax.models import cudnn
 
-Cache = tuple[jax.Array, jax.Array]  # of all layers: keys [L,B,K,H,S], values [L,B,K,S,H]
+Cache = tuple[Float[Array, "L B K H S"], Float[Array, "L B K S H"]]  # of all layers: keys, values
 
 NAME = "attention"  # what a layer's rematerialisation may keep of it
 NO_WINDOW = 2**30  # wider than any text: beside layers with a window, those without have this one
@@ -32,34 +34,34 @@ class OneOf(NamedTuple):
     """A window that is known only inside the scan over layers: one of some widths (None: all keys)."""
 
     widths: tuple[int | None, ...]
-    which: jax.Array  # int32 scalar
+    which: Int32[Array, ""]
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B _ _ _"],
+    v: Float[Array, "B _ _ _"],
     *,
-    q_positions: jax.Array,
-    k_positions: jax.Array,
-    q_segments: jax.Array,
-    k_segments: jax.Array,
+    q_positions: Int32[Array, "B T"],
+    k_positions: Int32[Array, "B S"],
+    q_segments: Int32[Array, "B T"],
+    k_segments: Int32[Array, "B S"],
     scale: float,
     window: int | OneOf | None = None,
     softcap: float | None = None,
     cached: bool = False,
     documents: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the keys of the same segment that are not later and inside the window.
 
     Args:
-      q: [B,T,N,H]; query head n reads kv head n // (N/K), without repeating k or v.
+      q: query head n reads kv head n // (N/K), without repeating k or v.
       k: [B,S,K,H]; `cached`: [B,K,H,S], a cache's layout.
       v: [B,S,K,H]; `cached`: [B,K,S,H].
-      q_positions: int32 [B,T], restarting at each segment.
-      k_positions: int32 [B,S].
-      q_segments: int32 [B,T]; 0 is padding.
-      k_segments: int32 [B,S].
+      q_positions: restarting at each segment.
+      k_positions: of the keys.
+      q_segments: 0 is padding.
+      k_segments: of the keys.
       scale: of the scores, mostly 1/sqrt(H).
       window: a key is seen if q_position - k_position < window (Mistral's sliding window); None: all.
       softcap: c of c * tanh(scores / c) before the mask (Gemma 2, arXiv:2408.00118); None: none.
@@ -68,7 +70,7 @@ def attend(
         None: any. cuDNN is quicker where it knows.
 
     Returns:
-      [B,T,N,H] in q's dtype. Scores and softmax are float32. A padding query reads padding keys and stays finite.
+      In q's dtype. Scores and softmax are float32. A padding query reads padding keys and stays finite.
       Without a cache and with T = S, a row sees itself, in order: what stands behind a query is not looked at.
     """
     if not cached and q.shape[1] == k.shape[1] >= SPLASH_FROM and sharding.platform() == "tpu":
@@ -274,8 +276,14 @@ def _uncut(chunks: Any, length: int) -> Any:
     return jax.tree.map(lambda x: sharding.uncut(x, ways, 3)[:, :, :, :length], chunks)
 
 
-def store(cache: Cache, k: jax.Array, v: jax.Array, layer: jax.Array | int, slot: jax.Array | int) -> Cache:
-    """The cache with k and v, each [B,T,K,H], in that layer's slots slot..slot+T-1.
+def store(
+    cache: Cache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    layer: Int32[Array, ""] | int,
+    slot: Int32[Array, ""] | int,
+) -> Cache:
+    """The cache with k and v in that layer's slots slot..slot+T-1.
 
     The layout [L,B,K,H,S] of the keys and [L,B,K,S,H] of the values is what the two products of a decoding step read
     without transposing; XLA's CPU backend takes ten times as long for [L,B,S,K,H].

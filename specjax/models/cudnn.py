@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int32
 
 from specjax import sharding
 
@@ -20,14 +22,8 @@ MOST_DOCUMENTS = 63  # in a row that is taken apart: there is room for each of t
 PACKED = "jax._src.cudnn.fused_attention_stablehlo"
 
 
-def takes(q: jax.Array, k: jax.Array, softcap: float | None) -> bool:
-    """Whether the kernel knows this case; it is there where a GPU is, and not where one is only compiled for.
-
-    Args:
-      q: [B,T,N,H].
-      k: [B,S,K,H].
-      softcap: of the scores.
-    """
+def takes(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], softcap: float | None) -> bool:
+    """Whether the kernel knows this case; it is there where a GPU is, and not where one is only compiled for."""
     if sharding.platform() != "gpu" or jax.default_backend() != "gpu" or softcap is not None or q.dtype == jnp.float32:
         return False
     length, dim, generation = q.shape[1], q.shape[3], _generation()
@@ -42,16 +38,16 @@ def _generation() -> int:
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     *,
-    segments: jax.Array,
+    segments: Int32[Array, "B T"],
     scale: float,
     window: int | None,
     documents: int | None = None,
     implementation: Any = "cudnn",
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the keys of the same segment that are not later and inside the window.
 
     One document a row needs no mask. Of several, cuDNN is told where each begins, if there are few and it can be: it
@@ -60,17 +56,17 @@ def attend(
     Nothing of it is named for `remat`: its backward pass needs what it keeps to itself, and makes it again either way.
 
     Args:
-      q: [B,T,N,H]; query head n reads kv head n // (N/K).
-      k: [B,T,K,H], of the same tokens: which are later is told by their places in the row, as in the splash kernel.
-      v: [B,T,K,H].
-      segments: int32 [B,T], numbered from 1; 0 is padding.
+      q: query head n reads kv head n // (N/K).
+      k: of the same tokens: which are later is told by their places in the row, as in the splash kernel.
+      v: of the same tokens.
+      segments: numbered from 1; 0 is padding.
       scale: of the scores.
       window: a key is seen if it is less than so many places before the query; None: all.
       documents: at most so many segments in a row, with the padding behind them; None: any.
       implementation: "xla", to see off a GPU what is asked of the kernel.
 
     Returns:
-      [B,T,N,H] in q's dtype.
+      In q's dtype.
     """
     if window is None and documents is not None and 1 < documents <= MOST_DOCUMENTS and _packed_is_known():
         return _packed(q, k, v, segments, scale, documents)

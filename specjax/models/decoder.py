@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jaxtyping import Float, Float32, Int32
 
 from specjax import sharding
 from specjax.models import rope
@@ -58,13 +60,13 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         kind: Kind,
         where: dict[str, Any],
         cache: Cache | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None, Stats | None]:
-        """[B,T,D] -> ([B,T,D], cache, the router's sums or None); the arguments are those of `Attention`."""
+        dropout_key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Stats | None]:
+        """The layer's output, the cache, and the router's sums or None; the arguments are those of `Attention`."""
         keys: Keys = (None,) * 7 if dropout_key is None else tuple(jax.random.split(dropout_key, 7))
         before_mlp = self.pre_feedforward_layernorm if self.after else self.post_attention_layernorm
         y, cache = self.self_attn(_normed(self.input_layernorm, x), kind, where, cache, keys[:4])
@@ -132,21 +134,18 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        adapters: int | Sequence[int] | jax.Array | EllipsisType | None = ...,
-    ) -> jax.Array:
+        tokens: Int32[Array | np.ndarray, "B T"],
+        positions: Int32[Array | np.ndarray, "B T"] | None = None,
+        segment_ids: Int32[Array | np.ndarray, "B T"] | None = None,
+        adapters: int | Sequence[int] | Int32[Array | np.ndarray, " G"] | EllipsisType | None = ...,
+    ) -> Float32[Array, "B T V"]:
         """Logits of the next token.
 
         Args:
-          tokens: int32 [B,T].
-          positions: int32 [B,T], default 0..T-1.
-          segment_ids: int32 [B,T], the document of each token in a packed row, 0 for padding; default all one document.
+          tokens: the rows.
+          positions: of the tokens, default 0..T-1.
+          segment_ids: the document of each token in a packed row, 0 for padding; default all one document.
           adapters: which adapters answer, see `adapter.select`; default the one in use.
-
-        Returns:
-          float32 [B,T,V].
 
         Raises:
           UserError: no such adapters, or rows that do not divide into their groups.
@@ -163,21 +162,21 @@ class Decoder(nnx.Module):
 
     def hidden(
         self,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The last layer's normed output, [B,T,D] in the compute dtype; LoRA's dropout only where a key is given."""
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The last layer's normed output in the compute dtype; LoRA's dropout only where a key is given."""
         return self.hidden_and_stats(tokens, positions, segment_ids, dropout_key)[0]
 
     def hidden_and_stats(
         self,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Stats | None]:
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"] | None = None,
+        segment_ids: Int32[Array, "B T"] | None = None,
+        dropout_key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Stats | None]:
         """`hidden`, and the sums of all layers' routers for `moe.load_balancing_loss` (None for a dense model)."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -200,39 +199,39 @@ class Decoder(nnx.Module):
         return any(r.kind == "longrope" for r in self.config.ropes)
 
     def empty_cache(self, batch: int, length: int) -> Cache:
-        """Keys [L,B,K,H,S] and values [L,B,K,S,H] of no token yet, in the compute dtype."""
+        """Keys and values of no token yet, in the compute dtype."""
         c = self.config
         heads = (c.num_layers, batch, c.num_kv_heads)
         return jnp.zeros((*heads, c.head_dim, length), self.dtype), jnp.zeros((*heads, length, c.head_dim), self.dtype)
 
     def extend(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
         cache: Cache,
-        cache_positions: jax.Array,
-        cache_segments: jax.Array,
-        slot: jax.Array | int,
-        lengths: jax.Array | None = None,
+        cache_positions: Int32[Array, "B S"],
+        cache_segments: Int32[Array, "B S"],
+        slot: Int32[Array, ""] | int,
+        lengths: Int32[Array, " B"] | None = None,
         layers: Sequence[Sequence[Any]] | None = None,
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Runs further tokens against a cache.
 
         Args:
-          tokens: int32 [B,T], written to the cache slots slot..slot+T-1.
-          positions: int32 [B,T].
+          tokens: written to the cache slots slot..slot+T-1.
+          positions: of the tokens.
           cache: (k, v) of `empty_cache`.
-          cache_positions: int32 [B,S], the position of the token in each slot, the new ones included.
-          cache_segments: int32 [B,S], 1 for slots that hold a token (the new ones included), 0 otherwise.
-          slot: int32 scalar, the same for all rows: prompts of unequal length are padded on the left. A Python 0 says
-            that the cache is empty, which spares the new tokens from looking there.
-          lengths: int32 [B], the tokens of each text so far, which choose longrope's factors (Phi-3); default up to
-            and with these tokens. What the cache holds was rotated by the choice of its own call.
+          cache_positions: the position of the token in each slot, the new ones included.
+          cache_segments: 1 for slots that hold a token (the new ones included), 0 otherwise.
+          slot: the same for all rows: prompts of unequal length are padded on the left. A Python 0 says that the cache
+            is empty, which spares the new tokens from looking there.
+          lengths: the tokens of each text so far, which choose longrope's factors (Phi-3); default up to and with these
+            tokens. What the cache holds was rotated by the choice of its own call.
           layers: the parameters of each layer of each segment, arrays of their own (`generate.unstacked`), which are
             then not scanned; default the slices of the stacked ones.
 
         Returns:
-          (hidden [B,T,D], the extended cache).
+          (hidden, the extended cache).
         """
         where = {
             "q_positions": positions,
@@ -313,17 +312,19 @@ class Decoder(nnx.Module):
             tables[0] if stacked is None else jax.tree.map(lambda t: t[kind], stacked),
         )
 
-    def output_table(self) -> jax.Array | None:
-        """The output layer's weights [V,D] in use; None where an adapter's factors lie over them."""
+    def output_table(self) -> Float[Array, "V D"] | None:
+        """The output layer's weights in use; None where an adapter's factors lie over them."""
         head = self.lm_head
         if head is None:
             return self.embed_tokens.output()
         return None if head.active_updates() else head.used("kernel")
 
-    def unembed(self, hidden: jax.Array, head: jax.Array | None = None) -> jax.Array:
-        """[..., D] in the compute dtype -> float32 logits [..., V]; the product accumulates in float32.
+    def unembed(
+        self, hidden: Float[Array, "*lead D"], head: Float[Array, "D V"] | None = None
+    ) -> Float32[Array, "*lead V"]:
+        """Logits of hidden states in the compute dtype; the product accumulates in float32.
 
-        `head`, [D,V], stands for `output_table`, where the caller has it at hand transposed.
+        `head` stands for `output_table`, where the caller has it at hand transposed.
         """
         c = self.config
         with exact_float32(self.dtype):

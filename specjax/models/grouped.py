@@ -13,22 +13,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.lax import RaggedDotDimensionNumbers
+from jaxtyping import Float, Int32
 
 MAX_BLOCK = 512  # rows; larger blocks gain nothing and overlap their neighbours more
 
 
 @jax.custom_vjp
-def grouped_matmul(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> jax.Array:
+def grouped_matmul(
+    x: Float[Array, "M K"], kernel: Float[Array, "E N K"], sizes: Int32[Array, " E"]
+) -> Float[Array, "M N"]:
     """y[m] = kernel[group of row m] @ x[m].
 
     Args:
-      x: [M,K], rows of group 0, then of group 1, ...
-      kernel: [E,N,K] in x's dtype.
-      sizes: int32 [E], rows of each group; their sum may be below M.
+      x: rows of group 0, then of group 1, ...
+      kernel: in x's dtype.
+      sizes: rows of each group; their sum may be below M.
 
     Returns:
-      [M,N] in x's dtype, accumulated in float32; rows beyond the last group are zero.
+      In x's dtype, accumulated in float32; rows beyond the last group are zero.
     """
     return _rows(x, kernel, sizes, transposed=False)
 

@@ -15,17 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int32
 
 from specjax.models.adapter import Adaptable, AdaptableMap
 from specjax.models.attention import Cache, attend, store
 from specjax.models.config import ModelConfig
 from specjax.models.products import contract
 from specjax.models.quantised import Quantised
-from specjax.models.rope import rotate
+from specjax.models.rope import Tables, rotate
 from specjax.models.stack import Call
 
 Axes = tuple[str | None, ...]
-Kind = tuple[Any, tuple[jax.Array, jax.Array]]  # window (None, an integer, or OneOf), (cosines, sines)
+Kind = tuple[Any, Tables]  # window (None, an integer, or OneOf), (cosines, sines)
 Keys = tuple[jax.Array | None, ...]  # one dropout key a linear map
 
 
@@ -80,11 +82,11 @@ class Linear(AdaptableMap):
 
     def __call__(
         self,
-        x: jax.Array,
-        dropout_key: jax.Array | None = None,
+        x: Float[Array, " B *inputs"],
+        dropout_key: Array | None = None,
         accumulate: Any = None,
-        low: jax.Array | None = None,
-    ) -> jax.Array:
+        low: Float[Array, "B T R"] | None = None,
+    ) -> Float[Array, " B *outputs"]:
         """[...,*in_shape] -> [...,*out_shape] in x's dtype, or in `accumulate` (the logits' float32); `low`: A x."""
         if not isinstance(self.kernel, Quantised):
             return self._apply(x, dropout_key, accumulate, low)
@@ -106,7 +108,7 @@ class Linear(AdaptableMap):
         return y
 
 
-def beside(x: jax.Array, maps: Sequence[Linear], keys: Keys) -> list[jax.Array]:
+def beside(x: Float[Array, "B T D"], maps: Sequence[Linear], keys: Keys) -> list[Float[Array, "B T ..."]]:
     """The outputs of maps that share an input; their factors A, small each, are multiplied by it together."""
     in_use = [each.active_updates() for each in maps]
     updates = [update for of_map in in_use for update in of_map]
@@ -146,7 +148,7 @@ class RMSNorm(Adaptable):
         self.scale = parameter(init, shape, axes, layers, rngs)
         self.eps, self.style = eps, style
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """[..., *shape] -> the same in x's dtype, normed over all axes of `shape` together."""
         return jax.checkpoint(self._normed, prevent_cse=False)(x, self.used("scale"))
 
@@ -170,12 +172,12 @@ class Embed(Adaptable):
         init = nnx.initializers.normal(stddev)
         self.embedding = parameter(init, (vocab_size, embed_dim), ("vocab", "embed"), None, rngs)
 
-    def __call__(self, tokens: jax.Array, dtype: Any) -> jax.Array:
-        """int32 [B,T] -> [B,T,D] in `dtype`."""
+    def __call__(self, tokens: Int32[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
+        """The tokens' rows of the table, in `dtype`."""
         return jnp.take(self.used("embedding"), tokens, axis=0).astype(dtype)
 
-    def output(self) -> jax.Array:
-        """The table [V,D] of a tied output layer; an adapter's copy of the embedding is not it, unless it ties them."""
+    def output(self) -> Float[Array, "V D"]:
+        """The table of a tied output layer; an adapter's copy of the embedding is not it, unless it ties them."""
         tied = self.copies is not None and self.copies.tied
         return self.used("embedding") if tied else self.used("lm_head", base="embedding")
 
@@ -215,12 +217,17 @@ class Attention(nnx.Module):
         return self.q_norm(q) if self.q_norm else q, self.k_norm(k) if self.k_norm else k, v
 
     def __call__(
-        self, x: jax.Array, kind: Kind, where: dict[str, Any], cache: Cache | None = None, keys: Keys = (None,) * 4
-    ) -> tuple[jax.Array, Cache | None]:
-        """[B,T,D] -> ([B,T,D], cache).
+        self,
+        x: Float[Array, "B T D"],
+        kind: Kind,
+        where: dict[str, Any],
+        cache: Cache | None = None,
+        keys: Keys = (None,) * 4,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """The block's output, and the cache with x's keys and values.
 
         Args:
-          x: [B,T,D].
+          x: the block's input.
           kind: this layer's window (None: all keys) and the tables of `rope.tables` for the queries' positions.
           where: q_positions, k_positions, q_segments, k_segments; with a cache also `slot`, the index there of x's
             first token, and `layer`, this layer's.
@@ -243,7 +250,7 @@ class Attention(nnx.Module):
         return self.o_proj(heads, keys[3]), cache
 
 
-def activate(x: jax.Array, name: str) -> jax.Array:
+def activate(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
     """The named activation: silu, gelu (exact), gelu_tanh or relu."""
     if name.startswith("gelu"):
         return jax.nn.gelu(x, approximate=name == "gelu_tanh")
@@ -266,8 +273,8 @@ class MLP(nnx.Module):
             (f,), (d,), ("mlp",), ("embed",), bias=bias, layers=layers, rngs=rngs, stddev=out_stddev
         )
 
-    def __call__(self, x: jax.Array, keys: Keys = (None,) * 3) -> jax.Array:
-        """[B,T,D] -> [B,T,D]; `keys` are dropout keys for gate, up, down; a fused map has gate's."""
+    def __call__(self, x: Float[Array, "B T D"], keys: Keys = (None,) * 3) -> Float[Array, "B T D"]:
+        """The block's output; `keys` are dropout keys for gate, up, down; a fused map has gate's."""
         if self.fused:
             both = self.gate_up_proj(x, keys[0])
             gate, up = both[:, :, 0], both[:, :, 1]

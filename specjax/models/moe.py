@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Float32, Int32
 
 from specjax import sharding
 from specjax.models.adapter import AdaptableMap
@@ -22,7 +24,7 @@ from specjax.models.layers import Axes, Linear, activate, kernel_init, parameter
 from specjax.models.quantised import Quantised
 from specjax.models.stack import Call, group_of_rows
 
-Stats = dict[str, jax.Array]
+Stats = dict[str, Float32[Array, "..."]]
 
 
 class Router(Linear):
@@ -50,8 +52,8 @@ class ExpertLinear(AdaptableMap):
         self.kernel: nnx.Param | Quantised = parameter(init, shape, axes, layers, rngs)
         self.in_dims = 1
 
-    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
-        """Rows of expert 0, then of expert 1, ...: [M, in] -> [M, out] in x's dtype; `sizes` int32 [E] counts them.
+    def __call__(self, x: Float[Array, "M in"], sizes: Int32[Array, " E *G"]) -> Float[Array, "M out"]:
+        """Rows of expert 0, then of expert 1, ..., in x's dtype; `sizes` counts them.
 
         Where the rows of an expert are sorted by their groups of adapters, `sizes` is [E,G].
         """
@@ -93,23 +95,23 @@ class Experts(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        chosen: jax.Array,
-        weights: jax.Array,
-        first: jax.Array | int = 0,
-        group: jax.Array | None = None,
-    ) -> jax.Array:
+        x: Float[Array, "N D"],
+        chosen: Int32[Array, "N k"],
+        weights: Float[Array, "N k"],
+        first: Int32[Array, ""] | int = 0,
+        group: Int32[Array, " N"] | None = None,
+    ) -> Float[Array, "N D"]:
         """The weighted sum of each token's experts.
 
         Args:
-          x: [N,D] tokens.
-          chosen: int32 [N,k], the experts of each token; those outside of first..first+E-1 add nothing.
-          weights: [N,k].
+          x: the tokens.
+          chosen: the experts of each token; those outside of first..first+E-1 add nothing.
+          weights: of the experts.
           first: the number of this module's first expert (a device may hold some of them only).
-          group: int32 [N], each token's group of adapters, where there are `groups`.
+          group: each token's group of adapters, where there are `groups`.
 
         Returns:
-          [N,D] in x's dtype, summed in float32.
+          In x's dtype, summed in float32.
         """
         num_experts = self.gate_proj.kernel.shape[0]
         local = chosen.reshape(-1) - first
@@ -196,16 +198,17 @@ class MoE(nnx.Module):
         self.num_experts, self.experts_per_token = num_experts, experts_per_token
         self.normalise, self.round_weights = normalise, round_weights
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, Stats]:
+    def __call__(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Stats]:
         """Routes and computes.
 
         Args:
-          x: [B,T,D].
-          valid: bool [B,T], False for padding, which goes to no expert (its output is zero) and is not counted;
-            default all True.
+          x: the block's input.
+          valid: False for padding, which goes to no expert (its output is zero) and is not counted; default all True.
 
         Returns:
-          y [B,T,D] in x's dtype, and this layer's part of `load_balancing_loss`: float32 sums over the valid tokens,
+          y in x's dtype, and this layer's part of `load_balancing_loss`: float32 sums over the valid tokens,
           `chosen` [E], how often each expert was chosen, `probability` [E], its probability, and `tokens`.
         """
         probability = jax.nn.softmax(self.gate(x).astype(jnp.float32), axis=-1)
@@ -302,7 +305,7 @@ def _top(values: jax.Array, k: int) -> jax.Array:
     return jnp.concatenate(found, axis=-1)
 
 
-def load_balancing_loss(stats: Stats) -> jax.Array:
+def load_balancing_loss(stats: Stats) -> Float32[Array, ""]:
     """E * sum over experts of (share of the choices) * (mean probability): k where all experts are chosen alike.
 
     Equal to transformers' `load_balancing_loss_func` (Switch Transformer, arXiv:2101.03961, equations 4-6): that one
@@ -316,7 +319,7 @@ def load_balancing_loss(stats: Stats) -> jax.Array:
       stats: the sums of `MoE`, with any leading axes ([L,E], [L] of the layers with experts).
 
     Returns:
-      float32 scalar; 0 where there is no token. Multiply it by the config's `router_aux_loss_coef`.
+      0 where there is no token. Multiply it by the config's `router_aux_loss_coef`.
     """
     num_experts = stats["chosen"].shape[-1]
     tokens = jnp.maximum(jnp.sum(stats["tokens"]), 1.0)

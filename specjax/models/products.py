@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
 
 from specjax import sharding
 
@@ -23,7 +25,9 @@ def exact_float32(dtype: Any) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def contract(x: jax.Array, kernel: jax.Array, in_dims: int, out_dtype: Any = None) -> jax.Array:
+def contract(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], in_dims: int, out_dtype: Any = None
+) -> Float[Array, "..."]:
     """[..., *in] and [*out, *in] -> [..., *out], over `in_dims` axes, in x's dtype; the result in `out_dtype`."""
     axes, lead = tuple(range(-in_dims, 0)), x.shape[: x.ndim - in_dims]
 
@@ -39,8 +43,8 @@ def contract(x: jax.Array, kernel: jax.Array, in_dims: int, out_dtype: Any = Non
 
 
 @jax.custom_vjp
-def expand(low: jax.Array, b: jax.Array) -> jax.Array:
-    """[B,T,R] and [*out, R] -> [B,T,*out]: `contract`, whose gradient of b transposes the small side alone."""
+def expand(low: Float[Array, "B ... R"], b: Float[Array, "*out R"]) -> Float[Array, "B ..."]:
+    """`contract` of [B,T,R] (in decoding [B,R]), whose gradient of b transposes the small side alone."""
     return contract(low, b, 1)
 
 

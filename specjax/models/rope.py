@@ -6,9 +6,12 @@ B batch, T length, N heads, H head_dim.
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jaxtyping import Float, Float32, Int32
+
+Tables = tuple[Float32[Array, "B T 1 half"], Float32[Array, "B T 1 half"]]  # cosines, sines
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -42,8 +45,8 @@ class Rope:
     long_factors: tuple[float, ...] = ()
 
 
-def frequencies(rope: Rope, *, long: bool = False) -> np.ndarray:
-    """Inverse frequencies, float32 [dim/2], equal to transformers' `ROPE_INIT_FUNCTIONS`; `long`: longrope's long ones.
+def frequencies(rope: Rope, *, long: bool = False) -> Float32[np.ndarray, " {rope.dim}//2"]:
+    """Inverse frequencies, equal to transformers' `ROPE_INIT_FUNCTIONS`; `long`: longrope's long ones.
 
     Rounded to float32 where transformers rounds: one unit in the last place is already visible in the logits.
     """
@@ -95,15 +98,15 @@ def _yarn(rope: Rope, power: np.ndarray) -> np.ndarray:
     return (f32(1.0) / (f32(rope.factor) * power) * (1 - kept) + f32(1.0) / power * kept).astype(f32)
 
 
-def tables(positions: jax.Array, rope: Rope, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, float32 [B,T,1,dim/2].
+def tables(positions: Int32[Array, "B T"], rope: Rope, lengths: Int32[Array, " B #T"] | None = None) -> Tables:
+    """Cosines and sines of half the dimensions that rotate.
 
     Args:
-      positions: int32 [B,T].
+      positions: of the tokens.
       rope: the frequencies.
-      lengths: int32 [B,T] or [B,1], the tokens of the text that each position is in; for longrope alone.
+      lengths: [B,T] or [B,1], the tokens of the text that each position is in; for longrope alone.
     """
-    inverse: jax.Array | np.ndarray = frequencies(rope)[None, None, None, :]
+    inverse: Array | np.ndarray = frequencies(rope)[None, None, None, :]
     if rope.kind == "longrope":
         assert lengths is not None
         is_long = (lengths > rope.original_max_positions)[:, :, None, None]
@@ -113,8 +116,10 @@ def tables(positions: jax.Array, rope: Rope, lengths: jax.Array | None = None) -
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the first dimensions of x [B,T,N,H] by the tables' angles, in x's dtype (as transformers does)."""
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float32[Array, "B T 1 half"], sin: Float32[Array, "B T 1 half"]
+) -> Float[Array, "B T N H"]:
+    """Rotates the first dimensions of x by the tables' angles, in x's dtype (as transformers does)."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)

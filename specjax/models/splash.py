@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Float, Int32
 
 from specjax import sharding
 
@@ -23,33 +25,33 @@ MOST = 512  # of a block: larger ones do not fit the memory of a core beside the
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     *,
-    q_segments: jax.Array,
-    k_segments: jax.Array,
+    q_segments: Int32[Array, "B T"],
+    k_segments: Int32[Array, "B T"],
     scale: float,
     window: int | None,
     softcap: float | None,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the keys of the same segment that are not later and inside the window.
 
     Args:
-      q: [B,T,N,H]; query head n reads kv head n // (N/K).
-      k: [B,T,K,H], of the same tokens: which are later is told by their places in the row, not by positions, and so is
+      q: query head n reads kv head n // (N/K).
+      k: of the same tokens: which are later is told by their places in the row, not by positions, and so is
         the distance of a window. In a row of documents one after another both are the same.
-      v: [B,T,K,H].
-      q_segments: int32 [B,T]; 0 is padding.
-      k_segments: int32 [B,T].
+      v: of the same tokens.
+      q_segments: 0 is padding.
+      k_segments: of the keys.
       scale: of the scores.
       window: a key is seen if it is less than so many places before the query; None: all.
       softcap: c of c * tanh(scores / c); None: none.
       interpret: run it on any platform, slowly.
 
     Returns:
-      [B,T,N,H] in q's dtype.
+      In q's dtype.
     """
     mesh = jax.sharding.get_abstract_mesh()
     rows, length = q.shape[:2]

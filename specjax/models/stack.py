@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int32
 
 from specjax.errors import UserError
 from specjax.models.products import contract
 
-Arrays = dict[str, jax.Array]
+Arrays = dict[str, Float[Array, "..."]]
 
 
 class Constant(nnx.Variable):
@@ -77,12 +79,12 @@ class Variant(Protocol):
 
     name: ClassVar[str]
 
-    def apply(self, factors: Arrays, scale: Any, dropout: Any, call: Call) -> jax.Array:
+    def apply(self, factors: Arrays, scale: Any, dropout: Any, call: Call) -> Float[Array, "..."]:
         """What one adapter adds to y, in y's shape; `factors` without the axes of layers and adapters."""
         ...
 
-    def shared(self, factors: Arrays) -> jax.Array | None:
-        """The factor [R,*in] that an undropped x is multiplied by first; None: there is none."""
+    def shared(self, factors: Arrays) -> Float[Array, " R *inputs"] | None:
+        """The factor that an undropped x is multiplied by first; None: there is none."""
         ...
 
 
@@ -104,8 +106,8 @@ class Update:
     dropout: Any
     groups: int | None
 
-    def __call__(self, call: Call) -> jax.Array:
-        """What is added to y."""
+    def __call__(self, call: Call) -> Float[Array, "..."]:
+        """What is added to y, in its shape."""
         if self.groups is None:
             return self.variant.apply(self.factors, self.scale, self.dropout, call)
         key = None if call.key is None else jax.random.split(call.key, self.groups)
@@ -117,12 +119,12 @@ class Update:
 
         return self._by_group(one, (self.factors, self.scale, rates, key), (call.x, call.y, call.low))
 
-    def drops(self, key: jax.Array | None) -> bool:
+    def drops(self, key: Array | None) -> bool:
         """Whether inputs are dropped under this key."""
         return key is not None and not (isinstance(self.dropout, float) and self.dropout == 0)
 
-    def reduce(self, x: jax.Array, shared: jax.Array) -> jax.Array:
-        """[B,T,D] by [R,D], or of groups [G,R,D]: [B,T,R]."""
+    def reduce(self, x: Float[Array, "B T D"], shared: Float[Array, "*G R D"]) -> Float[Array, "B T R"]:
+        """The input by the factors `shared`, those of the update or of each group."""
         if self.groups is None:
             return contract(x, shared, 1)
         return self._by_group(lambda a, x: contract(x, a, 1), (shared,), (x,))
@@ -140,8 +142,8 @@ class Update:
         return parts.reshape(-1, *parts.shape[2:])
 
 
-def group_of_rows(rows: int, groups: int) -> jax.Array:
-    """int32 [B]: the group of each row."""
+def group_of_rows(rows: int, groups: int) -> Int32[Array, " {rows}"]:
+    """The group of each row."""
     _check_groups(rows, groups)
     return jnp.arange(rows, dtype=jnp.int32) // (rows // groups)
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Float32, Int32, Shaped
 
 from specjax import sharding
 from specjax.models import Decoder
@@ -51,18 +53,18 @@ def layout_of(model: Decoder, rows: int, length: int) -> Layout:
     return Layout(*axes, size, parts, c.logits_divisor, c.logits_softcap, model.groups)
 
 
-def hidden_of(model: Decoder, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Stats | None]:
-    """The last layer's output for a batch, [B,T,D], and the routers' sums (None for a dense model)."""
+def hidden_of(model: Decoder, batch: dict[str, Array], key: Array | None) -> tuple[Float[Array, "B T D"], Stats | None]:
+    """The last layer's output for a batch, and the routers' sums (None for a dense model)."""
     return model.hidden_and_stats(batch["tokens"], batch["positions"], batch["segment_ids"], key)
 
 
-def router_loss(stats: Stats | None) -> jax.Array:
-    """The routers' balancing loss, a float32 scalar; 0 for a dense model."""
+def router_loss(stats: Stats | None) -> Float32[Array, ""]:
+    """The routers' balancing loss; 0 for a dense model."""
     return jnp.zeros((), jnp.float32) if stats is None else load_balancing_loss(stats)
 
 
-def table_of(model: Decoder, layout: Layout) -> jax.Array | None:
-    """The output layer's weights [V,D] in the compute dtype, moved to where the chunks want them once per step.
+def table_of(model: Decoder, layout: Layout) -> Float[Array, "V D"] | None:
+    """The output layer's weights in the compute dtype, moved to where the chunks want them once per step.
 
     None where an adapter's factors lie over the output layer.
     """
@@ -76,12 +78,12 @@ def table_of(model: Decoder, layout: Layout) -> jax.Array | None:
     return table
 
 
-def adapted_logits(model: Decoder, layout: Layout, hidden: jax.Array) -> jax.Array:
-    """[B,C,D] -> float32 [B,C,V] of a model whose output layer wears factors."""
+def adapted_logits(model: Decoder, layout: Layout, hidden: Float[Array, "B C D"]) -> Float32[Array, "B C V"]:
+    """The logits of a model whose output layer wears factors."""
     return sharding.constrain(model.unembed(hidden), layout.batch, "length", layout.vocab)
 
 
-def over_chunks(layout: Layout, chunk: Callable[..., Any], *arrays: jax.Array) -> tuple[Any, Any]:
+def over_chunks(layout: Layout, chunk: Callable[..., Any], *arrays: Shaped[Array, "B T ..."]) -> tuple[Any, Any]:
     """Calls `chunk` on the tokens of one chunk after another.
 
     Chunks are cut along the length, within each device's part of it: no axis loses its sharding.
@@ -89,7 +91,7 @@ def over_chunks(layout: Layout, chunk: Callable[..., Any], *arrays: jax.Array) -
     Args:
       layout: of the batch.
       chunk: maps slices of the arrays to (sums, values), values [B,C,...] per token.
-      arrays: [B,T,...].
+      arrays: what is cut.
 
     Returns:
       The sums of all chunks, and the values [B,T,...] in the tokens' order.
@@ -107,32 +109,36 @@ def over_chunks(layout: Layout, chunk: Callable[..., Any], *arrays: jax.Array) -
     return sums, jax.tree.map(lambda x: sharding.uncut(x, layout.parts), values)
 
 
-def logits_of(layout: Layout, table: jax.Array, hidden: jax.Array) -> jax.Array:
-    """[V,D] and [B,C,D] -> float32 [B,C,V], before what `finished` does to them."""
+def logits_of(layout: Layout, table: Float[Array, "V D"], hidden: Float[Array, "B C D"]) -> Float32[Array, "B C V"]:
+    """The logits of a chunk, before what `finished` does to them."""
     logits = contract(sharding.constrain(hidden, layout.batch, "length", None), table, 1, jnp.float32)
     return sharding.constrain(logits, layout.batch, "length", layout.vocab)
 
 
-def finished(layout: Layout, logits: jax.Array) -> jax.Array:
+def finished(layout: Layout, logits: Float32[Array, "B C V"]) -> Float32[Array, "B C V"]:
     """The model's logits: divided and capped as its config says."""
     if layout.divisor != 1:
         logits = logits / layout.divisor
     return logits if layout.softcap is None else jnp.tanh(logits / layout.softcap) * layout.softcap
 
 
-def target_logit(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """float32 [B,C,V] and int32 [B,C] -> [B,C]; a masked sum, not a gather: it stays inside a sharded vocabulary."""
+def target_logit(logits: Float32[Array, "B C V"], targets: Int32[Array, "B C"]) -> Float32[Array, "B C"]:
+    """The targets' logits; a masked sum, not a gather: it stays inside a sharded vocabulary."""
     hit = targets[:, :, None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None]
     return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
 
 
-def hidden_gradient(layout: Layout, table: jax.Array, dlogits: jax.Array) -> jax.Array:
-    """[V,D] and [B,C,V] in the compute dtype -> [B,C,D]."""
+def hidden_gradient(
+    layout: Layout, table: Float[Array, "V D"], dlogits: Float[Array, "B C V"]
+) -> Float[Array, "B C D"]:
+    """The gradient of a chunk's hidden states, all in the compute dtype."""
     return sharding.constrain(contract(dlogits, table.T, 1), layout.batch, "length", None)
 
 
-def table_gradient(layout: Layout, dlogits: jax.Array, hidden: jax.Array) -> jax.Array:
-    """[B,C,V] and [B,C,D] -> float32 [V,D]."""
+def table_gradient(
+    layout: Layout, dlogits: Float[Array, "B C V"], hidden: Float[Array, "B C D"]
+) -> Float32[Array, "V D"]:
+    """A chunk's part of the gradient of the output layer's weights."""
     dtable = _summed_over_tokens(dlogits, sharding.constrain(hidden, layout.batch, "length", None))
     return sharding.constrain(dtable, layout.vocab, None)
 

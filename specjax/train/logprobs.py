@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Float32, Int32, Shaped
 
 from specjax.models import Decoder
 from specjax.models.products import exact_float32
@@ -21,20 +23,20 @@ class TokenScores(NamedTuple):
     """What the model says of each target.
 
     Attributes:
-      logprobs: log p(target) in nats, float32 [B,T]. Of tokens that the loss does not count it is that of whatever
-        target stands there: multiply by `loss_mask`.
-      logsumexp: the logarithm of the sum of the exponentials of all logits, float32 [B,T]; has a gradient too.
-      correct: 1 where the target is the likeliest token, else 0, float32 [B,T].
-      router: a mixture of experts' balancing loss over the batch, a float32 scalar; 0 for a dense model.
+      logprobs: log p(target) in nats. Of tokens that the loss does not count it is that of whatever target stands
+        there: multiply by `loss_mask`.
+      logsumexp: the logarithm of the sum of the exponentials of all logits; has a gradient too.
+      correct: 1 where the target is the likeliest token, else 0.
+      router: a mixture of experts' balancing loss over the batch; 0 for a dense model.
     """
 
-    logprobs: jax.Array
-    logsumexp: jax.Array
-    correct: jax.Array
-    router: jax.Array
+    logprobs: Float32[Array, "B T"]
+    logsumexp: Float32[Array, "B T"]
+    correct: Float32[Array, "B T"]
+    router: Float32[Array, ""]
 
 
-def token_logprobs(model: Decoder, batch: dict[str, jax.Array], key: jax.Array | None = None) -> TokenScores:
+def token_logprobs(model: Decoder, batch: dict[str, Shaped[Array, "B T"]], key: Array | None = None) -> TokenScores:
     """Scores the targets of a batch, differentiably.
 
     The vocabulary may be split over the mesh; a soft cap and a divisor of the logits are the model's. Gradients flow
@@ -59,8 +61,10 @@ def token_logprobs(model: Decoder, batch: dict[str, jax.Array], key: jax.Array |
     return TokenScores(logprobs, logsumexp, correct, chunks.router_loss(stats))
 
 
-def _score(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """float32 [B,C,V] -> `TokenScores`' first three, float32 [B,C] each."""
+def _score(
+    logits: Float32[Array, "B C V"], targets: Int32[Array, "B C"]
+) -> tuple[Float32[Array, "B C"], Float32[Array, "B C"], Float32[Array, "B C"]]:
+    """`TokenScores`' first three."""
     logsumexp = jax.nn.logsumexp(logits, axis=-1)
     target_logits = chunks.target_logit(logits, targets)
     correct = (target_logits >= jnp.max(logits, axis=-1)).astype(jnp.float32)
@@ -68,8 +72,10 @@ def _score(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array,
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scores(layout: Layout, table: jax.Array, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
-    """`_score` of all tokens: [V,D] and [B,T,D] in the compute dtype, int32 [B,T]."""
+def _scores(
+    layout: Layout, table: Float[Array, "V D"], hidden: Float[Array, "B T D"], targets: Int32[Array, "B T"]
+) -> tuple[Float32[Array, "B T"], ...]:
+    """`_score` of all tokens; table and hidden states in the compute dtype."""
 
     def chunk(hidden: jax.Array, targets: jax.Array) -> tuple[tuple[()], Any]:
         return (), _score(chunks.finished(layout, chunks.logits_of(layout, table, hidden)), targets)

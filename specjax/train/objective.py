@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Float32, Int32, Shaped
 
 from specjax.errors import UserError
 from specjax.models import Decoder
@@ -25,8 +27,8 @@ from specjax.models.products import exact_float32
 from specjax.train import chunks
 from specjax.train.chunks import Layout
 
-Batch = dict[str, jax.Array]
-Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, denominator), float32 [G] each
+Batch = dict[str, Array]
+Sums = dict[str, tuple[Float32[Array, " G"], Float32[Array, " G"]]]  # name -> (sum, denominator)
 
 TOKENS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
 
@@ -83,13 +85,13 @@ class Objective:
         return sums
 
 
-def by_group(model: Decoder, values: jax.Array) -> jax.Array:
-    """Sums [B,...] within each group of rows: float32 [G]. An ordinary run is one group."""
+def by_group(model: Decoder, values: Shaped[Array, "B ..."]) -> Float32[Array, " {model.groups}"]:
+    """Sums within each group of rows: float32 [G]. An ordinary run is one group."""
     grouped = values.astype(jnp.float32).reshape(model.groups, -1, *values.shape[1:])
     return jnp.sum(grouped, axis=tuple(range(1, grouped.ndim)))
 
 
-def with_router(model: Decoder, loss: jax.Array, router: jax.Array) -> jax.Array:
+def with_router(model: Decoder, loss: Float32[Array, " G"], router: Float32[Array, " G"]) -> Float32[Array, " G"]:
     """The loss with a mixture of experts' balancing part in its gradient and not in its value."""
     coefficient = model.config.router_aux_coef
     return loss + coefficient * (router - jax.lax.stop_gradient(router)) if coefficient else loss
@@ -127,8 +129,10 @@ def _perplexity(means: Mapping[str, float]) -> dict[str, float]:
 next_token = Objective("next_token", TOKENS, _next_token, derived=_perplexity)
 
 
-def _score(layout: Layout, logits: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 [B,C,V] -> the summed nats, and how many targets are the likeliest, [G] each."""
+def _score(
+    layout: Layout, logits: Float32[Array, "B C V"], targets: Int32[Array, "B C"], mask: Float32[Array, "B C"]
+) -> tuple[Float32[Array, " G"], Float32[Array, " G"]]:
+    """The summed nats, and how many targets are the likeliest."""
     target_logits = chunks.target_logit(logits, targets)
     nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
     correct = (target_logits >= jnp.max(logits, axis=-1)).astype(jnp.float32)
@@ -138,9 +142,13 @@ def _score(layout: Layout, logits: jax.Array, targets: jax.Array, mask: jax.Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(
-    layout: Layout, table: jax.Array, hidden: jax.Array, targets: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`_score` of all tokens: [V,D] and [B,T,D] in the compute dtype, [B,T] twice."""
+    layout: Layout,
+    table: Float[Array, "V D"],
+    hidden: Float[Array, "B T D"],
+    targets: Int32[Array, "B T"],
+    mask: Float32[Array, "B T"],
+) -> tuple[Float32[Array, " G"], Float32[Array, " G"]]:
+    """`_score` of all tokens; table and hidden states in the compute dtype."""
 
     def chunk(hidden: jax.Array, *rest: jax.Array) -> tuple[Any, None]:
         return _score(layout, chunks.finished(layout, chunks.logits_of(layout, table, hidden)), *rest), None

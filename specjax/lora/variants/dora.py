@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+from jaxtyping import Float, Float32
 
 from specjax.lora.variants.lora import Draw, LoRA, dropped
 from specjax.models.layers import Axes, Linear
@@ -32,7 +34,7 @@ class DoRA(LoRA):
         """Also ||W|| over the inputs."""
         return super().init(linear, ranks, draw) | {"magnitude": _norms(linear)}
 
-    def apply(self, factors: Arrays, scale: Any, dropout: Any, call: Call) -> jax.Array:
+    def apply(self, factors: Arrays, scale: Any, dropout: Any, call: Call) -> Float[Array, "..."]:
         """What turns W x into m/||W + s B A|| (W x + s B A dropout(x)); nothing where the scale is 0."""
         assert call.y is not None and call.kernel is not None
         x, y = dropped(call, dropout), call.y
@@ -45,8 +47,10 @@ class DoRA(LoRA):
         factor = factor.reshape((1,) * (y.ndim - factor.ndim) + factor.shape)
         return ((factor - 1) * plain.astype(jnp.float32) + factor * update.astype(jnp.float32)).astype(y.dtype)
 
-    def merge(self, kernel: jax.Array, factors: Arrays, scale: Any, in_dims: int) -> jax.Array:
-        """m/||W + s B A|| (W + s B A) of one layer, float32 [*out, *in]; W where the scale is 0."""
+    def merge(
+        self, kernel: Float[Array, "*shape"], factors: Arrays, scale: Any, in_dims: int
+    ) -> Float32[Array, "*shape"]:
+        """m/||W + s B A|| (W + s B A) of one layer, [*out, *in]; W where the scale is 0."""
         merged = super().merge(kernel, factors, scale, in_dims)
         norm = jnp.sqrt(jnp.sum(jnp.square(merged), axis=tuple(range(-in_dims, 0))))
         factor = jnp.where(scale != 0, factors["magnitude"] / norm, 1.0)
@@ -72,9 +76,14 @@ def _norms(linear: Linear | ExpertLinear) -> jax.Array:
 
 
 def update_norm(
-    kernel: jax.Array, a: jax.Array, b: jax.Array, scale: Any, in_dims: int, dtype: Any = jnp.float32
-) -> jax.Array:
-    """||W + s B A|| over the inputs, float32 [*out], of W [*out, *in], without making B A.
+    kernel: Float[Array, "..."],
+    a: Float[Array, " R *inputs"],
+    b: Float[Array, "*out R"],
+    scale: Any,
+    in_dims: int,
+    dtype: Any = jnp.float32,
+) -> Float32[Array, "*out"]:
+    """||W + s B A|| over the inputs, of W [*out, *in], without making B A.
 
     By ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2, where <W, B A> sums B * (W A^T) and ||B A||^2 sums B * (B A A^T), both
     over R: no array of the kernel's size. Products take `dtype` and accumulate in float32.

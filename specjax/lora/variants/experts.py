@@ -7,8 +7,9 @@ E experts, G groups of rows, R rank, L layers.
 
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Float32
 
 from specjax.lora.variants.lora import LoRA
 from specjax.models.grouped import grouped_matmul
@@ -23,7 +24,7 @@ class ExpertLoRA(LoRA):
     map_class: ClassVar[type] = ExpertLinear
     settings: ClassVar[dict[str, Any]] = {}
 
-    def apply(self, factors: Arrays, scale: Any, dropout: Any, call: Call) -> jax.Array:
+    def apply(self, factors: Arrays, scale: Any, dropout: Any, call: Call) -> Float[Array, "M out"]:
         """The update s B_e A_e x of each row's expert; of groups [G,E,...], sizes [E,G], and of its group."""
         a, b = (factors[name].astype(call.x.dtype) for name in "ab")
         assert call.sizes is not None
@@ -34,12 +35,14 @@ class ExpertLoRA(LoRA):
         sizes = call.sizes.reshape(-1)
         return grouped_matmul(grouped_matmul(call.x, a, sizes), b, sizes)
 
-    def shared(self, factors: Arrays) -> jax.Array | None:
+    def shared(self, factors: Arrays) -> None:
         """None: rows are multiplied expert by expert."""
         return None
 
-    def merge(self, kernel: jax.Array, factors: Arrays, scale: Any, in_dims: int) -> jax.Array:
-        """W + s B A of each expert, float32 [E, out, in]."""
+    def merge(
+        self, kernel: Float[Array, "E out in"], factors: Arrays, scale: Any, in_dims: int
+    ) -> Float32[Array, "E out in"]:
+        """W + s B A of each expert."""
         product = jnp.einsum("Eor,Eri->Eoi", factors["b"], factors["a"], precision="highest")
         return kernel.astype(jnp.float32) + product * scale
 

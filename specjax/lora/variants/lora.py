@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Float32
 
 from specjax.models.layers import Axes, Linear
 from specjax.models.moe import ExpertLinear
 from specjax.models.products import contract, expand
 from specjax.models.stack import Arrays, Call
 
-Draw = Callable[[tuple[int, ...], float], jax.Array]
+Draw = Callable[[tuple[int, ...], float], Array]
 
 
 class LoRA:
@@ -67,18 +69,20 @@ class LoRA:
             a = a * true.reshape(len(ranks), *(1,) * (lead - 1), rank, *(1,) * (a.ndim - lead - 1))
         return {"a": a, "b": jnp.zeros(arrays["b"][0], jnp.float32)}
 
-    def apply(self, factors: Arrays, scale: Any, dropout: Any, call: Call) -> jax.Array:
+    def apply(self, factors: Arrays, scale: Any, dropout: Any, call: Call) -> Float[Array, "..."]:
         """The update s B A dropout(x), in y's shape."""
         x = dropped(call, dropout)
         low = contract(x, factors["a"], call.in_dims) if call.low is None else call.low
         return expand(low * jnp.asarray(scale, low.dtype), factors["b"])  # scaled where it is small
 
-    def shared(self, factors: Arrays) -> jax.Array | None:
+    def shared(self, factors: Arrays) -> Float[Array, " R *inputs"] | None:
         """A, which is multiplied by x together with that of other maps that have the same input."""
         return factors["a"]
 
-    def merge(self, kernel: jax.Array, factors: Arrays, scale: Any, in_dims: int) -> jax.Array:
-        """W + s B A of one layer, float32 [*out, *in]."""
+    def merge(
+        self, kernel: Float[Array, "*shape"], factors: Arrays, scale: Any, in_dims: int
+    ) -> Float32[Array, "*shape"]:
+        """W + s B A of one layer, [*out, *in]."""
         product = jnp.tensordot(factors["b"], factors["a"], 1, precision="highest")
         return kernel.astype(jnp.float32) + product * scale
 
@@ -92,7 +96,7 @@ def leading(linear: Linear | ExpertLinear) -> int:
     return sum(axis in ("layers", "expert") for axis in linear.kernel.get_metadata("axes"))
 
 
-def dropped(call: Call, dropout: Any) -> jax.Array:
+def dropped(call: Call, dropout: Any) -> Float[Array, "..."]:
     """x, some of its numbers dropped and the rest scaled up."""
     if call.key is None or isinstance(dropout, float) and dropout == 0:
         return call.x
