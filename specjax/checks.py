@@ -42,6 +42,13 @@ ARGUMENTS = {
     "holdout": "config.data.eval_fraction",
     **{name: f"config.dpo.{name}" for name in ("beta", "loss", "label_smoothing")},
     "objective": "config.objective",
+    **{
+        name: f"config.lora.{name}"
+        for name in (
+            *("rank", "alpha", "targets", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules"),
+            *("modules_to_save", "bias", "ensure_weight_tying"),
+        )
+    },
 }
 POSITIVE = ("optimizer.learning_rate", "optimizer.eps")
 BIASES = ("none", "all", "lora_only")  # config.lora.bias

@@ -285,8 +285,8 @@ def test_targets_name_linear_maps_as_pefts_do():
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        (["q_porj"], r"target 'q_porj' matches no linear map; there are down_proj.*v_proj.*Did you mean 'q_proj'"),
-        (["q_proj", "proj"], "target 'proj' matches no linear map"),
+        (["q_porj"], r"targets 'q_porj' matches no linear map; there are down_proj.*v_proj.*Did you mean 'q_proj'"),
+        (["q_proj", "proj"], "targets 'proj' matches no linear map"),
         ("q_proj", "match no linear map; there are .*'all-linear', or a regular expression that matches a full name"),
         ([], "match no linear map"),
         ("(", "is not a regular expression"),
@@ -300,7 +300,7 @@ def test_targets_that_match_nothing_are_refused(targets, said):
 
 
 def test_a_rank_below_one_is_refused():
-    with pytest.raises(UserError, match="rank 0: it must be at least 1"):
+    with pytest.raises(UserError, match="rank is 0: it must be at least 1"):
         sj.lora.inject(model(), rank=0)
 
 
@@ -333,7 +333,7 @@ def rename(held, old, new):
         (lambda p: edit(p, layers_to_transform=[0]), "tensors fit no linear map of the model that adapter_config.json"),
         (lambda p: edit(p, exclude_modules=["up_proj"]), "tensors fit no linear map of the model that adapter_config"),
         (lambda p: edit(p, target_modules=["q_proj", "v_proj", "up_proj"]), "v_proj.lora_A.weight is missing"),
-        (lambda p: edit(p, target_modules=["c_attn"]), "LoRA targets ['c_attn'] match no linear map"),
+        (lambda p: edit(p, target_modules=["c_attn"]), "target_modules ['c_attn'] match no linear map"),
         (lambda p: edit(p, target_modules=None), "target_modules must be a list of names or a pattern, not None"),
         (
             lambda p: edit(p, target_parameters=["experts.gate_up_proj"]),

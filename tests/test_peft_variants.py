@@ -548,8 +548,8 @@ def _save_wrongly(made, out):
     [
         ("plain", {"rank_pattern": {"q_porj": 2}}, "rank_pattern 'q_porj' matches no targeted linear map; there are"),
         ("plain", {"alpha_pattern": {"v_proj": 2}}, "alpha_pattern 'v_proj' matches no targeted linear map"),
-        ("plain", {"rank_pattern": {"q_proj": 0}}, "rank 0 of rank_pattern 'q_proj': it must be at least 1"),
-        ("plain", {"alpha_pattern": {"q_proj": 0}}, "alpha 0 of 'q_proj': it must be above 0"),
+        ("plain", {"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0: it must be at least 1"),
+        ("plain", {"alpha_pattern": {"q_proj": 0}}, r"alpha_pattern\['q_proj'\] is 0: it must be above 0"),
         ("plain", {"rank_pattern": {"(": 2}}, "is not a regular expression"),
         (
             "plain",
@@ -559,11 +559,11 @@ def _save_wrongly(made, out):
         ("plain", {"modules_to_save": ["self_attn.q_proj"]}, "match no linear map"),
         ("plain", {"exclude_modules": ["gate"]}, "exclude_modules 'gate' matches no linear map"),
         ("plain", {"layers_to_transform": [3]}, "the model has layers 0 to 2"),
-        ("plain", {"layers_to_transform": 0, "targets": ".*q_proj"}, "goes with a list of LoRA targets"),
+        ("plain", {"layers_to_transform": 0, "targets": ".*q_proj"}, "goes with a list of targets, not"),
         ("plain", {"bias": "all"}, "linear maps of this model have none"),
         ("plain", {"bias": "some"}, "bias 'some': choose one of none, all, lora_only"),
         ("plain", {"ensure_weight_tying": True}, "is for a model whose embeddings are tied"),
-        ("plain", {"modules_to_save": ["proj"]}, "is both in the LoRA targets and in modules_to_save"),
+        ("plain", {"modules_to_save": ["proj"]}, "is both in targets and in modules_to_save"),
         ("biased", {"modules_to_save": ["up_proj"], "bias": "all"}, "which trains its bias too"),
     ],
 )

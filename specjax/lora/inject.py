@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax import sharding
-from specjax.errors import UserError
+from specjax.errors import UserError, argument
 from specjax.lora import fused
 from specjax.lora import targets as targets_lib
 from specjax.lora.adapters import DEFAULT, Adapter, Copies, Factors, attach, check_free
@@ -72,12 +72,12 @@ def inject(
     """
     alpha = 2.0 * rank if alpha is None else float(alpha)
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
-    for what, value in {"rank": rank, **{f"of rank_pattern {key!r}": value for key, value in ranks.items()}}.items():
+    for key, value in {"rank": rank, **{f"rank_pattern.{key}": value for key, value in ranks.items()}}.items():
         if value < 1:
-            raise UserError(f"LoRA rank {value}{what.removeprefix('rank') and ' ' + what}: it must be at least 1.")
-    for key, number in {"alpha": alpha, **alphas}.items():
+            raise UserError(f"{argument(key)} is {value}: it must be at least 1.")
+    for key, number in {"alpha": alpha, **{f"alpha_pattern.{key}": value for key, value in alphas.items()}}.items():
         if number <= 0:
-            raise UserError(f"LoRA alpha {number} of {key!r}: it must be above 0.")
+            raise UserError(f"{argument(key)} is {number}: it must be above 0.")
     check_free(model, name)
     chosen = targets_lib.match(
         model,
@@ -103,10 +103,10 @@ def _shapes(
     """Rank (0: left alone) and alpha of each layer of the chosen maps; `rank`, `alpha`: the usual one, patterns."""
     modules = {path: targets_lib.modules(model, path) for path in chosen}
     touched = [name for path, flags in chosen.items() for name, on in zip(modules[path], flags, strict=True) if on]
-    targets_lib.check_patterns(rank[1], touched, "rank_pattern")
-    targets_lib.check_patterns(alpha[1], touched, "alpha_pattern")
-    rank_of = targets_lib.by_pattern(rank[1], rank[0], "rank_pattern")
-    alpha_of = targets_lib.by_pattern(alpha[1], alpha[0], "alpha_pattern")
+    targets_lib.check_patterns(rank[1], touched, argument("rank_pattern"))
+    targets_lib.check_patterns(alpha[1], touched, argument("alpha_pattern"))
+    rank_of = targets_lib.by_pattern(rank[1], rank[0], argument("rank_pattern"))
+    alpha_of = targets_lib.by_pattern(alpha[1], alpha[0], argument("alpha_pattern"))
     return {
         path: (
             tuple(int(rank_of(name)) if on else 0 for name, on in zip(modules[path], flags, strict=True)),
@@ -148,18 +148,19 @@ def _copies(
     """The parameters that train as they are: those of whole modules, and biases."""
     parts, embedding = targets_lib.parts(model), targets_lib.embedding(model)
     if bias not in BIASES:
-        raise UserError(f"bias {bias!r}: choose one of {', '.join(BIASES)}.")
+        raise UserError(f"{argument('bias')} {bias!r}: choose one of {', '.join(BIASES)}.")
     if tie and not (model.config.tied and {embedding, TIED_PATH} & set(saved)):
         raise UserError(
-            "ensure_weight_tying is for a model whose embeddings are tied and modules_to_save that names one of them: "
-            "leave it out."
+            f"{argument('ensure_weight_tying')} is for a model whose embeddings are tied and "
+            f"{argument('modules_to_save')} that names one of them: leave it out."
         )
     both = sorted(
         path for path in saved if any(a and b for a, b in zip(saved[path], chosen.get(path, ()), strict=False))
     )
     if both:
         raise UserError(
-            f"{sharding.path_name(both[0])} is both in the LoRA targets and in modules_to_save: name it in one of them."
+            f"{sharding.path_name(both[0])} is both in {argument('targets')} and in {argument('modules_to_save')}: "
+            "name it in one of them."
         )
     copies: dict[Path, Copies] = {}
     for path, flags in saved.items():
@@ -169,7 +170,7 @@ def _copies(
     if TIED_PATH in saved and TIED_PATH not in parts or tie:
         copies[embedding] = _tied_copies(model, embedding in saved, tie)
     if bias != "none":
-        copies |= _biases(model, chosen if bias == "lora_only" else None, saved)
+        copies |= _biases(model, bias, chosen, saved)
     return copies
 
 
@@ -181,20 +182,22 @@ def _tied_copies(model: Decoder, both: bool, tie: bool) -> Copies:
     return Copies({key: table for key in ("embedding", TIED_HEAD) if key == TIED_HEAD or both}, (True,))
 
 
-def _biases(model: Decoder, chosen: Mapping[Path, Layers] | None, saved: Mapping[Path, Layers]) -> dict[Path, Copies]:
+def _biases(
+    model: Decoder, bias: str, chosen: Mapping[Path, Layers], saved: Mapping[Path, Layers]
+) -> dict[Path, Copies]:
     """Copies of the biases of the chosen maps, or of all."""
     copies: dict[Path, Copies] = {}
     for path, linear in targets_lib.linears(model).items():
-        if not isinstance(linear, Linear) or linear.bias is None or (chosen is not None and path not in chosen):
+        if not isinstance(linear, Linear) or linear.bias is None or (bias == "lora_only" and path not in chosen):
             continue
         if path in saved:
-            where = sharding.path_name(path)
             raise UserError(
-                f"{where} is in modules_to_save, which trains its bias too: use bias 'none' or 'lora_only'."
+                f"{sharding.path_name(path)} is in {argument('modules_to_save')}, which trains its bias too: set "
+                f"{argument('bias')} to 'none' or 'lora_only'."
             )
-        flags = (True,) * len(targets_lib.modules(model, path)) if chosen is None else chosen[path]
+        flags = (True,) * len(targets_lib.modules(model, path)) if bias == "all" else chosen[path]
         copies[path] = Copies({"bias": linear.bias[...]}, flags)
     if not copies:
-        which = "linear maps of this model have" if chosen is None else "targeted linear maps have"
-        raise UserError(f"bias is set to train, but the {which} none: leave it at 'none'.")
+        which = "linear maps of this model have" if bias == "all" else "targeted linear maps have"
+        raise UserError(f"{argument('bias')} is {bias!r}, but the {which} none: leave it at 'none'.")
     return copies

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from specjax import sharding
 from specjax.cluster import processes
-from specjax.errors import UserError
+from specjax.errors import UserError, keys
 from specjax.hf import names as hf_names
 from specjax.hf.tensors import Tensors
 from specjax.lora import adapters, fused, targets
@@ -113,7 +113,8 @@ def read(model: Decoder, folder: Path) -> Adapter:
     if not held:
         raise UserError(f"{folder}: {WEIGHTS} is empty.")
     try:
-        adapter = _plan(model, config)
+        with keys({"targets": "target_modules"}):
+            adapter = _plan(model, config)
         rank_of, alpha_of = _patterns(config)
         parameters = fused.parameters(model, config.get("target_parameters", []))
         more = parameters, held, _PREFIX, rank_of, alpha_of, adapter.rslora

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from specjax import sharding
-from specjax.errors import UserError, nearest
+from specjax.errors import UserError, argument, nearest
 from specjax.hf import names as hf_names
 from specjax.models import Decoder
 from specjax.models.adapter import Adaptable, Path, adaptables
@@ -95,17 +95,17 @@ def match(
     maps = linears(model)
     known = sorted({str(path[-1]) for path in maps})
     pattern = targets if isinstance(targets, str) and targets.lower() != "all-linear" else None
-    hit = _compiled(pattern, "LoRA targets") if pattern is not None else None
+    hit = _compiled(pattern, argument("targets")) if pattern is not None else None
     names = {path: modules(model, path) for path in maps}
     everything = [name for found in names.values() for name in found]
     if strict:
         _check_layers(model, targets, layers)
         if not isinstance(targets, str):
-            _check_each(targets, everything, "LoRA target", known)
+            _check_each(targets, everything, argument("targets"), known)
         if exclude and not isinstance(exclude, str):
-            _check_each(exclude, everything, "exclude_modules", known)
-    left_out = _compiled(exclude, "exclude_modules") if isinstance(exclude, str) else _ends(exclude or ())
-    whole = [_compiled(rf"(^|.*\.){name}($|\..*)", "modules_to_save") for name in saved]
+            _check_each(exclude, everything, argument("exclude_modules"), known)
+    left_out = _compiled(exclude, argument("exclude_modules")) if isinstance(exclude, str) else _ends(exclude or ())
+    whole = [_compiled(rf"(^|.*\.){name}($|\..*)", argument("modules_to_save")) for name in saved]
 
     def chosen(path: Path, name: str) -> bool:
         if left_out(name) or any(inside(name) for inside in whole):
@@ -122,8 +122,8 @@ def match(
     found = {path: flags for path, flags in found.items() if any(flags)}
     if not found:
         raise UserError(
-            f"LoRA targets {targets!r} match no linear map; there are {', '.join(known)}: give names, 'all-linear', or "
-            "a regular expression that matches a full name such as model.layers.0.self_attn.q_proj."
+            f"{argument('targets')} {targets!r} match no linear map; there are {', '.join(known)}: give names, "
+            "'all-linear', or a regular expression that matches a full name such as model.layers.0.self_attn.q_proj."
         )
     return found
 
@@ -145,7 +145,8 @@ def match_saved(model: Decoder, wanted: Sequence[str], *, strict: bool = True) -
         for one in wanted:
             if not any(_inside(name, [one]) for found in names.values() for name in found):
                 raise UserError(
-                    f"modules_to_save {one!r} matches no module; there are {', '.join(known)}.{nearest(one, known)}"
+                    f"{argument('modules_to_save')} {one!r} matches no module; there are {', '.join(known)}."
+                    f"{nearest(one, known)}"
                 )
     found = {path: tuple(_inside(name, wanted) for name in names[path]) for path in names}
     return {path: flags for path, flags in found.items() if any(flags)}
@@ -221,13 +222,14 @@ def _check_layers(model: Decoder, targets: str | Sequence[str], layers: int | Se
         return
     if isinstance(targets, str):
         raise UserError(
-            f"layers_to_transform = {layers!r} goes with a list of LoRA targets, not with {targets!r}: "
-            "give names of linear maps."
+            f"{argument('layers_to_transform')} = {layers!r} goes with a list of {argument('targets')}, not with "
+            f"{targets!r}: give names of linear maps."
         )
     wrong = [one for one in _some(layers) if not 0 <= one < model.config.num_layers]
     if wrong or not _some(layers):
         raise UserError(
-            f"layers_to_transform = {layers!r}: the model has layers 0 to {model.config.num_layers - 1}: give some."
+            f"{argument('layers_to_transform')} = {layers!r}: the model has layers 0 to "
+            f"{model.config.num_layers - 1}: give some."
         )
 
 
