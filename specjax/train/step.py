@@ -97,7 +97,7 @@ def make_train_step(
     def train_step(
         state: TrainState, frozen: Params, batch: Batch, number: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        trainable, opt_state = state.trainable, state.opt_state
+        trainable = state.trainable
         model = _model(graph, documents, trainable, frozen)
 
         def loss(trainable: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
@@ -116,20 +116,31 @@ def make_train_step(
         norm = groups.norm(grads) / count
         means = {name: total / _count(of) for name, (total, of) in sums.items()}
         good = jnp.all(jnp.isfinite(means["loss"]) & jnp.isfinite(norm)) & (state.step == number)
-        grads = groups.times(grads, optimizer.factor(norm) / count)
-        if optimizer.offload:
-            opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
-        updates, moved = optimizer.update(grads, opt_state, trainable)
-        changed = TrainState(optax.apply_updates(trainable, updates), moved, state.step + 1)
-        before = TrainState(trainable, opt_state, state.step)
+        after = _update_if(good, optimizer, state, lambda: groups.times(grads, optimizer.factor(norm) / count))
         metrics = means | {f"loss_{objective.counts}": sums["loss"][1], "grad_norm": norm}
         if count.shape[0] == 1:
             metrics = {name: value[0] for name, value in metrics.items()}
         if optimizer.learning_rate is not None:
             metrics["lr"] = jnp.asarray(optimizer.learning_rate(state.step), jnp.float32)
-        return jax.tree.map(lambda new, old: jnp.where(good, new, old), changed, before), metrics
+        return after, metrics
 
     return train_step
+
+
+def _update_if(good: jax.Array, optimizer: Optimizer, state: TrainState, grads: Callable[[], Params]) -> TrainState:
+    """The state after one update, or as it was."""
+
+    def update(state: TrainState) -> TrainState:
+        updates, moved = optimizer.update(grads(), state.opt_state, state.trainable)
+        return TrainState(optax.apply_updates(state.trainable, updates), moved, state.step + 1)
+
+    # In a branch XLA updates in place on a TPU and a CPU. Where it selects, it keeps copies there: a new weight is made
+    # of the old moment, which the new one overwrites. On a GPU it is the other way round: one fusion makes both.
+    if not optimizer.offload and sharding.platform() != "gpu":
+        return jax.lax.cond(good, update, lambda state: state, state)
+    if optimizer.offload:  # a branch would want all moments on the device at once
+        state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
+    return jax.tree.map(lambda new, old: jnp.where(good, new, old), update(state), state)
 
 
 def _model(graph: Any, documents: int | None, *params: Params) -> Decoder:
