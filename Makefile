@@ -23,7 +23,8 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-	AS_SHIPPED=1 PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/test_golden.py tests/test_plan.py -k "golden or h100"
+	AS_SHIPPED=1 PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/test_golden.py tests/test_plan.py tests/test_step.py \
+		-k "golden or h100 or as_shipped"
 	bash tests/newest.sh
 
 # Three methods on a small base and the documentation of this very Python; ends with a table.

@@ -1,6 +1,7 @@
 """What one step computes: torch's and peft's numbers, whatever the cut into micro-batches and chunks."""
 
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from specjax.hf.load import load
 from specjax.train import chunks, optim
 from specjax.train.evaluate import evaluate
 from specjax.train.optim import Optimizer, schedule
-from specjax.train.step import begin, make_eval_step, make_train_step, merge, split
+from specjax.train.step import TrainState, _update_if, begin, make_eval_step, make_train_step, merge, split
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
 
@@ -161,6 +162,26 @@ def test_parameters_and_optimizer_state_are_donated(kind):
     compiled(state, frozen, micro(rows.batch(0), 2), np.int32(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state) if leaf.size > 1)
     assert not any(leaf.is_deleted() for leaf in frozen.values())
+
+
+@pytest.mark.skipif("AS_SHIPPED" not in os.environ, reason="compiled without fusions, every update holds copies")
+def test_an_update_that_may_be_refused_takes_no_more_memory_as_shipped():
+    optimizer = sj.adamw(1e-3, weight_decay=0.1)
+    params = {("kernel",): jnp.ones((512, 1024)), ("head",): jnp.ones((256, 1024))}
+    state = begin(optimizer, params)
+
+    def always(state, grads, good):
+        updates, moved = optimizer.update(grads, state.opt_state, state.trainable)
+        return TrainState(optax.apply_updates(state.trainable, updates), moved, state.step + 1)
+
+    def guarded(state, grads, good):
+        return _update_if(good, optimizer, state, lambda: grads)
+
+    def temporaries(function):
+        compiled = jax.jit(function, donate_argnums=0).lower(state, params, jnp.bool_(True)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(guarded) < temporaries(always) + 1024
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
