@@ -162,8 +162,11 @@ def ours(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -> 
 
         batch_size, fingerprint = data.batch_size, data.fingerprint
 
-        def batch(self, step: int, rows: Any) -> Any:
-            return data.batch(step, rows)
+        def micro_batches(self, step: int, count: int, rows: Any) -> Any:
+            return data.micro_batches(step, count, rows)
+
+        def row_ids(self, step: int) -> Any:
+            return data.row_ids(step)
 
         def tokens_in(self, step: int) -> int:
             clock.tick()

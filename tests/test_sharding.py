@@ -14,6 +14,7 @@ from specjax.train.session import Session
 MESHES = {
     "fsdp 8": {"fsdp": 8},
     "fsdp 4 x tensor 2": {"fsdp": 4, "tensor": 2},
+    "fsdp 2 x tensor 2 x context 2": {"fsdp": 2, "tensor": 2, "context": 2},
     "data 2 x fsdp 4": {"data": 2, "fsdp": 4},
 }
 STEPS = 10
@@ -47,6 +48,8 @@ def test_training_on_a_mesh_follows_training_on_one_device(tmp_path, single, kin
     found, trained, made = run(kind, mesh, tmp_path)
     wanted, reference = single[kind]
     assert len(found) == len(wanted) == STEPS + 2
+    steps = [row["loss"] for row in found if "loss" in row]
+    assert steps[-1] < steps[0] - 0.05
     worst = 0.0
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.keys() == theirs.keys()

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specjax import sharding
 from specjax.errors import UserError, argument
@@ -133,8 +134,10 @@ def _fresh(
         # What a seed means: the dotted name of the map decides.
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(sharding.seed_name(path).encode()))
 
-        def draw(shape: tuple[int, ...], bound: float, key: Any = key) -> jax.Array:
-            drawn = jax.random.uniform(key, (longest,), jnp.float32, -bound, bound)
+        def draw(shape: tuple[int, ...], bound: float, key: Any = key) -> Any:
+            drawn: Any = jax.random.uniform(key, (longest,), jnp.float32, -bound, bound)
+            # Turned about on the host: in JAX each shape would be programs to compile.
+            drawn = drawn if isinstance(drawn, jax.core.Tracer) else np.asarray(drawn)
             return drawn[: math.prod(shape)].reshape(shape)
 
         values = variants[path].init(maps[path], ranks, draw)

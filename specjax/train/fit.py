@@ -55,7 +55,8 @@ def fit(
 
     Args:
       model: its trained parameters become float32 masters; the others are not touched.
-      data: a `specjax.data.Data`; step s trains on `data.batch(s)`.
+      data: a `specjax.data.Data`; step s trains on `data.batch(s)`. Of another object its `batch_size`, `fingerprint`,
+        `micro_batches`, `row_ids` and `tokens_in` are asked.
       optimizer: `specjax.adamw`, `specjax.lion`, or any optax rule (see `specjax.optimizer`).
       steps: optimizer steps in all.
       trainable: `specjax.ALL` or `specjax.LORA`, or any NNX filter: one for gradients, optimizer and checkpoint.

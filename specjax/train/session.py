@@ -228,7 +228,7 @@ def _check_trainable(model: Decoder, trainable: Any, selected: Mapping[Any, jax.
 
 def _check_columns(objective: Objective, name: str, data: Any) -> None:
     """Raises `UserError` where the data lacks a column that the objective reads."""
-    columns = data.columns if hasattr(data, "columns") else tuple(data.batch(0))
+    columns = tuple(data.micro_batches(0, 1, np.arange(1)))
     missing = [column for column in objective.columns if column not in columns]
     if missing:
         raise UserError(

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Float32
 
-from specjax.lora.variants.lora import Draw, LoRA, dropped
+from specjax.lora.variants.lora import Draw, LoRA, Values, dropped
 from specjax.models.layers import Axes, Linear
 from specjax.models.moe import ExpertLinear
 from specjax.models.products import contract
@@ -30,7 +30,7 @@ class DoRA(LoRA):
         shape, axes = factors["b"]
         return factors | {"magnitude": (shape[:-1], axes[:-1])}
 
-    def init(self, linear: Linear | ExpertLinear, ranks: tuple[int, ...], draw: Draw) -> Arrays:
+    def init(self, linear: Linear | ExpertLinear, ranks: tuple[int, ...], draw: Draw) -> Values:
         """Also ||W|| over the inputs."""
         return super().init(linear, ranks, draw) | {"magnitude": _norms(linear)}
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Float32
 
@@ -17,7 +18,8 @@ from specjax.models.moe import ExpertLinear
 from specjax.models.products import contract, expand
 from specjax.models.stack import Arrays, Call
 
-Draw = Callable[[tuple[int, ...], float], Array]
+Values = dict[str, Array | np.ndarray]  # an adapter's arrays before they are placed
+Draw = Callable[[tuple[int, ...], float], Array | np.ndarray]
 
 
 class LoRA:
@@ -50,24 +52,25 @@ class LoRA:
         """How many random numbers `init` draws at once."""
         return math.prod(self.arrays(linear, rank)["a"][0])
 
-    def init(self, linear: Linear | ExpertLinear, ranks: tuple[int, ...], draw: Draw) -> Arrays:
+    def init(self, linear: Linear | ExpertLinear, ranks: tuple[int, ...], draw: Draw) -> Values:
         """A uniform in +-1/sqrt(inputs), B zero, as PEFT initialises them; `ranks` is that of each layer.
 
         Args:
           linear: the map.
           ranks: of its layers; behind the true rank of a layer stand zeros.
-          draw: (shape, bound) -> float32 uniform in +-bound.
+          draw: (shape, bound) -> float32 uniform in +-bound, of NumPy where it is known: the factors are then too.
         """
         rank, lead = max(ranks), leading(linear)
         arrays = self.arrays(linear, rank)
         shape = arrays["a"][0]
         # Drawn with the rank last, whatever order the parameter has: a seed keeps its meaning.
         a = draw((*shape[:lead], *shape[lead + 1 :], rank), 1 / math.sqrt(math.prod(shape[lead + 1 :])))
-        a = jnp.moveaxis(a, -1, lead)
+        xp: Any = jnp if isinstance(a, jax.Array) else np
+        a = xp.moveaxis(a, -1, lead)
         if min(ranks) < rank:
-            true = jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]
+            true = np.arange(rank)[None] < np.asarray(ranks)[:, None]
             a = a * true.reshape(len(ranks), *(1,) * (lead - 1), rank, *(1,) * (a.ndim - lead - 1))
-        return {"a": a, "b": jnp.zeros(arrays["b"][0], jnp.float32)}
+        return {"a": a, "b": xp.zeros(arrays["b"][0], np.float32)}
 
     def apply(self, factors: Arrays, scale: Any, dropout: Any, call: Call) -> Float[Array, "..."]:
         """The update s B A dropout(x), in y's shape."""
