@@ -195,7 +195,9 @@ def test_a_program_does_not_grow_with_the_number_of_layers(kind):
         optimizer = sj.adamw(RATE)
         args = (begin(optimizer, params), frozen, micro(data().batch(0), 2), np.int32(0))
         lowered = jax.jit(make_train_step(graph, optimizer)).lower(*args)
-        lines.append([len(text.splitlines()) for text in (lowered.as_text(), lowered.compile().as_text())])
+        # Instructions alone: the tables of stack frames beside them depend on who called.
+        texts = lowered.as_text(), lowered.compile().as_text()
+        lines.append([sum(" = " in line for line in text.splitlines()) for text in texts])
     assert lines[0] == pytest.approx(lines[1], rel=0.02)
 
 
