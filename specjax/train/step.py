@@ -130,16 +130,21 @@ def make_train_step(
 def _update_if(good: jax.Array, optimizer: Optimizer, state: TrainState, grads: Callable[[], Params]) -> TrainState:
     """The state after one update, or as it was."""
 
+    def on_device(waiting: Any) -> Any:
+        return jax.device_put(waiting, jax.memory.Space.Device) if optimizer.offload else waiting
+
     def update(state: TrainState) -> TrainState:
-        updates, moved = optimizer.update(grads(), state.opt_state, state.trainable)
+        updates, moved = optimizer.update(grads(), on_device(state.opt_state), state.trainable)
+        if optimizer.offload:
+            back = lambda new, old: jax.device_put(new, jax.typeof(old).memory_space)  # noqa: E731
+            moved = jax.tree.map(back, moved, state.opt_state)
         return TrainState(optax.apply_updates(state.trainable, updates), moved, state.step + 1)
 
     # In a branch XLA updates in place on a TPU and a CPU. Where it selects, it keeps copies there: a new weight is made
     # of the old moment, which the new one overwrites. On a GPU it is the other way round: one fusion makes both.
-    if not optimizer.offload and sharding.platform() != "gpu":
+    if sharding.platform() != "gpu":
         return jax.lax.cond(good, update, lambda state: state, state)
-    if optimizer.offload:  # a branch would want all moments on the device at once
-        state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
+    state = dataclasses.replace(state, opt_state=on_device(state.opt_state))
     return jax.tree.map(lambda new, old: jnp.where(good, new, old), update(state), state)
 
 
