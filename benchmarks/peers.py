@@ -333,7 +333,7 @@ def run_child(task: dict[str, Any]) -> None:
         lengths = [end - start for start, end in zip(rows.offsets[:-1], rows.offsets[1:], strict=True)]
         batches = [lengths[at : at + MICRO] for at in range(0, len(lengths) - MICRO + 1, MICRO)]
         padded = sum(max(batch) * len(batch) for batch in batches)
-        print(json.dumps([rows.steps_per_epoch, float(sum(map(sum, batches)) / padded)]))
+        print(json.dumps([rows.steps(1.0), float(sum(map(sum, batches)) / padded)]))
         return
     if task["case"]["threads"] == 1:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

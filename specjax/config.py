@@ -20,6 +20,9 @@ from specjax.checks import FREE, TYPES, check, eval_names, flat, nearest_key
 from specjax.errors import UserError
 from specjax.files import read_object
 
+# Keys that say how a batch is computed, and not what: a run may go on with another value (`resume.claim`).
+HOW = re.compile(r"(accumulate|mesh\..*|model\.remat|optimizer\.offload)$")
+
 
 def get_config() -> ConfigDict:
     """The defaults. 0, "" and -1 mean what the comment beside them says; a key of None is not set."""
@@ -27,7 +30,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.trainable = "all"  # all: every weight | lora: only the LoRA factors
     config.steps = 0  # optimizer steps; 0: as many as `epochs` make
-    config.epochs = 1.0
+    config.epochs = 1.0  # passes over the rows: round(epochs * rows / batch_size) steps, at least 1
     config.batch_size = 8  # rows per optimizer step, over all devices and micro-batches
     config.accumulate = 1  # micro-batches per optimizer step
 

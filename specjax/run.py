@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from specjax import build, files, lora, process, sharding
+from specjax import build, files, lora, process, resume, sharding
 from specjax.checks import ARGUMENTS
 from specjax.cluster import processes
-from specjax.config import check_length, differing, resolved, validate
+from specjax.config import check_length, resolved, validate
 from specjax.data.report import show
 from specjax.errors import UserError, keys
 from specjax.generation.generate import generate as generate_texts
@@ -41,8 +41,8 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
     with processes.agreement("nothing was trained"):
         validate(config, jax.device_count())
         settings = resolved(config)
-        _claim(workdir, config, settings)
-        finished = _finished(workdir, config)
+        changed = resume.claim(workdir, config, settings)
+        finished = resume.finished(workdir, config)
     if finished is not None:
         _say(f"{workdir}: the run was complete after {finished.step} steps, nothing was trained")
         return finished
@@ -52,9 +52,15 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         folder, tokenizer = build.tokenizer_of(config)
         data, eval_data = build.data_of(config, tokenizer, Console(quiet=not processes.first()))
         build.check_pairs(config, data)
+        resume.check_model(workdir, changed, folder, config)
+        steps = resume.steps(workdir, config, data)
+    if changed:
+        _say(f"{workdir} goes on with another {', '.join(changed)}: the same batches, computed otherwise")
+    course = data.course(steps)
+    _say(f"{steps:,} steps of {config.batch_size} rows: {course['passes']} passes over {data.num_rows:,} rows")
     with processes.agreement("nothing was trained"):
         if processes.first():
-            report = {"train": data.report} | {name: d.report for name, d in eval_data.items()}
+            report = {"train": data.report | course} | {name: d.report for name, d in eval_data.items()}
             files.mark(workdir)
             files.write_json(workdir / "config.json", settings)
             files.write_json(workdir / "data.json", report)
@@ -64,7 +70,6 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         model = build.model_of(config, folder, mesh)
     if model.origin.quantisation is not None:
         _say(str(model.origin.quantisation))
-    steps = config.steps or max(1, round(config.epochs * data.steps_per_epoch))
     result = fit(
         model,
         data,
@@ -90,7 +95,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
     )
     if result.stopped == "signal":
         raise SystemExit(143)
-    if config.export and not _exported(workdir):
+    if config.export and not resume.exported(workdir):
         build.restore(model, config, workdir, "best")
         if note := build.write_export(model, tokenizer, config, workdir / "export"):
             _say(note)
@@ -224,57 +229,10 @@ def data(config: ConfigDict) -> None:
     _, tokenizer = build.tokenizer_of(config)
     train_data, eval_data = build.data_of(config, tokenizer, Console())
     sets = {"train": train_data, **eval_data}
+    course = train_data.course(config.steps or train_data.steps(config.epochs))
     for name, rows in sets.items():
         Console().rule(name)
-        show(rows.report, rows.preview(2 if name == "train" else 0))
-
-
-def _claim(workdir: Path, config: ConfigDict, settings: dict[str, Any]) -> None:
-    """Refuses a workdir that holds something else, or a run whose result this config would change."""
-    for key, source, inside in _sources(config):
-        place, ours = Path(source).resolve(), workdir.resolve()
-        if source and place.exists() and (place == ours or (inside and place in ours.parents)):
-            lies = "is the folder" if place == ours else "lies in the folder"
-            raise UserError(f"--workdir={workdir} {lies} that {key} reads: choose another workdir.")
-    files.claim(workdir)
-    if not any((workdir / "checkpoints").glob("[0-9]*")):
-        if (workdir / "export").exists():
-            raise UserError(f"{workdir} holds an export but no checkpoint to resume from: choose another workdir.")
-        return  # it ended before anything was learnt: nothing to resume, nothing to lose
-    old = files.read_object(workdir / "config.json", "restore it, or choose another workdir")
-    keys = differing(old, settings)
-    if keys:
-        changes = ", ".join(f"{key} (was {_at(old, key)!r}, now {_at(settings, key)!r})" for key in keys)
-        raise UserError(f"{workdir} holds a run with another config: {changes}; undo that, or choose another workdir.")
-
-
-def _sources(config: ConfigDict) -> list[tuple[str, str, bool]]:
-    """(key, folder, whether what lies deeper in it is read too) of what a run reads."""
-    sources = [("config.model.path", config.model.path, False), ("config.data.train", config.data.train, True)]
-    return sources + [(f"config.data.eval.{name}", path, True) for name, path in config.data.eval.items()]
-
-
-def _at(settings: Mapping[str, Any], key: str) -> Any:
-    value: Any = settings
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
-def _finished(workdir: Path, config: ConfigDict) -> Result | None:
-    """What a complete run did (its summary is written last), or None while something is left to do."""
-    path = workdir / "summary.json"
-    if not path.exists() or (config.export and not _exported(workdir)):
-        return None
-    found, kept = files.read_object(path, "delete it"), ("step", "best_step", "stopped", "trainable_parameters")
-    if absent := [name for name in kept if name not in found]:
-        raise UserError(f"{path} has no {absent[0]}: delete it.")
-    return Result(**{name: found[name] for name in kept})
-
-
-def _exported(workdir: Path) -> bool:
-    """Whether the export is there: it appears whole, but an empty folder is none."""
-    return any((workdir / "export").glob("*.safetensors"))
+        show(rows.report | (course if name == "train" else {}), rows.preview(2 if name == "train" else 0))
 
 
 def _say(text: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from specjax.checks import CHOICES, flat
 from specjax.config import (
+    HOW,
     ConfigDict,
     check_length,
     differing,
@@ -218,6 +219,11 @@ def test_only_keys_that_change_the_result_differ():
         assert differing(old, new) == ([] if harmless else [key]), (key, value)
     assert differing(old, resolved(config(data__eval={"a": "x"}))) == ["eval.best", "data.eval.a"]
     assert differing(resolved(config(compare={"a": {"seed": 1}})), old) == []
+
+
+def test_what_says_how_a_batch_is_computed_is_told_apart():
+    how = {"accumulate", "model.remat", "optimizer.offload", *(f"mesh.{axis}" for axis in get_config().mesh)}
+    assert {key for key, _ in flat(resolved(config())) if HOW.match(key)} == how
 
 
 def test_merge_leaves_its_argument_alone_and_types_what_it_writes():

@@ -29,7 +29,9 @@ ALLOWED = {
     "config": {"checks", "errors", "files"},
     "build": {"checks", "config", "train", "generation", "hf", "lora", "data", "models", "errors"},
     "plan": {"build", "checks", "config", "data", "flops", "train", "hf", "models", "sharding", "errors"},
+    "resume": {"config", "data", "errors", "files", "hf", "train"},
     "run": {
+        "resume",
         "build",
         "checks",
         "config",
@@ -74,7 +76,7 @@ NARROWER = {
 NO_JAX = {"data", "parity", "errors", "files", "config", "checks", "cli", "verbs", "__main__"}
 # foreign library -> the parts that may import it
 FOREIGN = {
-    "ml_collections": {"config", "checks", "cli", "build", "plan", "run", "compare"},
+    "ml_collections": {"config", "checks", "cli", "build", "plan", "resume", "run", "compare"},
     "absl": {"cli", "verbs"},
     "jax": set(ALLOWED) - NO_JAX,
     "flax": set(ALLOWED) - NO_JAX,

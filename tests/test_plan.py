@@ -123,11 +123,13 @@ def test_an_epoch_of_the_users_own_data_has_a_price(capsys, tmp_path):
         (tmp_path / name).write_bytes((base / name).read_bytes())
     pairs = [{"instruction": f"What is {n}?", "response": "A number. " * 20} for n in range(200)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    changes = {"data.train": tmp_path / "pairs.jsonl", "data.length": 128, "model.path": tmp_path}
+    changes = {"data.train": tmp_path / "pairs.jsonl", "data.length": 128, "model.path": tmp_path, "epochs": 3}
     (found,) = planned(capsys, *flags(None, **changes), "--target=v5e:1x1", "--price-per-chip-hour=1.2")
     a_step = 1.2 * found["step_seconds_bound"] / 3600
     assert found["steps_per_epoch"] > 3
     assert found["price_per_epoch"] == pytest.approx(found["steps_per_epoch"] * a_step)
+    assert abs(found["steps"] - 3 * found["steps_per_epoch"]) <= 2 and found["passes"] == pytest.approx(3, abs=0.1)
+    assert found["price_of_run"] == pytest.approx(found["steps"] * a_step)
 
 
 def test_a_job_that_does_not_fit_is_an_answer_and_no_failure(folder, capsys, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,12 +15,15 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import logged, metrics
+from helpers import logged, metrics, torch_model
 from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, write_data
 from safetensors.numpy import load_file
 
-from specjax import build, flops, run
-from specjax.config import load_config_file
+from specjax import build, flops, resume, run
+from specjax.config import get_config, load_config_file
+from specjax.data import Data
+from specjax.errors import UserError
+from specjax.train import fit
 
 # What peft 0.21 calls is deprecated in transformers 5.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -261,6 +265,53 @@ def test_a_stopped_run_goes_on_with_its_own_base_alone_and_ends_as_if_never_stop
     assert metrics(workdir)[-2]["loss"] == whole[-2]["loss"]
     export = "export/adapter_model.safetensors"
     assert (workdir / export).read_bytes() == (runs["lora"] / export).read_bytes()
+
+
+def test_a_run_goes_on_with_the_same_batches_computed_otherwise(base, runs, tmp_path, capsys, monkeypatch):
+    workdir, how = tmp_path / "run", {"mesh.tensor": 2, "accumulate": 2, "model.remat": "full"}
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "_stop_signal", lambda: nullcontext(lambda done: done == 3))
+        assert specjax("train", *job(base, workdir, "lora")) == 143
+    argv = [*job(base, workdir, "lora"), *(f"--config.{key}={value}" for key, value in how.items())]
+    before = tree(workdir)
+    for key, value in (("batch_size", 16), ("lora.dropout", 0.1), ("eval.batches", 1)):
+        assert specjax("train", *argv, f"--config.{key}={value}") == 2
+        said = capsys.readouterr().err
+        assert f"holds a run with another config: {key} (was " in said or f", {key} (was" in said
+        assert ("accumulate" in said) == (key != "batch_size") and "remat" not in said
+    assert tree(workdir) == before
+    assert specjax("train", *argv) == 0
+    said = capsys.readouterr().out
+    assert "goes on with another accumulate, mesh.tensor, model.remat: the same batches" in said
+    for row, whole in zip(metrics(workdir), metrics(runs["lora"]), strict=True):
+        assert row == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_run_keeps_the_steps_that_it_was_started_with(tmp_path):
+    config, rows = get_config(), Data(*[np.zeros(15, kind) for kind in (np.int32, bool)], np.arange(16), tokenizer=None,
+                                      length=1, batch_size=8)  # fmt: skip
+    config.epochs = 3.0
+    assert resume.steps(tmp_path, config, rows) == 6
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    for report, wanted in (({}, 3), ({"steps": 6}, 6), ({"steps": 5}, 5)):  # the first, of specjax 0.1, says none
+        (tmp_path / "data.json").write_text(json.dumps({"train": report}))
+        assert resume.steps(tmp_path, config, rows) == wanted
+    (tmp_path / "data.json").unlink()
+    with pytest.raises(UserError, match=r"data.json cannot be read .*restore it"):
+        resume.steps(tmp_path, config, rows)
+
+
+def test_micro_batches_of_experts_are_part_of_the_result(tmp_path):
+    config = get_config()
+    resume.check_model(tmp_path, {}, tmp_path, config)
+    changed = {"accumulate": (1, 2)}
+    for family, given, refused in (("mixtral", 0.1, True), ("mixtral", 0.0, False), ("llama", None, False)):
+        made = torch_model(family=family)
+        made.config.architectures = [type(made).__name__]
+        made.config.save_pretrained(tmp_path)
+        config.model.router_aux_coef = given
+        with pytest.raises(UserError, match="accumulate 1, now 2") if refused else nullcontext():
+            resume.check_model(tmp_path, changed, tmp_path, config)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -31,6 +31,9 @@ COLUMNS = {
 class Data:
     """Packed rows of tokenised documents.
 
+    The batches go through an endless sequence of rows: all of them, in another order each pass, so that a batch may
+    straddle two passes.
+
     A batch is a dict of [B, T] arrays, those of `COLUMNS`: `tokens`, `targets`, `loss_mask` (1 where the target
     counts), `positions` (from 0 in each piece) and `segment_ids` (1..n along a row; 0 is padding). `targets[t]` is the
     next token of the same document, also where a long one goes on in another row; at its end the mask is 0.
@@ -47,7 +50,6 @@ class Data:
         num_rows: rows of the plan.
         most_documents: in a row.
         together: documents that always lie side by side in one row: 2 of preference pairs, else 1.
-        steps_per_epoch: whole batches in one pass, at least 1.
         template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
         end_of_turn: id of the token that ends the assistant's turns there: generation must stop at it.
         report: counts, JSON-able (see `specjax.data.report`).
@@ -85,10 +87,17 @@ class Data:
         self.num_rows = len(self.plan.rows) - 1
         self.most_documents = int(np.diff(self.plan.rows).max(initial=1))
         self._sizes = np.diff(np.append(0, np.cumsum(self.plan.sizes))[self.plan.rows])  # tokens a row
-        self.steps_per_epoch = max(1, self.num_rows // batch_size)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.fingerprint = self._fingerprint()
         self.report = (report or {}) | self._counts(packing)
+
+    def steps(self, epochs: float) -> int:
+        """Steps that make so many passes over the rows, to the nearest, at least 1."""
+        return max(1, round(epochs * self.num_rows / self.batch_size))
+
+    def course(self, steps: int) -> dict[str, Any]:
+        """What so many steps see, JSON-able: `steps`, and `passes` over the rows."""
+        return {"steps": steps, "passes": round(steps * self.batch_size / self.num_rows, 2)}
 
     def batch(self, step: int, rows: Int64[np.ndarray, " b"] | None = None) -> Batch:
         """The global batch of `step`, or those of its rows."""

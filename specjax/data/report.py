@@ -60,6 +60,8 @@ def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if report.get("packed_rows"):
         kind = "packed rows" if report["packing"] else "rows, one document each"
         add(kind, f"{report['packed_rows']:,} of {report['length']:,} tokens, {report['packing_efficiency']:.1%} full")
+    if report.get("steps"):
+        add("steps", f"{report['steps']:,}, {report['passes']} passes over the rows")
     add("fingerprint", report.get("fingerprint"))
     return result
 

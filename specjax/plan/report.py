@@ -39,8 +39,8 @@ def report(
       target: names, see `targets.parse`; a family alone, such as v5e, is its smallest slice that holds the job.
       json: one object a line and a target, and nothing else, on stdout.
       search: try meshes, rematerialisation and micro-batches on each target, and rank them.
-      price_per_chip_hour: of a chip for an hour, in any currency; 0: unknown. Adds what a million tokens cost, and an
-        epoch of the config's data, where it and the model's tokenizer are there to count.
+      price_per_chip_hour: of a chip for an hour, in any currency; 0: unknown. Adds what a million tokens cost, an
+        epoch of the config's data and the run, where it and the model's tokenizer are there to count.
 
     Returns:
       An object per target, with the keys of `--json`; with `search` an object per try, the best first.
@@ -88,23 +88,26 @@ def _show_tries(tried: list[dict[str, Any]]) -> None:
 
 
 def _epoch(config: ConfigDict) -> dict[str, Any]:
-    """The steps that one pass over the config's data makes, which wants the data and a tokenizer; else why not."""
+    """The steps of a pass over the config's data and of its run, which wants the data and a tokenizer; else why not."""
     try:
         _, tokenizer = build.tokenizer_of(config, weights=False)
-        return {"steps_per_epoch": build.train_data_of(config, tokenizer).steps_per_epoch}
+        data = build.train_data_of(config, tokenizer)
+        return {"steps_per_epoch": data.steps(1.0), **data.course(config.steps or data.steps(config.epochs))}
     except UserError as error:
-        return {"steps_per_epoch": None, "epoch_unknown": str(error)}
+        return {"steps_per_epoch": None, "steps": config.steps or None, "epoch_unknown": str(error)}
 
 
 def _priced(figures: dict[str, Any], price: float, epoch: dict[str, Any]) -> dict[str, Any]:
-    """Adds what a million tokens and an epoch cost at least, at a price of all chips for an hour."""
+    """Adds what a million tokens, an epoch and the run cost at least, at a price of all chips for an hour."""
     seconds = figures["step_seconds_bound"]
     if not seconds:
         why = "no speed of a CPU is known" if figures["fits"] else "it does not fit"
         return figures | {"price_unknown": why}
-    a_step, steps = price * seconds / 3600, epoch["steps_per_epoch"]
+    a_step = price * seconds / 3600
     costs = {"price_per_million_tokens": a_step / figures["tokens_per_step"] * 1e6}
-    return figures | costs | epoch | {"price_per_epoch": steps and steps * a_step}
+    for name, steps in (("price_per_epoch", epoch["steps_per_epoch"]), ("price_of_run", epoch["steps"])):
+        costs[name] = steps and steps * a_step
+    return figures | costs | epoch
 
 
 def _plan(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> dict[str, Any]:
@@ -229,6 +232,11 @@ def _show(figures: dict[str, Any]) -> None:
         else:
             steps = f"{figures['steps_per_epoch']:,} steps"
             table.add_row("an epoch costs at least", f"{figures['price_per_epoch']:.2f} ({steps})")
+        if figures["steps"]:
+            passes = f", {figures['passes']} passes" if "passes" in figures else ""
+            table.add_row(
+                "the run costs at least", f"{figures['price_of_run']:.2f} ({figures['steps']:,} steps{passes})"
+            )
     before = ", before now: the same program" if figures["cached"] else ""
     table.add_row("compiled in", f"{figures['compile_seconds']:.0f} s{before}")
     Console().print(table)
