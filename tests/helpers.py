@@ -21,10 +21,21 @@ from specjax.train.objective import next_token
 PROMPT = 493  # long enough for a wrong rotary embedding to show, and no multiple of anything
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 64,
+}
+
 # What makes a tiny model of each family one of its kind, beside the sizes that all have.
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
+    "ministral3": {"pad_token_id": 0, "head_dim": 24, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}},
+    "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "gemma": {"head_dim": 24, "num_key_value_heads": 1},
@@ -33,6 +44,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 24, "sliding_window": 70, "query_pre_attn_scalar": 40, "num_hidden_layers": 7},
     "phi3": {"pad_token_id": 0},
     "olmo2": {},
+    "olmo3": {
+        "sliding_window": 70,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": YARN | {"attention_factor": 1.1},
+        },
+    },
     "granite": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.5,

@@ -13,6 +13,7 @@ import scipy.stats
 import torch
 import transformers
 from flax import nnx
+from helpers import YARN
 
 import specjax as sj
 from demo.tokenizer import train_tokenizer
@@ -45,6 +46,9 @@ CONFIGS = {
     "llama": transformers.LlamaConfig(**SIZES),
     "llama tied": transformers.LlamaConfig(**SIZES | {"tie_word_embeddings": True}),
     "mistral": transformers.MistralConfig(**SIZES, head_dim=12, sliding_window=WINDOW),
+    "ministral3": transformers.Ministral3Config(
+        **SIZES, head_dim=12, rope_parameters=YARN | {"llama_4_scaling_beta": 0.3}
+    ),
     "qwen2": transformers.Qwen2Config(**SIZES | SLIDING | {"num_hidden_layers": 3}, use_sliding_window=True),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
     "gemma": transformers.GemmaConfig(**SIZES | {"num_key_value_heads": 1}, head_dim=16),

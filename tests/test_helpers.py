@@ -9,6 +9,8 @@ from specjax.hf.families import FAMILIES
 MARKS = {
     "llama": {"windows": (None,), "qk_norm": "", "norm_style": "llama", "num_experts": 0},
     "mistral": {"windows": (4096,)},
+    "ministral3": {"query_growth": (0.3, 64)},
+    "smollm3": {"layer_kinds": (1, 0), "windows": (None, None)},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": "head"},
     "gemma": {"norm_style": "gemma", "activation": "gelu_tanh", "tied": True},
@@ -16,6 +18,7 @@ MARKS = {
     "gemma3_text": {"norms": "sandwich", "qk_norm": "head", "layer_kinds": (1, 1, 1, 1, 1, 0, 1)},
     "phi3": {"fused": True},
     "olmo2": {"norms": "post", "qk_norm": "all"},
+    "olmo3": {"norms": "post", "qk_norm": "all", "windows": (None, 70)},
     "granite": {"residual_scale": 0.5, "logits_divisor": 0.6},
     "mixtral": {"num_experts": 4, "experts_per_token": 2},
     "qwen3_moe": {"num_experts": 6, "experts_per_token": 3, "expert_dim": 48, "qk_norm": "head"},

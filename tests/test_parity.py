@@ -220,12 +220,15 @@ def configs(draw, family):
     heads = changes["num_attention_heads"]
     # Where a family has no head_dim of its own, or refuses odd sizes, the model's size follows from the heads.
     changes["hidden_size"] = heads * head_dim
-    if family in ("qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"):
+    if family in ("ministral3", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"):
         changes["hidden_size"] = heads * 4 * draw(st.integers(3, 8))
         changes["head_dim"] = head_dim
-    if family in ("mistral", "phi3", "gemma2", "gemma3_text", "mixtral"):
+    if family in ("mistral", "olmo3", "phi3", "gemma2", "gemma3_text", "mixtral"):
         changes["sliding_window"] = draw(st.integers(3, 60))
-    if family in ("gemma2", "gemma3_text"):
+    if family == "smollm3":
+        count = changes["num_hidden_layers"]
+        changes["no_rope_layers"] = draw(st.lists(st.sampled_from([0, 1]), min_size=count, max_size=count))
+    if family in ("gemma2", "gemma3_text", "olmo3"):
         changes["layer_types"] = draw(
             st.lists(
                 st.sampled_from(["full_attention", "sliding_attention"]),

@@ -5,7 +5,7 @@ dialects of transformers 4 and 5) to the fields of `ModelConfig` that are not pl
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from specjax.errors import UserError
@@ -30,6 +30,29 @@ def _llama(c: Any) -> Fields:
 
 def _mistral(c: Any) -> Fields:
     return {"windows": (c.sliding_window,)}
+
+
+def _ministral3(c: Any) -> Fields:
+    p = c.rope_parameters
+    beta, length = p.get("llama_4_scaling_beta"), p.get("original_max_position_embeddings")
+    if beta is None or length is None:
+        raise UserError("rope_parameters must have llama_4_scaling_beta and original_max_position_embeddings.")
+    return _mistral(c) | {"query_growth": (float(beta), int(length))}
+
+
+def _smollm3(c: Any) -> Fields:
+    # Which layers have a window and which a rope are two lists.
+    layers = list(zip(c.layer_types, map(bool, c.no_rope_layers), strict=False))[: c.num_hidden_layers]
+    kinds = sorted(set(layers))
+    _check_layer_types(kind for kind, _ in kinds)
+    return {
+        "windows": tuple(c.sliding_window if kind == "sliding_attention" else None for kind, _ in kinds),
+        "layer_kinds": tuple(kinds.index(layer) for layer in layers) if len(kinds) > 1 else None,
+        "rope_kinds": tuple(kind if rotated else None for kind, rotated in kinds),
+        "qkv_bias": c.attention_bias,
+        "o_bias": c.attention_bias,
+        "mlp_bias": c.mlp_bias,
+    }
 
 
 def _qwen2(c: Any) -> Fields:
@@ -83,6 +106,10 @@ def _olmo2(c: Any) -> Fields:
     }
 
 
+def _olmo3(c: Any) -> Fields:
+    return _olmo2(c) | _kinds(c)
+
+
 def _granite(c: Any) -> Fields:
     return {
         "embed_scale": c.embedding_multiplier,
@@ -132,6 +159,8 @@ def _qwen3_moe(c: Any) -> Fields:
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", "llama", _llama),
     "MistralForCausalLM": Family("mistral", "mistral", _mistral),
+    "Ministral3ForCausalLM": Family("ministral3", "ministral3", _ministral3),
+    "SmolLM3ForCausalLM": Family("smollm3", "smollm3", _smollm3),
     "Qwen2ForCausalLM": Family("qwen2", "qwen2", _qwen2),
     "Qwen3ForCausalLM": Family("qwen3", "qwen3", _qwen3),
     "GemmaForCausalLM": Family("gemma", "gemma", _gemma),
@@ -139,6 +168,7 @@ FAMILIES = {
     "Gemma3ForCausalLM": Family("gemma3", "gemma3_text", _gemma3),
     "Phi3ForCausalLM": Family("phi3", "phi3", _phi3),
     "Olmo2ForCausalLM": Family("olmo2", "olmo2", _olmo2),
+    "Olmo3ForCausalLM": Family("olmo3", "olmo3", _olmo3),
     "GraniteForCausalLM": Family("granite", "granite", _granite),
     "MixtralForCausalLM": Family("mixtral", "mixtral", _mixtral),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", "qwen3_moe", _qwen3_moe),
@@ -148,9 +178,7 @@ FAMILIES = {
 def _kinds(c: Any) -> Fields:
     """The kinds of attention among the layers (window, rope) and which kind each layer is."""
     kinds = sorted(set(c.layer_types))
-    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
-    if unknown:
-        raise UserError(f"layer type {unknown[0]!r} is not supported: full_attention and sliding_attention are.")
+    _check_layer_types(kinds)
     return {
         "windows": tuple(c.sliding_window if kind == "sliding_attention" else None for kind in kinds),
         "layer_kinds": tuple(kinds.index(kind) for kind in c.layer_types) if len(kinds) > 1 else None,
@@ -158,15 +186,33 @@ def _kinds(c: Any) -> Fields:
     }
 
 
-def ropes(c: Any, head_dim: int, kinds: tuple[str, ...]) -> tuple[Rope, ...]:
+def _check_layer_types(kinds: Iterable[str]) -> None:
+    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    if unknown:
+        raise UserError(f"layer type {unknown[0]!r} is not supported: full_attention and sliding_attention are.")
+
+
+def ropes(c: Any, head_dim: int, kinds: tuple[str | None, ...]) -> tuple[Rope, ...]:
     """The rotary frequencies of each kind of layer; one for all where the config does not tell them apart.
+
+    Args:
+      c: transformers' configuration.
+      head_dim: of a head.
+      kinds: the names of the kinds in `rope_parameters`; None: its layers have no rope.
 
     Raises:
       UserError: a kind of scaling that is not supported.
     """
     parameters = c.rope_parameters
-    nested = [parameters[kind] for kind in kinds if isinstance(parameters.get(kind), dict)]
-    return tuple(_rope(c, one, head_dim) for one in nested or [parameters])
+    if not any(kind is None or isinstance(parameters.get(kind), dict) for kind in kinds):
+        return (_rope(c, parameters, head_dim),)
+
+    def of(kind: str | None) -> Rope:
+        if kind is None:
+            return Rope(dim=head_dim, kind="none")
+        return _rope(c, parameters[kind] if isinstance(parameters.get(kind), dict) else parameters, head_dim)
+
+    return tuple(map(of, kinds))
 
 
 def _rope(c: Any, p: dict[str, Any], head_dim: int) -> Rope:

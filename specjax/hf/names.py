@@ -69,6 +69,8 @@ _GEMMA2 = _ENDS + _SANDWICH + _ATTENTION + _MLP
 TABLES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "ministral3": _LLAMA,
+    "smollm3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA + _QK_NORMS,
     "gemma": _LLAMA,
@@ -80,6 +82,7 @@ TABLES = {
     + _maps("self_attn", "o_proj", "kernel/2")
     + _maps("mlp", "gate_up_proj down_proj"),
     "olmo2": _ENDS + _POST + _ATTENTION + _QK_NORMS + _MLP,
+    "olmo3": _ENDS + _POST + _ATTENTION + _QK_NORMS + _MLP,
     "granite": _LLAMA,
     "mixtral": _ENDS + _PRE + _ATTENTION + _experts("block_sparse_moe", "w1 w3 w2"),
     "qwen3_moe": _ENDS + _PRE + _ATTENTION + _QK_NORMS + _MLP + _experts("mlp", "gate_proj up_proj down_proj"),

@@ -34,6 +34,8 @@ class ModelConfig:
       qk_norm: "" (none), "head" (each head of q and k is normed, Qwen3) or "all" (all heads as one vector, OLMo-2).
       fused: q, k, v are one linear map, and gate, up are another (Phi-3).
       query_scale: of the attention scores.
+      query_growth: (beta, n): a query at position p is multiplied by 1 + beta ln(1 + floor(p / n)) too (Llama 4,
+        Ministral 3); None: it is not.
       attention_softcap: c of c * tanh(scores / c); None: none. So is `logits_softcap`.
       embed_scale: multiplies embeddings, in the compute dtype; `residual_scale` what each block adds; the logits are
         divided by `logits_divisor`.
@@ -54,6 +56,7 @@ class ModelConfig:
     norm_eps: float
     ropes: tuple[Rope, ...]
     query_scale: float
+    query_growth: tuple[float, int] | None = None
     windows: tuple[int | None, ...] = (None,)
     layer_kinds: tuple[int, ...] | None = None
     activation: str = "silu"

@@ -23,7 +23,7 @@ from specjax.models.attention import Cache, attend, store
 from specjax.models.config import ModelConfig
 from specjax.models.products import contract
 from specjax.models.quantised import Quantised
-from specjax.models.rope import Tables, rotate
+from specjax.models.rope import Tables, growth, rotate
 from specjax.models.stack import Call
 
 Axes = tuple[str | None, ...]
@@ -237,6 +237,8 @@ class Attention(nnx.Module):
         window, (cos, sin) = kind
         q, k, v = self._qkv(x, keys)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.config.query_growth:
+            q = q * growth(where["q_positions"], *self.config.query_growth).astype(q.dtype)
         sees = {name: value for name, value in where.items() if name not in ("slot", "layer")}
         if cache is not None:
             cache = store(cache, k, v, where["layer"], where["slot"])

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int32
 
 Tables = tuple[Float32[Array, "B T 1 half"], Float32[Array, "B T 1 half"]]  # cosines, sines
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope")  # that files ask for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,11 @@ class Rope:
     Attributes:
       dim: how many of a head's dimensions rotate, the first ones; the others pass.
       theta: the base.
-      kind: `linear` divides every frequency by `factor`. `llama3` (Llama 3.1) divides the low ones, keeps the high ones
-        and blends between, measured in wavelengths against `original_max_positions`. `yarn` (arXiv:2309.00071) blends
-        between dimensions. `longrope` (arXiv:2402.13753, Phi-3) divides each frequency by its own factor, of the short
-        list in texts of up to `original_max_positions` tokens and of the long list in longer ones.
+      kind: `none` turns nothing, whatever the position. `linear` divides every frequency by `factor`. `llama3` (Llama
+        3.1) divides the low ones, keeps the high ones and blends between, measured in wavelengths against
+        `original_max_positions`. `yarn` (arXiv:2309.00071) blends between dimensions. `longrope` (arXiv:2402.13753,
+        Phi-3) divides each frequency by its own factor, of the short list in texts of up to `original_max_positions`
+        tokens and of the long list in longer ones.
       attention_factor: multiplies cosines and sines.
     """
 
@@ -57,6 +58,8 @@ def frequencies(rope: Rope, *, long: bool = False) -> Float32[np.ndarray, " {rop
     if rope.kind == "longrope":
         return f32(1.0) / (np.array(rope.long_factors if long else rope.short_factors, f32) * power)
     inverse = f32(1.0) / power
+    if rope.kind == "none":
+        return np.zeros_like(inverse)
     if rope.kind == "linear":
         return inverse / f32(rope.factor)
     if rope.kind == "llama3":
@@ -124,3 +127,12 @@ def rotate(
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def growth(positions: Int32[Array, "B T"], beta: float, length: int) -> Float32[Array, "B T 1 1"]:
+    """What queries at positions p are multiplied by: 1 + beta ln(1 + floor(p / length)), at least 1.
+
+    Source: `get_llama_4_attn_scale` of transformers' Ministral 3.
+    """
+    turns = (jnp.maximum(positions, 0) // length).astype(jnp.float32)  # padding before a prompt stands below 0
+    return (1 + beta * jnp.log(1 + turns))[:, :, None, None]
