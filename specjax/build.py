@@ -19,8 +19,10 @@ from specjax.data.report import watched
 from specjax.errors import UserError, keys
 from specjax.generation.generate import generate as generate_texts
 from specjax.hf import config as hf_config
+from specjax.hf import folder as hf_folder
 from specjax.hf import load as hf_load
 from specjax.hf.export import export as export_folder
+from specjax.hf.tokenizer import load_tokenizer
 from specjax.models import Decoder
 from specjax.train import optim
 from specjax.train.checkpoint import Checkpoints
@@ -34,9 +36,9 @@ SEED_MODEL, SEED_LORA = 0, 1  # offsets of config.seed, so that no two draws sha
 @keys(ARGUMENTS)
 def tokenizer_of(config: ConfigDict, *, weights: bool = True) -> tuple[Path, Any]:
     """The model's folder and its tokenizer, after the length is known to fit; without `weights` it needs none there."""
-    folder = hf_load.resolve(config.model.path, config.model.revision, weights=weights)
+    folder = hf_folder.resolve(config.model.path, config.model.revision, weights=weights)
     check_length(config.data.length, hf_config.from_folder(folder).max_positions)
-    tokenizer = hf_load.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"config.model.path: {config.model.path} has no tokenizer files: give a folder that has.")
     if config.data.template:
@@ -210,7 +212,7 @@ def config_of(workdir: str | Path) -> ConfigDict:
 def load_run(workdir: str | Path, which: str, mesh: Mesh) -> tuple[Decoder, ConfigDict]:
     """A run's model with the weights of a checkpoint, and the run's config."""
     config = config_of(workdir)
-    folder = hf_load.resolve(config.model.path, config.model.revision)
+    folder = hf_folder.resolve(config.model.path, config.model.revision)
     model = model_of(config, folder, mesh)
     restore(model, config, Path(workdir), which)
     return model, config

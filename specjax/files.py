@@ -12,6 +12,9 @@ from typing import Any
 from specjax.errors import UserError
 
 MARK = "specjax.json"  # what a run writes into its folder first
+# What makes a model's folder another model: left behind by an earlier export, they would be read beside the new one's.
+_STALE = ("*.safetensors*", "config.json", "generation_config.json", "adapter_config.json")
+_STALE_TOKENIZER = ("chat_template.*", "additional_chat_templates", "special_tokens_map.json", "added_tokens.json")
 
 
 def claim(workdir: str | Path, names: Sequence[str] = ()) -> None:
@@ -93,7 +96,8 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
       out: the folder to make.
-      overwrite: replace the files of the same names in an existing folder; its other files stay.
+      overwrite: replace the files of the same names in an existing folder, and what an earlier export left there; its
+        other files stay.
 
     Raises:
       UserError: `out` exists and is not empty (and `overwrite` is False), or is a file.
@@ -110,16 +114,21 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         # mkdtemp and safetensors make private files; these are as open as any other of the user's.
         mask = os.umask(0)
         os.umask(mask)
-        staging.chmod(0o777 & ~mask)
-        for file in staging.iterdir():
-            file.chmod(0o666 & ~mask)
+        for file in (staging, *staging.rglob("*")):
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
         if out.is_dir() and any(out.iterdir()):
-            # Shards of an earlier export would be read beside the new ones.
-            for stale in out.glob("*.safetensors*"):
-                stale.unlink()
-            for file in staging.iterdir():
-                os.replace(file, out / file.name)
+            _replace(out, staging)
         else:
             os.replace(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(out: Path, staging: Path) -> None:
+    """Moves new files into a folder that has others, of which those of an earlier export go."""
+    renewed = (staging / "tokenizer_config.json").is_file()
+    for pattern in (*_STALE, *(_STALE_TOKENIZER if renewed else ())):
+        for stale in out.glob(pattern):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    for file in staging.iterdir():
+        os.replace(file, out / file.name)

@@ -34,8 +34,11 @@ def claim(workdir: Path, config: ConfigDict, settings: Mapping[str, Any]) -> dic
             lies = "is the folder" if place == ours else "lies in the folder"
             raise UserError(f"--workdir={workdir} {lies} that {key} reads: choose another workdir.")
     files.claim(workdir)
+    out = workdir / "export"
+    if config.export and not exported(workdir) and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise UserError(f"{out} holds something else than weights, which are written there: move it away.")
     if not _begun(workdir):
-        if (workdir / "export").exists():
+        if exported(workdir):
             raise UserError(f"{workdir} holds an export but no checkpoint to resume from: choose another workdir.")
         return {}  # it ended before anything was learnt: nothing to resume, nothing to lose
     old = files.read_object(workdir / "config.json", "restore it, or choose another workdir")

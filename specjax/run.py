@@ -18,6 +18,7 @@ from specjax.data.report import show
 from specjax.errors import UserError, keys
 from specjax.generation.generate import generate as generate_texts
 from specjax.hf import load as hf_load
+from specjax.hf.tokenizer import load_tokenizer
 from specjax.train.evaluate import evaluate as evaluate_set
 from specjax.train.evaluate import most_documents
 from specjax.train.fit import fit
@@ -176,7 +177,7 @@ def generate(
     for name, folder in (adapters or {}).items():
         lora.load(decoder, folder, name=name)
         # An adapter's folder may carry the chat template that it was trained with.
-        tokenizers[name] = hf_load.load_tokenizer(folder) or tokenizer
+        tokenizers[name] = load_tokenizer(folder) or tokenizer
     sampling |= {"stop": list(stop) or None, "generation_config": None if generation_config else {}}
     console = Console(soft_wrap=True, highlight=False, markup=False, quiet=not processes.first())
     chosen: list[str | None] = [*(adapters or {})] or [None]

@@ -10,7 +10,8 @@ from flax import nnx
 
 import specjax as sj
 from specjax.hf.config import from_hf
-from specjax.hf.load import load_tokenizer, random
+from specjax.hf.load import random
+from specjax.hf.tokenizer import load_tokenizer
 from specjax.models import Origin
 
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -162,7 +162,11 @@ BASE = {
         "only pickled weights (.bin)",
     ),
     "a shard is absent": (
-        lambda base: (base / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"x": "part-9.safetensors"}}'),
+        lambda base: (
+            (base / WEIGHTS)
+            .rename(base / f"{WEIGHTS}.index.json")
+            .write_text('{"weight_map": {"x": "part-9.safetensors"}}')
+        ),
         "index.json names files that are not there: part-9.safetensors",
     ),
     "a tensor of the wrong shape": (
@@ -173,6 +177,15 @@ BASE = {
     "an unsupported architecture": (
         lambda base: set_key(base, architectures=["MambaForCausalLM"]),
         "architecture MambaForCausalLM is not supported; supported are LlamaForCausalLM, MistralForCausalLM",
+    ),
+    "a dtype that is none": (
+        lambda base: set_key(base, dtype="bf16"),
+        "dtype is 'bf16': set it to what the weights are",
+    ),
+    "an adapter's folder": (
+        lambda base: (base / "adapter_config.json").write_text('{"base_model_name_or_path": "org/x"}'),
+        "is the folder of an adapter (adapter_config.json): give its base model 'org/x'",
+        "or take adapter_config.json out of it",
     ),
     "an unsupported activation": (
         lambda base: set_key(base, hidden_act="quick_gelu"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import urllib.request
 
 import pytest
 from data_fixtures import refuse, tokenizer
@@ -148,8 +149,12 @@ def test_what_is_not_there_is_named(tmp_path):
 def test_a_hub_name_without_a_network_is_named(monkeypatch):
     import datasets.config
 
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    # Where the hub's name is not known, `datasets` would ask for half a minute, and print each try.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "https://nowhere.invalid")
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
     refuse(lambda: rows("some-org/some-data"), "^'some-org/some-data' is neither a file .* nor a dataset that the hub")
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_field_may_be_as_long_as_a_document_and_the_modules_own_limit_stays(tmp_path):

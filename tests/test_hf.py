@@ -19,7 +19,8 @@ import specjax as sj
 from specjax.errors import UserError
 from specjax.hf import names
 from specjax.hf.export import tensors
-from specjax.hf.load import fingerprint, load
+from specjax.hf.folder import fingerprint, weight_files
+from specjax.hf.load import load
 from specjax.models import Origin
 from specjax.sharding import partition_spec
 
@@ -160,6 +161,15 @@ def overwrite_header(path: Path) -> None:
     path.write_bytes(b"\xff" * 64 + path.read_bytes()[64:])
 
 
+def as_index(path: Path, text: str) -> None:
+    (path / "model.safetensors").rename(path / "model.safetensors.index.json").write_text(text)
+
+
+def set_weights(path: Path, name: str) -> None:
+    told = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(told | {"transformers_weights": name}))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -169,12 +179,14 @@ def overwrite_header(path: Path) -> None:
         (lambda p: overwrite_header(p / "model.safetensors"), "model.safetensors is corrupt or cut short"),
         (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors and no"),
         (lambda p: (p / "model.safetensors").rename(p / "pytorch_model.bin"), "has only pickled weights (.bin)"),
-        (lambda p: (p / "model.safetensors.index.json").write_text("{"), "index.json is not JSON"),
-        (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "index.json does not hold a JSON object"),
+        (lambda p: as_index(p, "{"), "index.json is not JSON"),
+        (lambda p: as_index(p, "[]"), "index.json does not hold a JSON object"),
         (
-            lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
+            lambda p: as_index(p, '{"weight_map": {"a": "gone.safetensors"}}'),
             "names files that are not there: gone.safetensors",
         ),
+        (lambda p: set_weights(p, "gone.safetensors"), "transformers_weights is 'gone.safetensors', which is no"),
+        (lambda p: set_weights(p, "../copy/config.json"), "transformers_weights is '../copy/config.json', which is no"),
         (lambda p: (p / "config.json").unlink(), "has no config.json"),
         (lambda p: (p / "config.json").write_text("{,"), "config.json is not JSON"),
         (lambda p: (p / "config.json").write_text("[1]"), "config.json does not hold a JSON object"),
@@ -187,6 +199,57 @@ def test_a_damaged_folder_is_one_sentence(copy, damage, said):
         load(copy)
     assert said in str(refused.value) and str(copy) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def whole(path: Path) -> None:
+    """A whole file beside the shards, with other weights."""
+    save_file({name: value + 1 for name, value in contents(path).items()}, path / "model.safetensors", FORMAT)
+
+
+def head_alone(path: Path) -> None:
+    held = contents(path)
+    held["lm_head.weight"] = held.pop("model.embed_tokens.weight")
+    for file in path.glob("*.safetensors*"):
+        file.unlink()
+    save_file(held, path / "model.safetensors", FORMAT)
+
+
+FORMAT = {"format": "pt"}
+FILES = {
+    "a whole file beside complete shards": whole,
+    "shards": lambda path: None,
+    "shards that config.json names": lambda path: (
+        whole(path),
+        set_weights(path, (path / "model.safetensors.index.json").rename(path / "x.safetensors.index.json").name),
+    ),
+    "a whole file that config.json names": lambda path: (
+        whole(path),
+        set_weights(path, (path / "model.safetensors").rename(path / "x.safetensors").name),
+    ),
+    "a tied model with its head alone": head_alone,
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_the_files_that_are_read_are_those_that_transformers_reads(tmp_path, case):
+    import transformers
+
+    torch_model(tie_word_embeddings=True).save_pretrained(tmp_path / "in", max_shard_size="60KB")
+    FILES[case](tmp_path / "in")
+    assert len(weight_files(tmp_path / "in")) == (1 if case.startswith("a ") else 6)
+    sj.export(load(tmp_path / "in", dtype="float32")[0], None, tmp_path / "out")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").save_pretrained(tmp_path / "theirs")
+    assert_same_bits(contents(tmp_path / "out"), contents(tmp_path / "theirs"))
+    assert "transformers_weights" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_misspelt_path_of_two_parts_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"'runs/modle': the folder runs is here .* Did you mean 'runs/model'\?"):
+        load("runs/modle")
+    with pytest.raises(UserError, match=r"no such data file .* runs/modle; the folder runs .* mean 'runs/model'\?"):
+        sj.data.load("runs/modle", tokenizer(), length=8, batch_size=1)
 
 
 @pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "nowhere"])
@@ -220,7 +283,9 @@ def test_overwriting_replaces_weights_of_any_number_of_files_and_keeps_the_rest(
     ours, _ = load(llama, dtype="float32")
     sj.export(ours, None, tmp_path / "out", shard_bytes=100_000)
     (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")  # left there, transformers would load its base
     sj.export(ours, None, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
     assert sorted(p.name for p in (tmp_path / "out").glob("model*")) == ["model.safetensors"]
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert_same_bits(contents(tmp_path / "out"), contents(llama))

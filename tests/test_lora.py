@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import shlex
 import zlib
 
 import jax
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import specjax as sj
 from specjax.errors import UserError
 from specjax.hf.load import load
+from specjax.lora.peft_config import read_config
 from specjax.lora.targets import match
 from specjax.lora.variants import LoRA
 from specjax.models.layers import beside
@@ -339,7 +341,10 @@ def rename(held, old, new):
             lambda p: edit(p, target_parameters=["experts.gate_up_proj"]),
             "target_parameters 'experts.gate_up_proj' names",
         ),
-        (lambda p: edit(p, use_dorra=False), "'use_dorra' is no key of PEFT's LoRA. Did you mean 'use_dora'?"),
+        (
+            lambda p: edit(p, use_dorra=True),
+            "'use_dorra' is no key of PEFT's LoRA that is known here. Did you",
+        ),
         (lambda p: edit(p, fan_in_fan_out=0), "fan_in_fan_out = 0 is not supported"),
         (lambda p: edit(p, layer_replication=[[0, 2]]), "layer_replication"),
         (lambda p: edit(p, fan_in_fan_out=True), "fan_in_fan_out"),
@@ -353,6 +358,10 @@ def rename(held, old, new):
         (lambda p: (p / _CONFIG).write_text("{"), "is not JSON"),
         (lambda p: (p / _CONFIG).unlink(), f"it has no {_CONFIG}"),
         (lambda p: (p / _MODEL).unlink(), f"it has no {_MODEL}"),
+        (
+            lambda p: [(p / "hr").mkdir(), (p / _CONFIG).rename(p / "hr" / _CONFIG)],
+            f"it has no {_CONFIG}; give one of its folders hr.",
+        ),
         (lambda p: (p / _MODEL).write_bytes((p / _MODEL).read_bytes()[:500]), "corrupt or cut short"),
         (lambda p: change(p, dict.clear), "is empty"),
         (lambda p: change(p, lambda held: held.popitem()), "is missing, though adapter_config.json targets its module"),
@@ -376,6 +385,36 @@ def test_an_adapter_folder_that_does_not_fit_is_one_sentence(adapter, tmp_path, 
     assert said in str(refused.value) and str(path) in str(refused.value) and "\n" not in str(refused.value)
     assert sj.lora.names(made) == []
     assert_same_bits(weights(made), before)
+
+
+def test_a_key_of_a_later_peft_that_asks_for_nothing_is_passed_over_with_a_warning(base, adapter, tmp_path):
+    import shutil
+
+    import peft
+
+    path = shutil.copytree(adapter("list")[0], tmp_path / "adapter")
+    edit(path, zeta_config=None, use_zeta=False, zeta_layers=[], zeta_map={}, zeta_name="")
+    with pytest.warns(UserWarning, match="Unexpected keyword arguments .*zeta_config"):
+        peft.PeftConfig.from_pretrained(path)
+    with pytest.warns(UserWarning, match="passed over.* zeta_config = None, use_zeta = False, zeta_layers = ") as told:
+        found = read_config(path)
+    assert len(told) == 1 and found == read_config(adapter("list")[0])
+
+
+def test_pickled_weights_come_with_the_command_that_converts_them(adapter, tmp_path):
+    import shutil
+
+    import torch
+
+    path = shutil.copytree(adapter("list")[0], tmp_path / "adapter")
+    wanted = load_file(path / _MODEL)
+    torch.save({key: torch.tensor(value) for key, value in wanted.items()}, path / "adapter_model.bin")
+    (path / _MODEL).unlink()
+    with pytest.raises(UserError, match=r"only pickled weights \(adapter_model\.bin\)") as refused:
+        sj.lora.load(model(), path)
+    (command,) = re.findall("`(python .*)`", str(refused.value))
+    exec(shlex.split(command)[2], {})
+    assert_same_bits(load_file(path / _MODEL), wanted)
 
 
 def test_an_adapter_of_another_model_is_refused(adapter):

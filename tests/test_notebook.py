@@ -11,7 +11,8 @@ from nbclient import NotebookClient
 import specjax as sj
 from demo.tokenizer import train_tokenizer
 from specjax.hf.config import from_hf
-from specjax.hf.load import load_tokenizer, random
+from specjax.hf.load import random
+from specjax.hf.tokenizer import load_tokenizer
 from specjax.models import Origin
 
 ROOT = Path(__file__).parent.parent

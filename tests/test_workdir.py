@@ -10,7 +10,7 @@ from run_fixtures import flags, specjax, tree, write_base, write_data
 import specjax as sj
 from specjax import files
 from specjax.errors import UserError
-from specjax.hf.load import load_tokenizer
+from specjax.hf.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,9 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_known_by_its_mark(capfd
         file.unlink()
     assert specjax("train", *flags(base, workdir, "lora")) == 0
     assert (workdir / "export" / "adapter_model.safetensors").is_file()
+    (workdir / "export" / "adapter_model.safetensors").rename(workdir / "export" / "mine")
+    assert "export holds something else than weights" in refused(capfd, base, workdir)
+    (workdir / "export" / "mine").rename(workdir / "export" / "adapter_model.safetensors")
     summary = workdir / "summary.json"
     for content, said in (("[1]", "does not hold a JSON object"), ("{}", "has no step"), ("{", "is not JSON")):
         summary.write_text(content)

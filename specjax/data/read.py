@@ -4,14 +4,18 @@ A source is opened first, which tells its files. Its rows are `(where, row)` pai
 user's own terms (`data/train.jsonl:7`), so that every later complaint about a row can say where it is.
 """
 
+import contextlib
 import csv
 import json
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specjax.errors import UserError, argument
+from specjax.errors import UserError, argument, nearest
 
 Row = Mapping[str, Any]
 
@@ -62,6 +66,10 @@ def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Op
         raise UserError(f"{source} is neither a file nor a folder: data is read more than once, so no pipe will do.")
     if path.suffix in SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
         raise UserError(f"no such data file or folder: {source}.")
+    here = Path(str(source).partition("/")[0])
+    if here.is_dir():  # and the source is none: it is a path, misspelt, and no name to ask the hub for
+        near = nearest(str(source), [f"{here}/{one.name}" for one in here.iterdir()])
+        raise UserError(f"no such data file or folder: {source}; the folder {here} is here.{near}")
     return _hub(str(source), split)
 
 
@@ -95,7 +103,8 @@ def _hub(name: str, split: str) -> Opened:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, split=split)
+        with _offline_where_it_is():
+            dataset = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -103,6 +112,26 @@ def _hub(name: str, split: str) -> Opened:
             "check the path, or the name and the network."
         ) from error
     return _dataset(dataset, f"{name}[{split}] row")
+
+
+@contextlib.contextmanager
+def _offline_where_it_is() -> Iterator[None]:
+    """Has `datasets` look into its cache at once where the hub's name is not known: it would ask half a minute.
+
+    A proxy would know the name for us.
+    """
+    import datasets.config
+
+    before, host = datasets.config.HF_HUB_OFFLINE, urllib.parse.urlsplit(datasets.config.HF_ENDPOINT).hostname
+    if not before and not urllib.request.getproxies():
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _dataset(dataset: Any, prefix: str) -> Opened:

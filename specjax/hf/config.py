@@ -19,6 +19,8 @@ _SIZES = (
     "max_position_embeddings",
 )
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")  # of the files, in which an export is written too
+
 # gelu is the exact one here; Gemma's config, whose "gelu" means the tanh form, is put right by transformers.
 ACTIVATIONS = {
     "silu": "silu",
@@ -73,6 +75,9 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
     if architecture not in FAMILIES:
         raise UserError(f"{file}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}.")
     family = FAMILIES[architecture]
+    for key in ("dtype", "torch_dtype"):
+        if (dtype := hf.get(key)) is not None and dtype not in DTYPES:
+            raise UserError(f"{file}: {key} is {dtype!r}: set it to what the weights are, one of {', '.join(DTYPES)}.")
     missing = [key for key in _SIZES if not isinstance(hf.get(key), int)]
     if missing:
         raise UserError(f"{file}: {', '.join(missing)} must be given as whole numbers.")

@@ -189,4 +189,6 @@ def _assemble(slot: _Slot, array: jax.Array, dtype: Any) -> tuple[np.ndarray, li
 
 def _config(model: Decoder, dtype: Any) -> dict[str, Any]:
     key = "torch_dtype" if "torch_dtype" in model.origin.config_json else "dtype"
-    return {**model.origin.config_json, key: str(dtype)}
+    told = {**model.origin.config_json, key: str(dtype)}
+    told.pop("transformers_weights", None)  # the base's name for its files, which are called as usual here
+    return told

@@ -1,10 +1,6 @@
 """From a Hugging Face folder straight into shards: each device's slice is read from the file by range."""
 
 import dataclasses
-import hashlib
-import json
-import shlex
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,23 +9,23 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs)
 import numpy as np
-import transformers
 from flax import nnx
 from jax.sharding import Mesh
 
 from specjax import sharding
 from specjax.errors import UserError
-from specjax.files import read_object
 from specjax.hf import names
 from specjax.hf.config import from_folder, origin
+from specjax.hf.folder import fingerprint, resolve, weight_files
 from specjax.hf.place import place, threads
 from specjax.hf.quantise import Reader, convert
 from specjax.hf.tensors import Tensors
+from specjax.hf.tokenizer import load_tokenizer
 from specjax.models import Decoder, ModelConfig
 from specjax.models.quantised import Quantised, QuantisedParam
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _HEAD = "lm_head.weight"
+_EMBEDDING = ("embed_tokens", "embedding")
 _LISTED = 8  # at most this many tensors of a kind are named in one error
 
 
@@ -67,76 +63,14 @@ def load(
     model = abstract(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     places = _places(model, mesh)  # a mesh that does not fit is said before a file is opened
     tensors = Tensors(weight_files(folder))
+    if config.tied:
+        _tie(model, tensors)
     _check(folder, model, tensors)
     if quantise:
         convert(model, quantise)
         places = _places(model, mesh)
     model.origin = origin(folder, source=str(path), revision=revision or "", fingerprint=fingerprint(folder))
     return _read(model, places, tensors, mesh), load_tokenizer(folder)
-
-
-def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local folder of a path or hub name (downloaded to the hub's cache; without `weights`, its JSON files alone).
-
-    Raises:
-      UserError: neither exists, or the hub can't be reached.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    name = str(path)
-    if not name or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"model {name!r}: no such folder, and not a hub name of the form org/name.")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    # Mistral's repositories hold the same weights a second time, as "consolidated".
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"] if weights else ["*.json"]
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["consolidated*"]
-            )
-        )
-        if not weights or any(folder.glob("*.safetensors")):
-            return folder
-        pickled = huggingface_hub.file_exists(name, "pytorch_model.bin", revision=revision or None)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model {name!r}: no such folder, and the hub did not give it ({reason}).") from error
-    if pickled or (folder / "pytorch_model.bin.index.json").is_file():
-        raise _pickled(name, name.rpartition("/")[2] + "-safetensors", tokenizer=True)
-    return folder
-
-
-def _pickled(model: str, out: str, *, tokenizer: bool) -> UserError:
-    code = "import transformers as t; "
-    code += f"t.AutoModelForCausalLM.from_pretrained({model!r}, dtype='auto').save_pretrained({out!r})"
-    if tokenizer:
-        code += f"; t.AutoTokenizer.from_pretrained({model!r}).save_pretrained({out!r})"
-    return UserError(
-        f"{model} has only pickled weights (.bin), which can run code when opened: where you trust them, convert them "
-        f"with `python -c {shlex.quote(code)}` (it needs torch) and give {out}."
-    )
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The folder's tokenizer, or None where it has none. Code that a folder brings along is never run, nor asked about.
-
-    Raises:
-      UserError: its files do not load, or name a class that is code of the folder's own.
-    """
-    if not any((Path(folder) / file).is_file() for file in _TOKENIZER_FILES):
-        return None
-    try:
-        # Not given, it asks on the terminal, and reads the answer from whatever is standard input.
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if any("auto_map" in read_object(file) for file in Path(folder).glob("*config.json")):
-            raise UserError(
-                f"{folder}: its tokenizer is code of its own (auto_map), which is not run here: give a folder whose "
-                "tokenizer transformers knows, with a tokenizer.json."
-            ) from error
-        raise UserError(f"{folder}: its tokenizer does not load ({str(error).strip().splitlines()[0]}).") from error
 
 
 def abstract(config: ModelConfig, *, dtype: Any, param_dtype: Any, remat: str = "none", quantise: str = "") -> Decoder:
@@ -181,51 +115,6 @@ def _cast(dtype: Any) -> Any:
     return lambda leaf: leaf if isinstance(leaf, QuantisedParam) else jax.tree.map(lambda x: x.astype(dtype), leaf)
 
 
-def fingerprint(folder: str | Path) -> str:
-    """A hash of a checkpoint's content: every file's header and up to 16 blocks of 4 KiB of every tensor.
-
-    It reads a fraction of the bytes, so that a 70B base is checked in seconds, and still sees any training of it.
-    """
-    digest = hashlib.sha256()
-    for file in weight_files(Path(folder)):
-        with file.open("rb") as stream:
-            size = struct.unpack("<Q", stream.read(8))[0]
-            header = stream.read(size)
-            digest.update(header)
-            for name, entry in sorted(json.loads(header).items()):
-                if name == "__metadata__":
-                    continue
-                start, end = entry["data_offsets"]
-                for block in range(start, end, max(4096, (end - start) // 16)):
-                    stream.seek(8 + size + block)
-                    digest.update(stream.read(min(4096, end - block)))
-    return digest.hexdigest()[:32]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, in the index's order of names.
-
-    Raises:
-      UserError: there are none, or the index names one that is absent.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        table = read_object(index).get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-            raise UserError(f"{index} is not a safetensors index (it has no weight_map of names): restore the file.")
-        files = [folder / name for name in sorted(set(table.values()))]
-        absent = [file.name for file in files if not file.is_file()]
-        if absent:
-            raise UserError(f"{index} names files that are not there: {', '.join(absent)}.")
-        return files
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if any(folder.glob("pytorch_model*.bin")):
-        here = str(folder.absolute())
-        raise _pickled(here, here + "-safetensors", tokenizer=any((folder / f).is_file() for f in _TOKENIZER_FILES))
-    raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json.")
-
-
 def _read(
     model: Decoder, places: dict[names.Path, jax.sharding.Sharding], tensors: Tensors, mesh: Mesh | None = None
 ) -> Decoder:
@@ -258,6 +147,13 @@ def _places(model: Decoder, mesh: Mesh | None) -> dict[names.Path, jax.sharding.
     return {path: default for path, _ in nnx.to_flat_state(nnx.state(model))}
 
 
+def _tie(model: Decoder, tensors: Tensors) -> None:
+    """Lets the head's tensor stand for the embedding's where it alone is there: transformers ties to what there is."""
+    (entry,) = names.entries(model.config, [_EMBEDDING])
+    if entry.hf not in tensors and _HEAD in tensors:
+        tensors[entry.hf] = tensors[_HEAD]
+
+
 def _check(folder: Path, model: Decoder, tensors: Tensors) -> None:
     """Missing, unexpected and mis-shaped tensors, all in one sentence; a tied head that differs."""
     config = model.config
@@ -286,7 +182,7 @@ def _check(folder: Path, model: Decoder, tensors: Tensors) -> None:
     if parts:
         raise UserError(f"{folder}: its tensors do not fit config.json ({'; '.join(parts)}).")
     if config.tied and (head := tensors.get(_HEAD)) is not None:
-        embedding = tensors[next(entry.hf for entry in table if entry.path == ("embed_tokens", "embedding"))]
+        embedding = tensors[next(entry.hf for entry in table if entry.path == _EMBEDDING)]
         # transformers ties them only if they are equal, and uses the head as it is otherwise.
         if head.shape != embedding.shape or not all(map(np.array_equal, _bits(head), _bits(embedding))):
             raise UserError(

@@ -3,6 +3,8 @@
 Source: `LoraConfig` and `PeftConfig` of peft 0.21 (peft/tuners/lora/config.py, peft/config.py).
 """
 
+import shlex
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from specjax.lora.variants import VARIANTS
 from specjax.models import Decoder
 from specjax.models.moe import ExpertLinear
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 # Keys that are read: what they may hold, in words and as a check.
 _READ: dict[str, tuple[str, Any]] = {
@@ -86,21 +88,29 @@ _ANY = (
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings of an adapter folder; keys that are absent or null are left out.
 
+    A key that is unknown here, as later releases of PEFT add them, is passed over with a warning where its value is
+    null, false or empty: PEFT passes over any.
+
     Raises:
-      UserError: a file is absent or no JSON, the adapter is of another kind, or a key is unknown, has a value that
-        makes no sense, or one that would change what the adapter computes and is not supported.
+      UserError: a file is absent or no JSON, the adapter is of another kind, or a key is unknown and asks for
+        something, has a value that makes no sense, or one that would change what the adapter computes and is not
+        supported.
     """
     path = folder / CONFIG
-    for file in (path, folder / WEIGHTS):
-        if not file.is_file():
-            raise UserError(f"{folder} is not a PEFT adapter folder: it has no {file.name}.")
+    _check_files(folder)
     config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not supported; supported is LORA.")
     known = (*_READ, *_NEUTRAL, *_ANY)
+    passed = [key for key, value in config.items() if key not in known and value in (None, False, "", [], {})]
+    if passed:
+        named = ", ".join(f"{key} = {config[key]!r}" for key in passed)
+        warnings.warn(f"{path}: passed over, as keys that are not known here: {named}.", stacklevel=2)
     for key, value in config.items():
+        if key in passed:
+            continue
         if key not in known:
-            raise UserError(f"{path}: {key!r} is no key of PEFT's LoRA.{nearest(key, known)}")
+            raise UserError(f"{path}: {key!r} is no key of PEFT's LoRA that is known here.{nearest(key, known)}")
         if key in _NEUTRAL and not any(
             value is one or (value == one and type(value) is type(one)) for one in _NEUTRAL[key]
         ):
@@ -110,7 +120,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key in _NEEDED:
         if key not in config:
             raise UserError(f"{path} has no {key}: restore the file.")
-    return {key: value for key, value in config.items() if value is not None}
+    return {key: value for key, value in config.items() if value is not None and key not in passed}
+
+
+def _check_files(folder: Path) -> None:
+    """Raises `UserError` where an adapter's files are not there, and says which way leads to them."""
+    none = f"{folder} is not a PEFT adapter folder: it has no"
+    if not (folder / CONFIG).is_file():
+        deeper = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))  # where PEFT saves one with a name
+        hint = f"; give one of its folders {', '.join(deeper)}" if deeper else ""
+        raise UserError(f"{none} {CONFIG}{hint}.")
+    if (folder / WEIGHTS).is_file():
+        return
+    if (folder / PICKLED).is_file():
+        old, new = str((folder / PICKLED).absolute()), str((folder / WEIGHTS).absolute())
+        code = f"import safetensors.torch as s, torch as t; held = t.load({old!r}, 'cpu', weights_only=True); "
+        code += f"s.save_file({{key: one.clone() for key, one in held.items()}}, {new!r})"
+        raise UserError(
+            f"{folder} has only pickled weights ({PICKLED}), which can run code when opened: convert them with "
+            f"`python -c {shlex.quote(code)}` (it needs torch, and runs no code of theirs)."
+        )
+    raise UserError(f"{none} {WEIGHTS}.")
 
 
 def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: str | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from specjax.checks import ARGUMENTS
 from specjax.config import check_length
 from specjax.data.loader import COLUMNS
 from specjax.errors import keys
-from specjax.hf import load as hf_load
+from specjax.hf import folder as hf_folder
 from specjax.models import Decoder
 from specjax.train import step as steps_lib
 from specjax.train.dpo import reading_reference
@@ -53,7 +53,7 @@ def make(config: ConfigDict, devices: list[Any]) -> Job:
       UserError: the mesh does not fit the devices or the model, LoRA's targets match nothing, or the like.
     """
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    folder = hf_load.resolve(config.model.path, config.model.revision, weights=False)
+    folder = hf_folder.resolve(config.model.path, config.model.revision, weights=False)
     model = build.model_of(config, folder, None, abstract=True)
     sizes = model.config
     check_length(config.data.length, sizes.max_positions)

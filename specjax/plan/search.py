@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from specjax.errors import UserError
 from specjax.hf import config as hf_config
-from specjax.hf import load as hf_load
+from specjax.hf import folder as hf_folder
 from specjax.plan import targets
 
 MESHES = 4  # tried for a target
@@ -88,7 +88,7 @@ def smallest(config: ConfigDict, family: str, planner: Planner, within: Callable
 
 def meshes(config: ConfigDict, count: int, slices: int) -> list[dict[str, int]]:
     """Sizes of the mesh's axes that divide the job, those that cut layers and rows least first."""
-    sizes = hf_config.from_folder(hf_load.resolve(config.model.path, config.model.revision, weights=False))
+    sizes = hf_config.from_folder(hf_folder.resolve(config.model.path, config.model.revision, weights=False))
     rows, dividing = config.batch_size // config.accumulate, []
     experts = [n for n in range(1, (sizes.num_experts or 1) + 1) if (sizes.num_experts or 1) % n == 0]
     for tensor in _powers(count):
