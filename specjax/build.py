@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from specjax import lora
-from specjax.checks import ARGUMENTS
+from specjax.checks import ARGUMENTS, heldout, sources
 from specjax.config import check_length, load_config_file, lora_settings
-from specjax.data import Corpus, Data, tokenise
+from specjax.data import Corpus, Data, Mixture, mix, tokenise
 from specjax.data.chat import resolve as resolve_template
 from specjax.data.report import watched
 from specjax.errors import UserError, keys
@@ -47,27 +47,29 @@ def tokenizer_of(config: ConfigDict, *, weights: bool = True) -> tuple[Path, Any
     return folder, tokenizer
 
 
-def data_of(config: ConfigDict, tokenizer: Any, console: Console | None = None) -> tuple[Data, dict[str, Data]]:
+def data_of(
+    config: ConfigDict, tokenizer: Any, console: Console | None = None
+) -> tuple[Data | Mixture, dict[str, Data]]:
     """`train_data_of` and `eval_data_of`, of one reading of the training rows where some of them are held out."""
-    corpus = _corpus(config, tokenizer, config.data.train, console)
-    return _train(config, corpus), eval_data_of(config, tokenizer, console, corpus)
+    corpora = _training(config, tokenizer, console)
+    return _train(config, corpora), eval_data_of(config, tokenizer, console, corpora)
 
 
-def train_data_of(config: ConfigDict, tokenizer: Any, console: Console | None = None) -> Data:
+def train_data_of(config: ConfigDict, tokenizer: Any, console: Console | None = None) -> Data | Mixture:
     """The training rows, without those held out."""
-    return _train(config, _corpus(config, tokenizer, config.data.train, console))
+    return _train(config, _training(config, tokenizer, console))
 
 
 def eval_data_of(
-    config: ConfigDict, tokenizer: Any, console: Console | None = None, corpus: Corpus | None = None
+    config: ConfigDict, tokenizer: Any, console: Console | None = None, corpora: dict[str, Corpus] | None = None
 ) -> dict[str, Data]:
-    """The named sets: those given, or the part of the training rows that is held out.
+    """The named sets: those given, or the part of the training rows (of each source) that is held out.
 
     Args:
       config: of a run.
       tokenizer: of its model.
       console: shows how far it is; None: nothing is shown.
-      corpus: of the training rows, if it is there already.
+      corpora: of the training rows, by source, if they are there already.
     """
     # No more rows at once than a micro-batch: what trains must also fit when it is measured.
     rows = config.batch_size // config.accumulate
@@ -80,8 +82,17 @@ def eval_data_of(
         return {name: _packed(config, corpus, rows) for name, corpus in sets.items()}
     if not config.data.eval_fraction:
         return {}
-    corpus = corpus or _corpus(config, tokenizer, config.data.train, console)
-    return {"heldout": _packed(config, corpus, rows, "eval")}
+    corpora = corpora or _training(config, tokenizer, console)
+    return {name: _packed(config, corpora[source], rows, "eval") for name, source in heldout(config).items()}
+
+
+def _training(config: ConfigDict, tokenizer: Any, console: Console | None) -> dict[str, Corpus]:
+    named = sources(config)
+    several = len(named) > 1  # which may be of several kinds, and call their columns otherwise
+    return {
+        name: _corpus(config, tokenizer, source, console, **{"own_columns": True} if several else {})
+        for name, (source, _) in named.items()
+    }
 
 
 @keys(ARGUMENTS)
@@ -100,8 +111,14 @@ def _corpus(config: ConfigDict, tokenizer: Any, source: str, console: Console | 
         return tokenise(source, tokenizer, progress=progress, **(common | settings))
 
 
-def _train(config: ConfigDict, corpus: Corpus) -> Data:
-    return _packed(config, corpus, config.batch_size, "train" if _holds_out(config) else "")
+@keys(ARGUMENTS)
+def _train(config: ConfigDict, corpora: dict[str, Corpus]) -> Data | Mixture:
+    part = "train" if _holds_out(config) else ""
+    parts = {name: _packed(config, corpus, config.batch_size, part) for name, corpus in corpora.items()}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    shares = [(parts[name], share) for name, (_, share) in sources(config).items()]
+    return mix(shares, shares=config.data.shares, names=list(parts))
 
 
 @keys(ARGUMENTS)
@@ -159,7 +176,7 @@ def objective_of(config: ConfigDict) -> Objective:
     return dpo(**config.dpo) if config.objective == "dpo" else next_token
 
 
-def check_pairs(config: ConfigDict, data: Data) -> None:
+def check_pairs(config: ConfigDict, data: Data | Mixture) -> None:
     """Raises `UserError` where the training rows are pairs of answers, and the objective would train on both."""
     if config.objective != "dpo" and data.together > 1:
         raise UserError(

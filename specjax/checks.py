@@ -23,6 +23,7 @@ CHOICES = {
     "model.remat": ("none", "full", "attention", "dots", "offload"),
     "model.quantise": ("", "int8", "nf4"),
     "data.format": ("auto", "text", "instruct", "prompt", "messages", "conversations", "preference"),
+    "data.shares": ("tokens", "rows"),
     "data.overlong": ("drop", "truncate", "keep_end", "split"),
     "optimizer.name": ("adamw", "lion"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
@@ -74,8 +75,24 @@ def check(config: ConfigDict, default: ConfigDict, device_count: int | None) -> 
 
 
 def eval_names(config: ConfigDict) -> list[str]:
-    """The names of the eval sets, sorted; the first is the default of `eval.best`."""
-    return sorted(config.data.eval) or (["heldout"] if config.data.eval_fraction else [])
+    """The names of the eval sets, those given sorted; the first is the default of `eval.best`."""
+    return sorted(config.data.eval) or (list(heldout(config)) if config.data.eval_fraction else [])
+
+
+def sources(config: ConfigDict) -> dict[str, tuple[str, float]]:
+    """Name -> (source, share) of the training rows; a name is a file's, without what follows its first dot."""
+    train, named = config.data.train, dict[str, tuple[str, float]]()
+    for source, share in [(train, 1.0)] if isinstance(train, str) else train:
+        stem = re.sub(r"[^\w-]+", "-", str(source).rstrip("/").rpartition("/")[2].partition(".")[0]) or "source"
+        same = sum(re.fullmatch(rf"{re.escape(stem)}(-\d+)?", name) is not None for name in named)
+        named[f"{stem}-{same + 1}" if same else stem] = (source, share)
+    return named
+
+
+def heldout(config: ConfigDict) -> dict[str, str]:
+    """Name of a held-out set -> its source's."""
+    names = list(sources(config))
+    return {"heldout": names[0]} if len(names) == 1 else {f"heldout-{name}": name for name in names}
 
 
 def nearest_key(key: str, default: ConfigDict) -> str:
@@ -229,8 +246,15 @@ def _check_steps(config: ConfigDict, default: ConfigDict) -> None:
 def _check_data(config: ConfigDict) -> None:
     if not config.model.path:
         raise UserError("config.model.path is empty: give a Hugging Face folder or hub name, --config.model.path=...")
-    if not config.data.train:
+    train = config.data.train
+    if not train:
         raise UserError("config.data.train is empty: give a file, a folder or a hub name, --config.data.train=...")
+    pairs = isinstance(train, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in train)
+    if not isinstance(train, str) and not (pairs and all(_is_text(name) and _is_share(share) for name, share in train)):
+        raise UserError(
+            f"config.data.train is {train!r}: give a file, a folder or a hub name, or several with their shares, "
+            '[("mine.jsonl", 0.8), ("general.jsonl", 0.2)].'
+        )
     for name in config.data.eval:
         if not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"config.data.eval has a set named {name!r}: use letters, digits, '_' and '-' alone.")
@@ -281,6 +305,10 @@ def _check_devices(config: ConfigDict, device_count: int) -> None:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _is_whole(value: Any) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict as ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from specjax.checks import FREE, TYPES, check, eval_names, flat, nearest_key
 from specjax.errors import UserError
@@ -67,9 +67,13 @@ def get_config() -> ConfigDict:
     config.lora.ensure_weight_tying = placeholder(bool)  # modules_to_save trains tied embeddings as one table
 
     config.data = ConfigDict()
-    config.data.train = ""  # a file, a folder or a hub name
+    # A file, a folder or a hub name; or several, each with its share: [("mine.jsonl", 0.8), ("general.jsonl", 0.2)].
+    # An epoch is then a pass over the first.
+    config.data.train = FieldReference("", field_type=object)
+    config.data.shares = "tokens"  # of several: shares of the tokens | of the rows of the batches
     config.data.split = "train"  # of a hub name or of a folder of splits
-    config.data.eval = ConfigDict()  # name -> file; empty: `eval_fraction` of the train rows, named "heldout"
+    # Name -> file; empty: `eval_fraction` of the train rows, named "heldout", or of each source, "heldout-mine".
+    config.data.eval = ConfigDict()
     config.data.eval_fraction = 0.02  # 0: nothing is held out
     config.data.format = "auto"  # auto | text | instruct | prompt | messages | conversations | preference
     config.data.columns = ConfigDict()  # role -> column, such as instruction -> question

@@ -11,8 +11,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from specjax import files
+from specjax.checks import sources
 from specjax.config import HOW, differing
-from specjax.data import Data
+from specjax.data import Data, Mixture
 from specjax.errors import UserError
 from specjax.hf import config as hf_config
 from specjax.train.result import Result
@@ -65,7 +66,7 @@ def check_model(workdir: Path, changed: Mapping[str, Any], folder: Path, config:
         )
 
 
-def steps(workdir: Path, config: ConfigDict, data: Data) -> int:
+def steps(workdir: Path, config: ConfigDict, data: Data | Mixture) -> int:
     """Of the run: those of the config, or those that its epochs make.
 
     A run keeps those that it was started with, over which its learning rate is laid. One that specjax 0.1 started with
@@ -101,8 +102,9 @@ def _begun(workdir: Path) -> bool:
 
 def _sources(config: ConfigDict) -> list[tuple[str, str, bool]]:
     """(key, folder, whether what lies deeper in it is read too) of what a run reads."""
-    sources = [("config.model.path", config.model.path, False), ("config.data.train", config.data.train, True)]
-    return sources + [(f"config.data.eval.{name}", path, True) for name, path in config.data.eval.items()]
+    trains = [("config.data.train", source, True) for source, _ in sources(config).values()]
+    sets = [(f"config.data.eval.{name}", path, True) for name, path in config.data.eval.items()]
+    return [("config.model.path", config.model.path, False), *trains, *sets]
 
 
 def _at(settings: Mapping[str, Any], key: str) -> Any:

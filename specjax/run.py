@@ -232,6 +232,9 @@ def data(config: ConfigDict) -> None:
     sets = {"train": train_data, **eval_data}
     course = train_data.course(config.steps or train_data.steps(config.epochs))
     for name, rows in sets.items():
+        for source, part in rows.report.get("sources", {}).items():
+            Console().rule(f"{name}: {source}")
+            show(part)
         Console().rule(name)
         show(rows.report | (course if name == "train" else {}), rows.preview(2 if name == "train" else 0))
 

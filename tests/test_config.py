@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from specjax.checks import CHOICES, flat
+from specjax.checks import CHOICES, eval_names, flat, sources
 from specjax.config import (
     HOW,
     ConfigDict,
@@ -79,6 +79,8 @@ def test_the_demo_compares_three_methods_in_the_order_of_its_file():
         ({"seed": True}, "config.seed is True: it takes an integer."),
         ({"model__path": ""}, "config.model.path is empty"),
         ({"data__train": ""}, "config.data.train is empty"),
+        ({"data__train": [("a.jsonl", 1.0), ("b.jsonl", 0.0)]}, "or several with their shares"),
+        ({"data__train": ["a.jsonl"]}, "or several with their shares"),
         ({"batch_size": 8, "accumulate": 3}, "config.batch_size is 8, which config.accumulate=3 does not divide"),
         ({"steps": 5, "epochs": 2.0}, "config.steps is 5 and config.epochs is 2.0"),
         ({"epochs": 0.0}, "config.epochs is 0.0 and config.steps is 0"),
@@ -207,6 +209,18 @@ def test_a_resolved_config_read_back_is_the_same_config():
     again = merge(get_config(), json.loads(json.dumps(resolved(original))))
     validate(again)
     assert resolved(again) == resolved(original)
+
+
+def test_a_mixture_is_read_back_and_its_sources_have_names():
+    made = config(data__train=[("a/mine.v2.jsonl", 3), ("s3://b/mine.jsonl", 1.0), ("org/my set", 0.5)])
+    validate(made)
+    again = merge(get_config(), json.loads(json.dumps(resolved(made))))
+    validate(again)
+    assert differing(resolved(made), resolved(again)) == []
+    assert sources(again) == {"mine": ("a/mine.v2.jsonl", 3), "mine-2": ("s3://b/mine.jsonl", 1.0),
+                              "my-set": ("org/my set", 0.5)}  # fmt: skip
+    assert eval_names(again) == ["heldout-mine", "heldout-mine-2", "heldout-my-set"]
+    assert resolved(again)["eval"]["best"] == "heldout-mine"
 
 
 def test_only_keys_that_change_the_result_differ():

@@ -29,7 +29,7 @@ ALLOWED = {
     "config": {"checks", "errors", "files"},
     "build": {"checks", "config", "train", "generation", "hf", "lora", "data", "models", "errors"},
     "plan": {"build", "checks", "config", "data", "flops", "train", "hf", "models", "sharding", "errors"},
-    "resume": {"config", "data", "errors", "files", "hf", "train"},
+    "resume": {"checks", "config", "data", "errors", "files", "hf", "train"},
     "run": {
         "resume",
         "build",

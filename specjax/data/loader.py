@@ -1,34 +1,20 @@
-"""Fixed-shape batches, and their micro-batches, as a pure function of (data, seed, step).
-
-Tokens lie in one flat array; the packing plan says which slices make up which row. There is no iterator state: the
-batch of step 1000 can be asked for first, or a few of its rows, and is the same.
-"""
+"""Packed rows of one source: tokens lie in one flat array; the packing plan says which slices make up which row."""
 
 import copy
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, Shaped
+from jaxtyping import Bool, Int32, Int64, Shaped
 
+from specjax.data.batches import COLUMNS as COLUMNS
+from specjax.data.batches import Batch, Batches
+from specjax.data.batches import shuffled as shuffled
 from specjax.data.pack import Plan, plan, ranges
 from specjax.errors import UserError
 
-Batch = dict[str, Int32[np.ndarray, "b T"] | Float32[np.ndarray, "b T"]]
-MicroBatches = dict[str, Int32[np.ndarray, "k b T"] | Float32[np.ndarray, "k b T"]]
 
-# The columns that every batch has, and their dtypes.
-COLUMNS = {
-    "tokens": "int32",
-    "targets": "int32",
-    "loss_mask": "float32",
-    "positions": "int32",
-    "segment_ids": "int32",
-}
-
-
-class Data:
+class Data(Batches):
     """Packed rows of tokenised documents.
 
     The batches go through an endless sequence of rows: all of them, in another order each pass, so that a batch may
@@ -99,32 +85,6 @@ class Data:
         """What so many steps see, JSON-able: `steps`, and `passes` over the rows."""
         return {"steps": steps, "passes": round(steps * self.batch_size / self.num_rows, 2)}
 
-    def batch(self, step: int, rows: Int64[np.ndarray, " b"] | None = None) -> Batch:
-        """The global batch of `step`, or those of its rows."""
-        numbers = self.row_ids(step)
-        return self._assemble(numbers if rows is None else numbers[rows])
-
-    def micro_batches(self, step: int, count: int, rows: Int64[np.ndarray, " b"] | None = None) -> MicroBatches:
-        """The global batch of `step` in `count` micro-batches, or some rows of each.
-
-        Micro-batch i takes every `count`-th row of the batch, from row i on: a device, which has neighbouring rows of
-        the batch, so has its rows of each micro-batch without an exchange.
-
-        Args:
-            step: which batch.
-            count: of micro-batches; it divides `batch_size`.
-            rows: of one micro-batch, 0 to batch_size // count - 1; default all.
-        """
-        if self.batch_size % count:
-            raise UserError(f"a batch of {self.batch_size} rows does not divide into {count} micro-batches.")
-        chosen = np.arange(self.batch_size // count) if rows is None else rows
-        batch = self.batch(step, (np.arange(count)[:, None] + count * chosen).ravel())
-        return {name: values.reshape(count, len(chosen), self.length) for name, values in batch.items()}
-
-    def row_ids(self, step: int) -> Int64[np.ndarray, " {self.batch_size}"]:
-        """The numbers, in the plan, of the rows of the global batch of `step`."""
-        return np.array([self._row(step * self.batch_size + i) for i in range(self.batch_size)], np.int64)
-
     def with_column(self, name: str, values: np.ndarray) -> "Data":
         """This data with one more column [B, T] float32 in every batch, 0 at padding; the arrays are shared.
 
@@ -152,21 +112,6 @@ class Data:
         held = np.arange(self.length)[None] < self._sizes[:, None]
         flat[ranges(self.plan.starts, self.plan.sizes)] = rows[held]
         return flat
-
-    def tokens_in(self, step: int) -> int:
-        """Tokens, not padding, of the global batch of `step`."""
-        return int(self._sizes[self.row_ids(step)].sum())
-
-    def once(self, rows: Int64[np.ndarray, " b"] | None = None) -> Iterator[Batch]:
-        """Every row exactly once, in the plan's order, `batch_size` at a time, the last ones empty to fill it up.
-
-        Args:
-            rows: those of each batch to give, in ascending order; default all.
-        """
-        chosen = np.arange(self.batch_size) if rows is None else rows
-        for start in range(0, self.num_rows, self.batch_size):
-            wanted = start + chosen
-            yield self._assemble(wanted[wanted < self.num_rows], len(chosen))
 
     def preview(self, n: int) -> list[list[list[tuple[str, bool]]]]:
         """The first `n` rows: each a list of documents, each a list of (text, whether it is trained) runs."""
@@ -241,20 +186,3 @@ class Data:
             "packing_efficiency": round(len(self.tokens) / (self.num_rows * self.length), 4),
             "fingerprint": self.fingerprint,
         }
-
-
-def shuffled(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " {count}"]:
-    """A permutation of `range(count)` that depends on nothing but (count, seed, epoch).
-
-    Ranks the rows by splitmix64 of a counter: plain integer arithmetic, so unlike `numpy.random`'s generators it is
-    the same for every NumPy, for ever.
-
-    >>> sorted(shuffled(5, seed=0, epoch=0).tolist()), shuffled(5, 0, 0).tolist() == shuffled(5, 0, 1).tolist()
-    ([0, 1, 2, 3, 4], False)
-    """
-    key = int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest(), "little")
-    with np.errstate(over="ignore"):
-        z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")

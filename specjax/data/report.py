@@ -60,6 +60,10 @@ def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if report.get("packed_rows"):
         kind = "packed rows" if report["packing"] else "rows, one document each"
         add(kind, f"{report['packed_rows']:,} of {report['length']:,} tokens, {report['packing_efficiency']:.1%} full")
+    for name, part in report.get("sources", {}).items():
+        passes = f", {report['passes_of'][name]} passes" if "passes_of" in report else ""
+        rows = f"{part['tokens']:,} tokens in {part['packed_rows']:,} rows"
+        add(f"source {name}", f"{part['share']:.1%} of the {report['shares']}: {rows}{passes}".replace("%", " %"))
     if report.get("steps"):
         add("steps", f"{report['steps']:,}, {report['passes']} passes over the rows")
     add("fingerprint", report.get("fingerprint"))

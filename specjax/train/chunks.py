@@ -33,6 +33,7 @@ class Layout(NamedTuple):
       divisor: of the logits.
       softcap: of the logits, or None.
       groups: G, equal groups of consecutive rows whose sums stay apart.
+      by_row: whether the loss of each row is wanted beside the groups' sums.
     """
 
     batch: str
@@ -42,6 +43,7 @@ class Layout(NamedTuple):
     divisor: float
     softcap: float | None
     groups: int
+    by_row: bool = False
 
 
 def layout_of(model: Decoder, rows: int, length: int) -> Layout:

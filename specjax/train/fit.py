@@ -55,8 +55,8 @@ def fit(
 
     Args:
       model: its trained parameters become float32 masters; the others are not touched.
-      data: a `specjax.data.Data`; step s trains on `data.batch(s)`. Of another object its `batch_size`, `fingerprint`,
-        `micro_batches`, `row_ids` and `tokens_in` are asked.
+      data: a `specjax.data.Data` or `Mixture`; step s trains on `data.batch(s)`. Of another object its `batch_size`,
+        `fingerprint`, `micro_batches`, `row_ids` and `tokens_in` are asked.
       optimizer: `specjax.adamw`, `specjax.lion`, or any optax rule (see `specjax.optimizer`).
       steps: optimizer steps in all.
       trainable: `specjax.ALL` or `specjax.LORA`, or any NNX filter: one for gradients, optimizer and checkpoint.
@@ -180,6 +180,10 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
         )
     if step % every == 0 or step == 1 or step == steps:
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        # A source of which this batch has nothing has no loss here.
+        empty = [name.removeprefix("share/") for name in numbers if name.startswith("share/") and not numbers[name]]
+        for name in empty:
+            del numbers[f"loss/{name}"]
         log.train(step, numbers | run.clock.window(metrics["tokens"]))
 
 

@@ -13,7 +13,7 @@ B batch, T length, C chunk, D embed, V vocab, G groups of rows.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from specjax.train.chunks import Layout
 Batch = dict[str, Array]
 Sums = dict[str, tuple[Float32[Array, " G"], Float32[Array, " G"]]]  # name -> (sum, denominator)
 
+SOURCE = "source"  # column of a mixture's batches (`specjax.data.mix`): each token's source, from 1
 TOKENS = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
 
 
@@ -97,22 +98,26 @@ def with_router(model: Decoder, loss: Float32[Array, " G"], router: Float32[Arra
     return loss + coefficient * (router - jax.lax.stop_gradient(router)) if coefficient else loss
 
 
-def _next_token(model: Decoder, batch: Batch, key: jax.Array | None = None) -> Sums:
+def _next_token(model: Decoder, batch: Batch, key: jax.Array | None = None, *, sources: Sequence[str] = ()) -> Sums:
     hidden, stats = chunks.hidden_of(model, batch, key)
-    layout = chunks.layout_of(model, *batch["targets"].shape)
+    layout = chunks.layout_of(model, *batch["targets"].shape)._replace(by_row=bool(sources))
     mask = batch["loss_mask"].astype(jnp.float32)
     table = chunks.table_of(model, layout)
     if table is None:  # an adapter's factors lie over the output layer: its logits are made again in the backward pass
         scored = lambda hidden, *rest: _score(layout, chunks.adapted_logits(model, layout, hidden), *rest)  # noqa: E731
         again = jax.checkpoint(scored, prevent_cse=False)
-        (nll, correct), _ = chunks.over_chunks(
+        (nll, correct, *rows), _ = chunks.over_chunks(
             layout, lambda *part: (again(*part), None), hidden, batch["targets"], mask
         )
     else:
         with exact_float32(model.dtype):
-            nll, correct = _summed(layout, table, hidden, batch["targets"], mask)
+            nll, correct, *rows = _summed(layout, table, hidden, batch["targets"], mask)
     count = by_group(model, mask)
     sums = {"loss": (nll, count), "accuracy": (correct, count)}
+    for number, name in enumerate(sources, 1):
+        here = (jnp.max(batch[SOURCE], axis=1) == number).astype(jnp.float32)
+        its = by_group(model, here * jnp.sum(mask, axis=1))
+        sums |= {f"loss/{name}": (by_group(model, here * rows[0]), its), f"share/{name}": (its, count)}
     if stats is not None:
         # Weighed by the loss tokens, so that the sums of micro-batches weigh it as they weigh their tokens.
         router = chunks.router_loss(stats) * count
@@ -129,15 +134,27 @@ def _perplexity(means: Mapping[str, float]) -> dict[str, float]:
 next_token = Objective("next_token", TOKENS, _next_token, derived=_perplexity)
 
 
+def by_source(objective: Objective, sources: Sequence[str]) -> Objective:
+    """`next_token` over a mixture: with the loss of each source, and its share of the loss tokens, beside the whole.
+
+    Other objectives, and data of one source (no `sources`), are left as they are.
+    """
+    if not sources or objective.sums is not _next_token:
+        return objective
+    sums = functools.partial(_next_token, sources=tuple(sources))
+    return dataclasses.replace(objective, columns=(*objective.columns, SOURCE), sums=sums)
+
+
 def _score(
     layout: Layout, logits: Float32[Array, "B C V"], targets: Int32[Array, "B C"], mask: Float32[Array, "B C"]
-) -> tuple[Float32[Array, " G"], Float32[Array, " G"]]:
-    """The summed nats, and how many targets are the likeliest."""
+) -> tuple[Float32[Array, " ..."], ...]:
+    """The summed nats, how many targets are the likeliest, and where the layout says so each row's nats, [B]."""
     target_logits = chunks.target_logit(logits, targets)
     nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
     correct = (target_logits >= jnp.max(logits, axis=-1)).astype(jnp.float32)
     split = (layout.groups, -1, mask.shape[1])
-    return tuple(jnp.sum((x * mask).reshape(split), axis=(1, 2)) for x in (nll, correct))  # type: ignore[return-value]
+    sums = tuple(jnp.sum((x * mask).reshape(split), axis=(1, 2)) for x in (nll, correct))
+    return (*sums, jnp.sum(nll * mask, axis=1)) if layout.by_row else sums
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,7 +164,7 @@ def _summed(
     hidden: Float[Array, "B T D"],
     targets: Int32[Array, "B T"],
     mask: Float32[Array, "B T"],
-) -> tuple[Float32[Array, " G"], Float32[Array, " G"]]:
+) -> tuple[Float32[Array, " ..."], ...]:
     """`_score` of all tokens; table and hidden states in the compute dtype."""
 
     def chunk(hidden: jax.Array, *rest: jax.Array) -> tuple[Any, None]:
@@ -164,15 +181,16 @@ def _summed_forward(layout: Layout, table: Any, hidden: Any, targets: Any, mask:
         score = lambda logits: _score(layout, chunks.finished(layout, logits), *rest)  # noqa: E731
         sums: tuple[jax.Array, ...]
         sums, pull = jax.vjp(score, chunks.logits_of(layout, weights, hidden))
-        (dlogits,) = pull((jnp.ones_like(sums[0]), jnp.zeros_like(sums[1])))
+        (dlogits,) = pull((jnp.ones_like(sums[0]), *map(jnp.zeros_like, sums[1:])))
         dlogits = dlogits.astype(hidden.dtype)  # as in torch, where float32 logits are cast from the compute dtype's
         dhidden = chunks.hidden_gradient(layout, weights, dlogits)
         if table.perturbed:
             sums = (*sums, chunks.table_gradient(layout, dlogits, hidden))
         return sums, dhidden
 
-    (nll, correct, *dtable), dhidden = chunks.over_chunks(layout, chunk, hidden.value, targets.value, mask.value)
-    return (nll, correct), (dhidden, *dtable)
+    sums, dhidden = chunks.over_chunks(layout, chunk, hidden.value, targets.value, mask.value)
+    scores = 3 if layout.by_row else 2
+    return sums[:scores], (dhidden, *sums[scores:])
 
 
 def _summed_backward(layout: Layout, kept: Any, given: Any) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from specjax.models import Decoder
 from specjax.train import step as steps_lib
 from specjax.train.checkpoint import Checkpoints
 from specjax.train.evaluate import evaluate, most_documents
-from specjax.train.objective import Objective
+from specjax.train.objective import Objective, by_source
 from specjax.train.optim import Optimizer
 from specjax.train.result import Result, Selection
 from specjax.train.step import TrainState
@@ -68,7 +68,10 @@ class Session:
         self.selection, self.tokens, self.result = Selection(), 0, Result()
         self.result.trainable_parameters = sum(value.size for value in self._trainable.values())
         documents = getattr(data, "most_documents", None)
-        self._train_step = steps_lib.make_train_step(self.graph, optimizer, objective, seed=seed, documents=documents)
+        self._trains = by_source(objective, getattr(data, "sources", ()))
+        self._train_step = steps_lib.make_train_step(
+            self.graph, optimizer, self._trains, seed=seed, documents=documents
+        )
         self._eval_step = jax.jit(steps_lib.make_eval_step(self.graph, objective, documents=most_documents(eval_data)))
         self._compiled: Any = None
         self._saved: int | None = None
@@ -175,7 +178,7 @@ class Session:
         """This process's part of the batch, on its devices, and the tokens of all of it."""
         rows = self.data.batch_size // self.accumulate
         batch = self.data.micro_batches(step, self.accumulate, sharding.held_rows(self.mesh, rows))
-        read = {name: batch[name] for name in self.objective.columns}
+        read = {name: batch[name] for name in self._trains.columns}
         return sharding.put_batch(read, self.mesh, rows, lead=(None,)), self.data.tokens_in(step)
 
     def step(self, step: int) -> dict[str, Any]:
