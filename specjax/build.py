@@ -17,6 +17,7 @@ from specjax.data import Corpus, Data, Mixture, mix, tokenise
 from specjax.data.chat import resolve as resolve_template
 from specjax.data.report import watched
 from specjax.errors import UserError, keys
+from specjax.files import read_object
 from specjax.generation.generate import generate as generate_texts
 from specjax.hf import config as hf_config
 from specjax.hf import folder as hf_folder
@@ -249,25 +250,38 @@ def restore(model: Decoder, config: ConfigDict, workdir: Path, which: str) -> No
     write_back(model, checkpoints.load(step, {"trainable": params})["trainable"])
 
 
+def end_of_answers(workdir: Path, tokenizer: Any, model: Decoder) -> str:
+    """The token that ended a turn in what a run was trained on, where the base's files do not declare it; else ""."""
+    path = workdir / "data.json"
+    train = read_object(path).get("train") if path.is_file() else None
+    token = train.get("end_of_turn") if isinstance(train, dict) else None
+    if not isinstance(token, str) or tokenizer.convert_tokens_to_ids(token) in model.origin.eos_ids:
+        return ""
+    return token
+
+
 def write_export(
     model: Decoder,
     tokenizer: Any,
     config: ConfigDict,
     out: Path,
     *,
+    eos_token: str = "",
     overwrite: bool = False,
     dtype: str | None = None,
 ) -> str:
     """Writes a PEFT adapter folder of a model that wears one, else a Hugging Face folder, its weights in `dtype`.
 
+    `eos_token`: see `end_of_answers`.
+
     Returns:
       What the user should know of it, in one sentence, or "".
     """
     if not lora.names(model):
-        export_folder(model, tokenizer, out, dtype=dtype, overwrite=overwrite)
+        export_folder(model, tokenizer, out, dtype=dtype, overwrite=overwrite, eos_token=eos_token)
         return ""
     told = {"base": config.model.path, "revision": config.model.revision or None}
-    idle = lora.save(model, out, tokenizer=tokenizer, overwrite=overwrite, **told)
+    idle = lora.save(model, out, tokenizer=tokenizer, overwrite=overwrite, eos_token=eos_token, **told)
     if not idle:
         return ""
     return f"the adapter changes nothing in {len(idle)} of its modules, whose B is zero, the first {idle[0]}"

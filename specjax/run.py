@@ -98,7 +98,8 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         raise SystemExit(143)
     if config.export and not resume.exported(workdir):
         build.restore(model, config, workdir, "best")
-        if note := build.write_export(model, tokenizer, config, workdir / "export"):
+        end = build.end_of_answers(workdir, tokenizer, model)
+        if note := build.write_export(model, tokenizer, config, workdir / "export", eos_token=end):
             _say(note)
     if processes.first():
         _summarise(workdir, config, result)
@@ -220,7 +221,8 @@ def export(
     if merge:
         lora.merge(model, dequantise=dequantise)
     _, tokenizer = build.tokenizer_of(config)
-    note = build.write_export(model, tokenizer, config, Path(out), overwrite=overwrite, dtype=dtype)
+    end = build.end_of_answers(Path(workdir), tokenizer, model)
+    note = build.write_export(model, tokenizer, config, Path(out), eos_token=end, overwrite=overwrite, dtype=dtype)
     _say(f"wrote {out}{note and '; ' + note}")
 
 

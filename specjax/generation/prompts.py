@@ -4,26 +4,15 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from specjax.data.chat import BUILT_IN, encode, end_of_turn, resolve
-from specjax.data.formats import Conversation
+from specjax.data import ends
+from specjax.data.chat import BUILT_IN
 from specjax.errors import UserError, argument
 from specjax.models import Decoder
 
 
 def end_tokens(model: Decoder, tokenizer: Any, *, chat: bool = False) -> list[int]:
-    """The ids of the tokens that end a text.
-
-    They are the `eos_token_id` (a number or a list) of `generation_config.json`, or else of `config.json`, as in
-    transformers; the tokenizer's eos token; and in a chat the first special token that the template writes after an
-    assistant's words, which need not be that (Llama 3's `<|eot_id|>`; `<|im_end|>` of a model taught ChatML). Where the
-    template does not tell (it renders an answer otherwise than the prompt for one), the others serve.
-    """
-    ids = model.origin.generation_config.get("eos_token_id")
-    ids = model.origin.config_json.get("eos_token_id") if ids is None else ids
-    found = [*(ids if isinstance(ids, (list, tuple)) else [ids]), tokenizer.eos_token_id]
-    if chat:
-        found.append(_end_of_turn(tokenizer))
-    return sorted({int(token) for token in found if token is not None})
+    """The ids of the tokens that end a text of this model, see `specjax.data.ends`; an export declares them all."""
+    return ends.end_tokens(tokenizer, model.origin.eos_ids, chat=chat)
 
 
 def render(tokenizer: Any, prompts: Sequence[str], system: str | None) -> list[list[int]]:
@@ -42,16 +31,6 @@ def render(tokenizer: Any, prompts: Sequence[str], system: str | None) -> list[l
     except jinja2.TemplateError as error:
         raise UserError(f"the tokenizer's chat template refuses the prompt: {error}.") from error
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes after an assistant's words, if there is one to be told."""
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    try:
-        (document,) = encode([Conversation("the chat template", turns)], tokenizer, resolve(tokenizer))
-    except UserError:
-        return None
-    return end_of_turn(document, tokenizer)
 
 
 def decode(tokenizer: Any, head: Sequence[int], new: Sequence[int]) -> str:

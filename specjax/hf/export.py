@@ -17,10 +17,12 @@ from flax import nnx
 from specjax.cluster import processes
 from specjax.errors import UserError, argument
 from specjax.hf import names
+from specjax.hf.ends import declared
 from specjax.hf.place import finish
 from specjax.hf.quantise import is_quantised
 from specjax.hf.strided import copy, pieces, runs
 from specjax.hf.tensors import DTYPES
+from specjax.hf.tokenizer import save_tokenizer
 from specjax.models import Decoder
 
 SHARD_BYTES = 5 * 10**9  # transformers' own default size of a weights file
@@ -34,6 +36,7 @@ def export(
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    eos_token: str = "",
 ) -> None:
     """Writes a Hugging Face folder: config, generation config, weights (sharded by size), tokenizer.
 
@@ -47,6 +50,8 @@ def export(
       dtype: of the weights in the files; default that of the checkpoint the model came from.
       shard_bytes: the largest size of one weights file.
       overwrite: replace files of an existing folder.
+      eos_token: the token that ends its answers, where it was taught another than the tokenizer's eos token: the
+        folder's tokenizer and configs have it. The end of the chat template's turns ends a text in any case.
 
     Raises:
       UserError: `out` is not empty, the model wears adapters, is quantised or has no `config.json`, or another process
@@ -66,13 +71,14 @@ def export(
         raise UserError(f"dtype {dtype}: weights are written as bfloat16, float16, float32 or float64.")
     files = _layout(model, dtype, shard_bytes)
 
+    config, generation = declared(model.origin, tokenizer, eos_token)
+
     def begin(folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps(_config(model, dtype), indent=2) + "\n")
-        if model.origin.generation_config:
-            told = json.dumps(model.origin.generation_config, indent=2)
-            (folder / "generation_config.json").write_text(told + "\n")
+        (folder / "config.json").write_text(json.dumps(_of_files(config, dtype), indent=2) + "\n")
+        if generation:
+            (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder, eos_token=eos_token)
         _write_headers(folder, files, dtype)
 
     processes.together(out, overwrite, begin, lambda folder: _write_tensors(folder, model, files, dtype))
@@ -187,8 +193,8 @@ def _assemble(slot: _Slot, array: jax.Array, dtype: Any) -> tuple[np.ndarray, li
     return whole, runs(parts, whole) if parts else []
 
 
-def _config(model: Decoder, dtype: Any) -> dict[str, Any]:
-    key = "torch_dtype" if "torch_dtype" in model.origin.config_json else "dtype"
-    told = {**model.origin.config_json, key: str(dtype)}
+def _of_files(config: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """`config.json` of weights in files of this dtype."""
+    told = {**config, "torch_dtype" if "torch_dtype" in config else "dtype": str(dtype)}
     told.pop("transformers_weights", None)  # the base's name for its files, which are called as usual here
     return told

@@ -1,13 +1,29 @@
 """A folder's tokenizer, read and written."""
 
+import copy
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from specjax.errors import UserError
-from specjax.files import read_object
+from specjax.files import read_object, write_json
 from specjax.hf.folder import has_tokenizer
+
+_SPECIAL, _TEMPLATES = "special_tokens_map.json", "additional_chat_templates"
+# Beside those that a tokenizer's class names.
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", _SPECIAL, "added_tokens.json", "chat_template.jinja"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "tekken.json"),
+)
+# Keys of tokenizer_config.json that may differ from the files that a tokenizer was loaded from, which then stay but for
+# these.
+_CHANGEABLE = {
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces"),
+}
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -28,3 +44,81 @@ def load_tokenizer(folder: str | Path) -> Any:
                 "tokenizer transformers knows, with a tokenizer.json."
             ) from error
         raise UserError(f"{folder}: its tokenizer does not load ({str(error).strip().splitlines()[0]}).") from error
+
+
+def save_tokenizer(tokenizer: Any, out: Path, *, eos_token: str = "") -> None:
+    """Writes a tokenizer into a folder: the files that it was loaded from, but for what has been changed since.
+
+    What transformers 5 writes is not opened by 4; a folder that 4 wrote stays one that both open.
+
+    Args:
+      tokenizer: of transformers; loaded from a folder that is still there, or made otherwise.
+      out: the folder.
+      eos_token: its eos token there; "": its own.
+    """
+    if eos_token and eos_token != tokenizer.eos_token:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.eos_token = eos_token
+    source = Path(tokenizer.name_or_path or "")
+    fresh = load_tokenizer(source) if tokenizer.name_or_path and has_tokenizer(source) else None
+    changes = None if fresh is None else _changes(fresh, tokenizer)
+    if fresh is None or changes is None:
+        tokenizer.save_pretrained(out)
+        return
+    for name in (*_FILES, *fresh.vocab_files_names.values()):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    if tokenizer.chat_template == fresh.chat_template:
+        if (source / _TEMPLATES).is_dir():
+            shutil.copytree(source / _TEMPLATES, out / _TEMPLATES)
+    else:
+        changes |= _set_template(out, tokenizer.chat_template)
+    if changes:
+        _change(out / "tokenizer_config.json", changes)
+        old = read_object(out / _SPECIAL) if (out / _SPECIAL).is_file() else {}
+        _change(out / _SPECIAL, {key: value for key, value in changes.items() if key in old})
+
+
+def _change(path: Path, changes: dict[str, Any]) -> None:
+    """Gives keys of a JSON file other values; None: takes them out."""
+    if changes:
+        held = (read_object(path) if path.is_file() else {}) | changes
+        write_json(path, {key: value for key, value in held.items() if value is not None or key not in changes})
+
+
+def _changes(fresh: Any, tokenizer: Any) -> dict[str, Any] | None:
+    """The keys of `tokenizer_config.json` in which a tokenizer differs from a fresh one; None: it differs in more.
+
+    Chat templates are not looked at.
+    """
+    (was, was_files), (now, now_files) = _written(fresh), _written(tokenizer)
+    changed = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
+    several = tokenizer.chat_template != fresh.chat_template and isinstance(tokenizer.chat_template, dict)
+    if was_files != now_files or not changed <= _CHANGEABLE or several:
+        return None
+    return {key: now.get(key) for key in changed}
+
+
+def _written(tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What transformers writes of a tokenizer: its config, and its other files without how it was last called."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        held = {path.name: path for path in Path(folder).iterdir() if not path.name.endswith("chat_template.jinja")}
+        config = read_object(held.pop("tokenizer_config.json"))
+        held.pop(_TEMPLATES, None)
+        more: dict[str, Any] = {name: path.read_bytes() for name, path in held.items() if name != "tokenizer.json"}
+        fast = read_object(held["tokenizer.json"]) if "tokenizer.json" in held else {}
+    config.pop("chat_template", None)
+    return config, more | {key: value for key, value in fast.items() if key not in ("padding", "truncation")}
+
+
+def _set_template(out: Path, template: str | None) -> dict[str, Any]:
+    """Writes a chat template where the folder has its own; returns what `tokenizer_config.json` has to say of it."""
+    path, file = out / "tokenizer_config.json", out / "chat_template.jinja"
+    config = read_object(path) if path.is_file() else {}
+    if file.is_file() or "backend" in config:  # the dialect of 5, and of late releases of 4
+        file.unlink(missing_ok=True)
+        if template:
+            file.write_text(template, encoding="utf-8")
+        return {"chat_template": template} if "chat_template" in config else {}
+    return {"chat_template": template}

@@ -18,7 +18,9 @@ from specjax import sharding
 from specjax.cluster import processes
 from specjax.errors import UserError, keys
 from specjax.hf import names as hf_names
+from specjax.hf.ends import declared
 from specjax.hf.tensors import Tensors
+from specjax.hf.tokenizer import save_tokenizer
 from specjax.lora import adapters, fused, targets
 from specjax.lora.adapters import Adapter, Copies, Factors
 from specjax.lora.peft_config import CONFIG, WEIGHTS, read_config, write_config
@@ -52,6 +54,7 @@ def save(
     revision: str | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
+    eos_token: str = "",
 ) -> list[str]:
     """Writes an adapter as PEFT does, and reads it back before the folder appears.
 
@@ -63,6 +66,8 @@ def save(
       revision: of the base; default that which the model was loaded with.
       tokenizer: written beside the adapter, with its chat template; None: none.
       overwrite: replace files of an existing folder.
+      eos_token: the token that ends its answers, where it was taught another than the tokenizer's eos token. What ends
+        a text is in the folder's tokenizer and, where the base's files do not say it, in a `generation_config.json`.
 
     Returns:
       The targeted modules whose B is all zero, in which the adapter changes nothing; after training, none.
@@ -79,11 +84,15 @@ def save(
     tensors = {row.key: _to_file(model, adapter, row) for row in _table(model, adapter)}
     tensors |= dict(fused.tensors(model, adapter, _PREFIX))
 
+    _, generation = declared(model.origin, tokenizer, eos_token)
+
     def write(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if generation != model.origin.generation_config:
+            (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder, eos_token=eos_token)
 
     def check(folder: Path) -> None:
         different = _differs(model, adapter, read(model, folder))

@@ -33,3 +33,10 @@ class Origin:
     def stored_dtype(self) -> str:
         """The dtype of the checkpoint's files ("float32" where `config.json` is silent)."""
         return self.config_json.get("dtype") or self.config_json.get("torch_dtype") or "float32"
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The ids that end a text: `generation_config.json`'s, or else `config.json`'s, as in transformers."""
+        ids = self.generation_config.get("eos_token_id")
+        ids = self.config_json.get("eos_token_id") if ids is None else ids
+        return [int(token) for token in (ids if isinstance(ids, (list, tuple)) else [ids]) if token is not None]
