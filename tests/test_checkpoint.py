@@ -1,6 +1,7 @@
 """What a checkpoint holds on disk: any pytree, what 0.1 wrote, and what is said where it does not fit."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as v0
 import pytest
+from helpers import assert_same_bits, data, model, weights
 
+import specjax as sj
 from specjax.errors import UserError
-from specjax.train.checkpoint import Checkpoints
+from specjax.train.checkpoint import Checkpoints, Damaged
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,3 +171,55 @@ def test_a_fit_from_python_says_nothing_on_stderr(tmp_path):
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).latest() == 9
+
+
+DAMAGE = {
+    "metrics that are no JSON": ("metrics/metrics", b"{"),
+    "no meta": ("meta/data.json", None),
+    "a meta cut short": ("meta/data.json", b'{"st'),
+    "an overwritten tree": ("state/_METADATA", b"\0" * 600),
+    "no manifest": ("state/manifest.ocdbt", None),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_checkpoint_makes_way_for_the_one_before_it(tmp_path, case):
+    name, content = DAMAGE[case]
+    saved(tmp_path / "checkpoints", {"trainable": params()}, step=3, loss=0.5)
+    saved(tmp_path / "checkpoints", {"trainable": params(seed=1)}, step=6, loss=0.9)
+    file = tmp_path / "checkpoints" / "6" / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(Damaged, match=r"checkpoints/6 is damaged .*: take it away to use that of step 3\.$"):
+        found = Checkpoints(tmp_path / "checkpoints", read_only=True)
+        assert found.meta(6) and found.load(6, {"trainable": params()})
+    with pytest.warns(UserWarning, match=r"checkpoints/6 is damaged .* goes on from the checkpoint of step 3\.$"):
+        found = Checkpoints(tmp_path / "checkpoints")
+        if found.latest() == 6:  # else it was moved when the folder was opened
+            with pytest.raises(Damaged) as raised:
+                assert found.meta(6) and found.load(6, {"trainable": params()})
+            found.set_aside(6, raised.value)
+    assert found.latest() == 3 and (tmp_path / "damaged" / "6").is_dir()
+    (tmp_path / "checkpoints" / "3" / "meta" / "data.json").unlink()
+    with pytest.raises(Damaged, match=r"start in a new workdir\.$") as raised:
+        found.meta(3)
+    with pytest.raises(Damaged):
+        found.set_aside(3, raised.value)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
+    def run(steps):
+        trained = model()
+        sj.fit(trained, data(), sj.adamw(1e-2), steps=steps, workdir=tmp_path / "run", tensorboard=False)
+        return weights(trained)
+
+    last = tmp_path / "run" / "checkpoints" / "2"
+    run(1)
+    shutil.copytree(last.with_name("1"), tmp_path / "1")
+    wanted = run(2)
+    shutil.copytree(tmp_path / "1", last.with_name("1"), dirs_exist_ok=True)
+    (last / "state" / "manifest.ocdbt").unlink()
+    with pytest.warns(UserWarning, match="goes on from the checkpoint of step 1"):
+        assert_same_bits(run(2), wanted)
+    assert last.is_dir()

@@ -8,7 +8,9 @@ parameters by dotted path.
 
 import contextlib
 import errno
-from collections.abc import Callable, Mapping
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,19 @@ import orbax.checkpoint.experimental.v1 as ocp
 from specjax.errors import UserError
 
 Names = tuple[str, ...]
+# What Orbax raises of files that are absent, cut short or overwritten: most of it says nothing of a file. Neither a disk
+# that fails nor memory that is full is among it.
+_DAMAGE = (LookupError, ValueError, TypeError, AttributeError, FileNotFoundError)
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read.
+
+    Attributes:
+      what: is the matter with it, in words.
+    """
+
+    what = ""
 
 
 class Checkpoints:
@@ -36,6 +51,20 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise UserError(f"{self.folder} holds no checkpoints: train first, or give the workdir of a run.")
+        self._read_only = read_only
+        self._open()
+        self._writing: Any = None
+
+    def _open(self) -> None:
+        for step in _steps(self.folder):
+            try:
+                with self._reading(step):  # Orbax reads these of all checkpoints at once, and stops at one that is none
+                    metrics = self.folder / str(step) / "metrics" / "metrics"
+                    json.loads(metrics.read_text(encoding="utf-8") if metrics.is_file() else "0")
+            except Damaged as damaged:
+                if self._read_only:
+                    raise
+                self._move(step, damaged)
         context = ocp.Context()
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
@@ -47,9 +76,8 @@ class Checkpoints:
             context=context,
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
             # What a killed run left half-written is no checkpoint.
-            cleanup_tmp_directories=not read_only,
+            cleanup_tmp_directories=not self._read_only,
         )
-        self._writing: Any = None
 
     def latest(self) -> int | None:
         """The last step saved."""
@@ -112,8 +140,14 @@ class Checkpoints:
                 writing.result()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON of a checkpoint."""
-        return self._orbax.load_checkpointables(step, {"meta": None})["meta"]
+        """The JSON of a checkpoint.
+
+        Raises:
+          Damaged: it cannot be read.
+        """
+        with self._reading(step):
+            found: dict[str, Any] = self._orbax.load_checkpointables(step, {"meta": None})["meta"]
+        return found
 
     def load(self, step: int, state: Any) -> Any:
         """Reads a checkpoint onto the devices of a state.
@@ -128,7 +162,12 @@ class Checkpoints:
 
         Raises:
           UserError: the checkpoint's arrays are others.
+          Damaged: it cannot be read.
         """
+        with self._reading(step):
+            return self._load(step, state)
+
+    def _load(self, step: int, state: Any) -> Any:
         stored = self._orbax.checkpointables_metadata(step).metadata
         old = "state" not in stored
         wanted = _leaves(state, _dotted if old else _escaped)
@@ -146,6 +185,41 @@ class Checkpoints:
         arrays = dict(zip(saved, jax.tree.leaves(loaded), strict=True))
         return jax.tree.unflatten(jax.tree.structure(state), [arrays[names] for names in wanted])
 
+    def set_aside(self, step: int, damaged: Damaged) -> None:
+        """Moves a damaged checkpoint out of the way, so that the one before it is the last, and warns of it.
+
+        Raises:
+          Damaged: there is none before it, or other processes may read what this one can't.
+        """
+        self._orbax.close()
+        self._move(step, damaged)
+        self._open()
+
+    def _move(self, step: int, damaged: Damaged) -> None:
+        older = [one for one in _steps(self.folder) if one < step]
+        aside = self.folder.parent / "damaged" / str(step)
+        if not older or aside.exists() or jax.process_count() > 1:
+            raise damaged
+        aside.parent.mkdir(exist_ok=True)
+        (self.folder / str(step)).rename(aside)
+        warnings.warn(
+            f"{self.folder / str(step)} {damaged.what}: it is moved to {aside}, and the run goes on from the checkpoint "
+            f"of step {max(older)}.",
+            stacklevel=2,
+        )
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except _DAMAGE as error:
+            what = f"is damaged and cannot be read ({type(error).__name__})"
+            others = [one for one in _steps(self.folder) if one != step]
+            way = f"take it away to use that of step {max(others)}" if others else "start in a new workdir"
+            damaged = Damaged(f"{self.folder / str(step)} {what}: {way}.")
+            damaged.what = what
+            raise damaged from error
+
     def close(self) -> None:
         """Waits and lets go."""
         self.wait()
@@ -157,14 +231,17 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if not _disk_error(error):
                 raise
-            whole = [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit()]
-            kept = max(whole, default=None)
+            kept = max(_steps(self.folder), default=None)
             survivor = (
                 f"the checkpoint of step {kept} is whole" if kept is not None else "no checkpoint was written yet"
             )
             raise UserError(
                 f"{self.folder}: a checkpoint could not be written ({_reason(error)}); {survivor}."
             ) from error
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()] if folder.is_dir() else []
 
 
 def _loss(metrics: Any) -> float:

@@ -18,7 +18,7 @@ from specjax import flops, process, sharding
 from specjax.errors import UserError
 from specjax.models import Decoder
 from specjax.train import step as steps_lib
-from specjax.train.checkpoint import Checkpoints
+from specjax.train.checkpoint import Checkpoints, Damaged
 from specjax.train.evaluate import evaluate, most_documents
 from specjax.train.objective import Objective, by_source
 from specjax.train.optim import Optimizer
@@ -112,24 +112,35 @@ class Session:
         self.checkpoints.close()
 
     def restore(self) -> int:
-        """Reads the last checkpoint, if there is one, and returns its step, else 0."""
-        latest = self.checkpoints.latest() if self.checkpoints else None
-        if self.checkpoints is None or latest is None:
+        """Reads the last checkpoint that is whole, if there is one, and returns its step, else 0."""
+        if self.checkpoints is None:
             return 0
-        meta = self.checkpoints.meta(latest)
-        for what, now in self._provenance().items():
-            if meta.get(what) != now:
-                raise UserError(
-                    f"{self.checkpoints.folder}: the checkpoint was made with another {what.replace('_', ' ')} "
-                    f"({meta.get(what)}, now {now}): restore what it was, or start in a new workdir."
-                )
+        while (latest := self.checkpoints.latest()) is not None:
+            try:
+                meta = self.checkpoints.meta(latest)
+                self._check_provenance(meta)
+                restored = self.checkpoints.load(latest, self._saved_state())
+                break
+            except Damaged as error:
+                self.checkpoints.set_aside(latest, error)
+        else:
+            return 0
         # The number of updates is the checkpoint's own.
         step = jax.device_put(np.int32(latest), self.state.step.sharding)
-        self.state = TrainState(**self.checkpoints.load(latest, self._saved_state()), step=step)
+        self.state = TrainState(**restored, step=step)
         self.selection, self.tokens = Selection.of(meta), meta.get("tokens", 0)
         self.clock.resume(self.tokens)
         self._saved = self.result.step = latest
         return latest
+
+    def _check_provenance(self, meta: Mapping[str, Any]) -> None:
+        for what, now in self._provenance().items():
+            if meta.get(what) != now:
+                assert self.checkpoints is not None
+                raise UserError(
+                    f"{self.checkpoints.folder}: the checkpoint was made with another {what.replace('_', ' ')} "
+                    f"({meta.get(what)}, now {now}): restore what it was, or start in a new workdir."
+                )
 
     def _provenance(self) -> dict[str, Any]:
         return {"data_fingerprint": self.data.fingerprint, "base_fingerprint": self.source.origin.fingerprint}
