@@ -24,6 +24,8 @@ from specjax.hf import folder as hf_folder
 from specjax.hf import load as hf_load
 from specjax.hf.export import export as export_folder
 from specjax.hf.tokenizer import load_tokenizer
+from specjax.lora import agree
+from specjax.lora import peft_config as lora_files
 from specjax.models import Decoder
 from specjax.train import optim
 from specjax.train.checkpoint import Checkpoints
@@ -45,6 +47,11 @@ def tokenizer_of(config: ConfigDict, *, weights: bool = True) -> tuple[Path, Any
     if config.data.template:
         # What it learns to answer in is what it will be asked in: samples, export and `specjax generate` all use it.
         tokenizer.chat_template = resolve_template(tokenizer, config.data.template)
+    elif start := config.lora.init_from:
+        lora_files.read_config(Path(start))  # whatever is wrong there is said before the data is read
+        taught = load_tokenizer(start)  # with the template that the adapter was trained with
+        if taught is not None and taught.chat_template:
+            tokenizer.chat_template = taught.get_chat_template()
     return folder, tokenizer
 
 
@@ -160,10 +167,21 @@ def model_of(config: ConfigDict, folder: Path, mesh: Mesh | None, *, abstract: b
         return model
 
     def adapted(model: Decoder) -> Decoder:
-        lora.inject(model, seed=config.seed + SEED_LORA, **lora_settings(config))
+        settings = lora_settings(config)
+        if start := settings.pop("init_from", None):
+            lora.load(model, start)
+            agree.check(model, Path(start), **settings)
+        else:
+            lora.inject(model, seed=config.seed + SEED_LORA, **settings)
         return model
 
-    return nnx.eval_shape(adapted, model) if abstract else adapted(model)
+    if abstract:
+        return nnx.eval_shape(adapted, model)
+    made = adapted(model)
+    if config.lora.init_from:  # what the run stands on, as a checkpoint says it
+        start = hf_folder.digest(Path(config.lora.init_from) / lora_files.WEIGHTS)
+        made.origin = dataclasses.replace(made.origin, fingerprint=f"{made.origin.fingerprint}+{start}")
+    return made
 
 
 def filter_of(config: ConfigDict) -> Any:
@@ -240,8 +258,9 @@ def restore(model: Decoder, config: ConfigDict, workdir: Path, which: str) -> No
     """Puts a checkpoint's weights into the model, whose base must be the one that the checkpoint was trained on."""
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     step = checkpoints.pick(which)
-    base = checkpoints.meta(step).get("base_fingerprint")
-    if base != model.origin.fingerprint:
+    base = str(checkpoints.meta(step).get("base_fingerprint"))
+    # What an adapter that it started from held is of no matter here: the checkpoint holds what became of it.
+    if base.partition("+")[0] != model.origin.fingerprint.partition("+")[0]:
         raise UserError(
             f"{config.model.path} is not the base that {workdir} was trained on (its fingerprint is "
             f"{model.origin.fingerprint}, was {base}): restore it."

@@ -47,7 +47,7 @@ ARGUMENTS = {
         name: f"config.lora.{name}"
         for name in (
             *("rank", "alpha", "targets", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules"),
-            *("modules_to_save", "bias", "ensure_weight_tying"),
+            *("modules_to_save", "bias", "ensure_weight_tying", "dropout", "rslora", "dora"),
         )
     },
 }
@@ -177,9 +177,11 @@ def _check_lora(config: ConfigDict) -> None:
                 f"set config.trainable='lora', or leave config.lora.{given[0]} out."
             )
         return
-    if lora.rank is None:
+    if lora.init_from is not None and not lora.init_from:
+        raise UserError("config.lora.init_from is '': give the folder of an adapter, or leave it out.")
+    if lora.rank is None and not lora.init_from:
         raise UserError("config.lora.rank is not set, but config.trainable is 'lora': set it, --config.lora.rank=16.")
-    if lora.rank < 1:
+    if lora.rank is not None and lora.rank < 1:
         raise UserError(f"config.lora.rank is {lora.rank}: give it a value of at least 1.")
     if lora.alpha is not None and lora.alpha <= 0:
         raise UserError(f"config.lora.alpha is {lora.alpha}: give it a value above 0.")
@@ -190,7 +192,7 @@ def _check_lora(config: ConfigDict) -> None:
     if lora.bias is not None and lora.bias not in BIASES:
         offered = ", ".join(repr(choice) for choice in BIASES)
         raise UserError(f"config.lora.bias is {lora.bias!r}: choose one of {offered}.{nearest(lora.bias, BIASES)}")
-    if lora.ensure_weight_tying and not lora.modules_to_save:
+    if lora.ensure_weight_tying and not lora.modules_to_save and not lora.init_from:
         raise UserError(
             "config.lora.ensure_weight_tying is True, but config.lora.modules_to_save is not set: "
             "name embed_tokens there, or leave config.lora.ensure_weight_tying out."

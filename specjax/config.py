@@ -9,7 +9,7 @@ import json
 import re
 import runpy
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ def get_config() -> ConfigDict:
     config.model.router_aux_coef = placeholder(float)  # of a mixture of experts' balancing loss; not set: config.json's
 
     config.lora = ConfigDict()  # only with trainable="lora"
+    # An adapter's folder (PEFT's) to start from: what it is, its rank, targets and so on, are its own.
+    config.lora.init_from = placeholder(str)
     config.lora.rank = placeholder(int)
     config.lora.alpha = placeholder(float)  # not set: 2 * rank
     config.lora.dropout = placeholder(float)  # not set: 0
@@ -142,8 +144,15 @@ def check_length(length: int, max_positions: int) -> None:
 
 
 def lora_settings(config: ConfigDict) -> dict[str, Any]:
-    """The keyword arguments of `specjax.lora.inject`, what is not set made explicit ("q_proj,v_proj" is a list)."""
+    """The keyword arguments of `specjax.lora.inject`, what is not set made explicit ("q_proj,v_proj" is a list).
+
+    With `lora.init_from`, what is set, and `init_from`.
+    """
     lora = config.lora
+    if lora.init_from:
+        plain: dict[str, Callable[[Any], Any]] = {"rank_pattern": dict, "alpha_pattern": dict}
+        plain |= {"targets": _names, "exclude_modules": _names, "modules_to_save": _list}
+        return {key: plain.get(key, _plain)(lora[key]) for key in lora if lora[key] is not None}
     targets = "all-linear" if lora.targets is None else _names(lora.targets)
     layers = lora.layers_to_transform
     return {
@@ -161,6 +170,10 @@ def lora_settings(config: ConfigDict) -> dict[str, Any]:
         "bias": lora.bias or "none",
         "ensure_weight_tying": bool(lora.ensure_weight_tying),
     }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _list(names: Any) -> list[str]:

@@ -45,7 +45,7 @@ def claim(workdir: Path, config: ConfigDict, settings: Mapping[str, Any]) -> dic
     old = files.read_object(workdir / "config.json", "restore it, or choose another workdir")
     changed = {key: (_at(old, key), _at(settings, key)) for key in differing(old, settings)}
     # Micro-batches draw their own dropout, and `eval.batches` counts batches of as many rows.
-    drawn = settings["lora"]["dropout"] or settings["eval"]["batches"]
+    drawn = settings["lora"].get("dropout") or settings["lora"].get("init_from") or settings["eval"]["batches"]
     refused = [key for key in changed if not HOW.match(key) or (key == "accumulate" and drawn)]
     if refused:
         said = ", ".join(f"{key} (was {changed[key][0]!r}, now {changed[key][1]!r})" for key in refused)
@@ -102,9 +102,10 @@ def _begun(workdir: Path) -> bool:
 
 def _sources(config: ConfigDict) -> list[tuple[str, str, bool]]:
     """(key, folder, whether what lies deeper in it is read too) of what a run reads."""
+    models = {"config.model.path": config.model.path, "config.lora.init_from": config.lora.init_from or ""}
     trains = [("config.data.train", source, True) for source, _ in sources(config).values()]
     sets = [(f"config.data.eval.{name}", path, True) for name, path in config.data.eval.items()]
-    return [("config.model.path", config.model.path, False), *trains, *sets]
+    return [*((key, path, False) for key, path in models.items()), *trains, *sets]
 
 
 def _at(settings: Mapping[str, Any], key: str) -> Any:

@@ -16,6 +16,9 @@ from helpers import BASE, assert_same_bits, data, model, prompts, token_sums, to
 from safetensors.numpy import load_file, save_file
 
 import specjax as sj
+from specjax import build
+from specjax.config import get_config, resolved, validate
+from specjax.config import merge as merge_config
 from specjax.errors import UserError
 from specjax.hf.load import load
 from specjax.lora.peft_config import read_config
@@ -415,6 +418,51 @@ def test_pickled_weights_come_with_the_command_that_converts_them(adapter, tmp_p
     (command,) = re.findall("`(python .*)`", str(refused.value))
     exec(shlex.split(command)[2], {})
     assert_same_bits(load_file(path / _MODEL), wanted)
+
+
+def starting(base, path, **keys):
+    config = get_config()
+    config.trainable, config.model.path, config.data.train = "lora", str(base[0]), "x.jsonl"
+    config.model.dtype, config.lora.init_from = "float32", str(path)
+    for key, value in keys.items():
+        config.lora[key] = value
+    validate(config)
+    assert merge_config(get_config(), resolved(config)).lora == config.lora  # as a run's config.json is read back
+    return config
+
+
+def test_a_run_starts_from_an_adapter_and_takes_its_settings(base, adapter):
+    path, wanted = adapter("list")
+    made = build.model_of(starting(base, path), base[0], None)
+    np.testing.assert_allclose(logits(made), wanted, rtol=0, atol=1e-4)
+    loaded = ours(base)
+    sj.lora.load(loaded, path)
+    assert_same_bits(weights(made, sj.LORA), weights(loaded, sj.LORA))  # which train as PEFT's, see test_peft_variants
+    assert made.origin.fingerprint.startswith(f"{loaded.origin.fingerprint}+")
+    agreeing = {"rank": 5, "alpha": 6.0, "targets": PEFT["list"]["target_modules"], "bias": "none", "dropout": 0.0}
+    shapes = build.model_of(starting(base, path, **agreeing), base[0], None, abstract=True)
+    leaves = nnx.to_flat_state(nnx.state(shapes, nnx.LoRAParam))
+    assert {leaf.shape for _, leaf in leaves} == {value.shape for value in weights(loaded, sj.LORA).values()}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rank", 4),
+        ("alpha", 10.0),
+        ("dropout", 0.1),
+        ("rslora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("targets", "all-linear"),
+        ("exclude_modules", ["q_proj"]),
+        ("layers_to_transform", [0]),
+        ("modules_to_save", ["lm_head"]),
+    ],
+)
+def test_a_setting_that_contradicts_the_adapter_to_start_from_is_refused(base, adapter, key, value):
+    config = starting(base, adapter("list")[0], **{key: value})
+    with pytest.raises(UserError, match=rf"config\.lora\.{key} is .*, but the adapter in .* has .*: leave it out"):
+        build.model_of(config, base[0], None)
 
 
 def test_an_adapter_of_another_model_is_refused(adapter):

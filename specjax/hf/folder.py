@@ -71,8 +71,8 @@ def _without_adapter(folder: Path) -> Path:
     way = f"give its base model {base!r} and the folder as an adapter" if base else "give the folder as an adapter"
     more = f", or take {ADAPTER_CONFIG} out of it to use its own weights" if (folder / WEIGHTS).is_file() else ""
     raise UserError(
-        f"model {str(folder)!r} is the folder of an adapter ({ADAPTER_CONFIG}): {way} (specjax generate --adapter=...)"
-        f"{more}."
+        f"model {str(folder)!r} is the folder of an adapter ({ADAPTER_CONFIG}): {way} (specjax generate --adapter=..., "
+        f"config.lora.init_from){more}."
     )
 
 
@@ -136,6 +136,12 @@ def _pickled(model: str, out: str, *, tokenizer: bool) -> UserError:
         f"{model} has only pickled weights (.bin), which can run code when opened: where you trust them, convert them "
         f"with `python -c {shlex.quote(code)}` (it needs torch) and give {out}."
     )
+
+
+def digest(file: Path) -> str:
+    """A hash of all of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -21,8 +21,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 from specjax.errors import UserError
 
 Names = tuple[str, ...]
-# What Orbax raises of files that are absent, cut short or overwritten: most of it says nothing of a file. Neither a disk
-# that fails nor memory that is full is among it.
+# What Orbax raises of files that are absent, cut short or overwritten: most of it names no file. Full memory is not
+# among it.
 _DAMAGE = (LookupError, ValueError, TypeError, AttributeError, FileNotFoundError)
 
 
@@ -203,8 +203,8 @@ class Checkpoints:
         aside.parent.mkdir(exist_ok=True)
         (self.folder / str(step)).rename(aside)
         warnings.warn(
-            f"{self.folder / str(step)} {damaged.what}: it is moved to {aside}, and the run goes on from the checkpoint "
-            f"of step {max(older)}.",
+            f"{self.folder / str(step)} {damaged.what}: it is moved to {aside}, and the run goes on from the "
+            f"checkpoint of step {max(older)}.",
             stacklevel=2,
         )
 
@@ -213,6 +213,8 @@ class Checkpoints:
         try:
             yield
         except _DAMAGE as error:
+            if _disk_error(error) or "PERMISSION_DENIED" in str(error):
+                raise
             what = f"is damaged and cannot be read ({type(error).__name__})"
             others = [one for one in _steps(self.folder) if one != step]
             way = f"take it away to use that of step {max(others)}" if others else "start in a new workdir"
