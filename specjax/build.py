@@ -273,8 +273,9 @@ def end_of_answers(workdir: Path, tokenizer: Any, model: Decoder) -> str:
     """The token that ended a turn in what a run was trained on, where the base's files do not declare it; else ""."""
     path = workdir / "data.json"
     train = read_object(path).get("train") if path.is_file() else None
-    token = train.get("end_of_turn") if isinstance(train, dict) else None
-    if not isinstance(token, str) or tokenizer.convert_tokens_to_ids(token) in model.origin.eos_ids:
+    reports = [train, *train.get("sources", {}).values()] if isinstance(train, dict) else []  # of each that is mixed
+    token = next((one["end_of_turn"] for one in reports if one.get("end_of_turn")), None)
+    if token is None or tokenizer.convert_tokens_to_ids(token) in model.origin.eos_ids:
         return ""
     return token
 

@@ -87,7 +87,9 @@ def test_transformers_stops_where_we_stop(base, taught, tmp_path, kind):
         sj.lora.inject(model, rank=2)
     if kind == "merged":
         sj.lora.merge(model)
-    (tmp_path / "data.json").write_text(json.dumps({"train": {"end_of_turn": "<|im_end|>"}}))
+    of_one = {"end_of_turn": "<|im_end|>"}
+    told = {"sources": {"text.jsonl": {"end_of_turn": None}, "chats.jsonl": of_one}} if kind == "merged" else of_one
+    (tmp_path / "data.json").write_text(json.dumps({"train": told}))
     end = build.end_of_answers(tmp_path, tokens, model)
     build.write_export(model, tokens, config, tmp_path / "out", eos_token=end)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
