@@ -69,6 +69,26 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+# Multimodal kinds by their `model_type`: the language model inside, and what else their configuration has.
+_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral3": (
+        "ministral3",
+        {
+            "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_size": 14},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "vision_config": _VISION | {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
+            "mm_tokens_per_image": 4,
+        },
+    ),
+}
+
+
 def sizes(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """A `config.json` of a tiny model of a family (transformers' `model_type`), as transformers 5 writes it.
 
@@ -136,8 +156,9 @@ def torch_model(
 ) -> Any:
     """A random model of transformers, its logits of size 1 to 5 and none of its norms or biases the neutral one.
 
-    `family` is transformers' `model_type`. `attention` is the spread of the weights of q and k: wide, so that attention
-    is far from uniform and its mask and positions show in the logits.
+    `family` is transformers' `model_type`, also of `MULTIMODAL`, where `changes` are the language model's.
+    `attention` is the spread of the weights of q and k: wide, so that attention is far from uniform and its mask and
+    positions show in the logits.
     """
     import torch
     import transformers
@@ -151,8 +172,14 @@ def torch_model(
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
     }
-    config = transformers.CONFIG_MAPPING[family](**common | of_its_kind(family, changes))
-    made = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    if family in MULTIMODAL:
+        inside, rest = MULTIMODAL[family]
+        text = common | of_its_kind(inside, changes) | {"model_type": inside}
+        config, auto = transformers.CONFIG_MAPPING[family](text_config=text, **rest), "AutoModelForImageTextToText"
+    else:
+        config = transformers.CONFIG_MAPPING[family](**common | of_its_kind(family, changes))
+        auto = "AutoModelForCausalLM"
+    made = getattr(transformers, auto).from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     for name, weight in made.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)

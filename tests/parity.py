@@ -23,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from helpers import KINDS, contents, prompts, token_sums, torch_logits, torch_model
+from helpers import KINDS, MULTIMODAL, contents, prompts, token_sums, torch_logits, torch_model
 
 import specjax as sj
 from specjax.generation.generate import generate_tokens
 from specjax.hf import names
 from specjax.hf.families import FAMILIES
 from specjax.hf.load import load
+from specjax.hf.multimodal import ARCHITECTURES
 from specjax.models import Decoder
 from specjax.parity import rows as shipped_rows
 from specjax.train.step import merge, split
@@ -66,6 +67,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral 0.1; Zephyr, OpenChat (window)": ("mistral", {"sliding_window": 50}),
     "Mistral 0.2, 0.3, Nemo (own head_dim)": ("mistral", {"sliding_window": None, "head_dim": 24}),
     "Ministral 3 (text)": ("ministral3", {}),
+    "Mistral Small 3.1, Ministral 3 (vision kept)": ("mistral3", {}),
     "SmolLM 3": ("smollm3", {"tie_word_embeddings": True}),
     "Qwen 2, 2.5": ("qwen2", {"tie_word_embeddings": True}),
     "Qwen 2 with window": ("qwen2", {"use_sliding_window": True, "sliding_window": 60, "max_window_layers": 1}),
@@ -73,6 +75,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 1": ("gemma", {}),
     "Gemma 2": ("gemma2", {}),
     "Gemma 3 text": ("gemma3_text", {}),
+    "Gemma 3 4B to 27B (vision kept)": ("gemma3", {}),
     "Phi-3, Phi-4": ("phi3", {"sliding_window": 100}),
     "Phi-3 128k (longrope)": ("phi3", longrope(256, 8)),
     "Phi-4-mini (partial rotation, tied)": (
@@ -124,7 +127,7 @@ def bfloat16(pair: Pair) -> dict[str, float]:
     the same reason a token takes all experts: in bfloat16 transformers' own choices differ, and its logits by 7 %.
     """
     family, changes = pair.kind
-    if "num_local_experts" in KINDS[family]:
+    if "num_local_experts" in KINDS.get(family, {}):
         changes = changes | {"num_experts_per_tok": KINDS[family]["num_local_experts"]}
     calm = Pair(pair.folder / "calm", family, changes, attention=0.1)
     size = np.linalg.norm(calm.wanted)
@@ -165,7 +168,11 @@ def gradients(pair: Pair) -> dict[str, float]:
 
 def hf_gradients(model: Any) -> dict[str, np.ndarray]:
     """The gradients under the names that the model's files have."""
-    found = {name: weight.grad.numpy() for name, weight in model.named_parameters() if weight.grad is not None}
+    found = {
+        name.replace("model.language_model.", "model."): weight.grad.numpy()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
     # transformers keeps experts in one tensor a layer, and its files one an expert.
     expert = {"mixtral": "block_sparse_moe.experts.{}.w2", "qwen3_moe": "mlp.experts.{}.down_proj"}
     for name in [name for name in found if name.endswith("mlp.experts.down_proj")]:
@@ -231,12 +238,13 @@ def adapters(pair: Pair) -> dict[str, float]:
     """Greatest differences of the logits: PEFT's adapter here, ours in PEFT, ours merged in transformers."""
     import peft
     import torch
-    import transformers
 
-    def fresh() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(pair.folder / "in", attn_implementation="eager").eval()
+    def fresh(folder: str = "in") -> Any:
+        return type(pair.theirs).from_pretrained(pair.folder / folder, attn_implementation="eager").eval()
 
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM")
+    inside = pair.kind[0] in MULTIMODAL  # then all linear maps of the language model alone
+    targets = r"model\.language_model\.layers\..*_proj" if inside else "all-linear"
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
     torch.manual_seed(0)
     worn = peft.get_peft_model(fresh(), config)
     for name, weight in worn.named_parameters():
@@ -262,8 +270,7 @@ def adapters(pair: Pair) -> dict[str, float]:
     assert np.abs(with_adapter - pair.wanted).max() > 100 * TOLERANCE  # or nothing was compared
     sj.lora.merge(ours)
     sj.export(ours, None, pair.folder / "merged", overwrite=True)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(pair.folder / "merged", attn_implementation="eager")
-    differs = np.abs(torch_logits(merged.eval(), pair.tokens) - with_adapter).max()
+    differs = np.abs(torch_logits(fresh("merged"), pair.tokens) - with_adapter).max()
     return {"adapter": float(max(read, written)), "merge": float(differs)}
 
 
@@ -296,7 +303,8 @@ def line(row: str, f: dict[str, Any]) -> str:
 
 def architecture(model_type: str) -> str:
     """The name that `config.json` has."""
-    return next(name for name, family in FAMILIES.items() if family.model_type == model_type)
+    known = {family.model_type: name for name, family in FAMILIES.items()}
+    return (known | {kind: name for name, (kind, _) in ARCHITECTURES.items()})[model_type]
 
 
 def rounded(figures: dict[str, Any]) -> dict[str, Any]:

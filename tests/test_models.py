@@ -180,7 +180,10 @@ def test_gemma_3_in_both_dialects_is_one_model():
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
         ({"architectures": ["MixtralForCausalLM"], "router_jitter_noise": 0.1}, ("router_jitter_noise",)),
         ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0, 1]}, ("mlp_only_layers",)),
-        ({"architectures": ["Gemma3ForConditionalGeneration"]}, ("vision tower", "save_pretrained")),
+        (
+            {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": {"model_type": "llama"}},
+            ("'llama'", "mistral, ministral3"),
+        ),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, ("num_attention_heads 4", "num_key_value_heads 3")),
         ({"vocab_size": None, "hidden_size": "32"}, ("vocab_size, hidden_size",)),
     ],

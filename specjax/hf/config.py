@@ -7,6 +7,7 @@ from typing import Any
 
 from specjax.errors import UserError
 from specjax.files import read_object
+from specjax.hf import multimodal
 from specjax.hf.families import FAMILIES, ropes
 from specjax.models import ModelConfig, Origin, Segment
 
@@ -57,23 +58,27 @@ def origin(folder: str | Path, *, source: str = "", revision: str = "", fingerpr
         fingerprint=fingerprint,
         config_json=read_object(Path(folder) / "config.json"),
         generation_config=read_object(generation) if generation.is_file() else {},
+        processor=multimodal.processor_files(folder),
     )
 
 
 def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
     """Reads a `config.json` of a family of `families.FAMILIES`, in the dialects of transformers 4 and 5.
 
+    Of a multimodal checkpoint (`multimodal.ARCHITECTURES`) it is the language model's part.
+
     Raises:
       UserError: the architecture, activation or rope type is not supported, or a size is missing or odd.
     """
     architecture = (hf.get("architectures") or ["(none)"])[0]
-    if architecture == "Gemma3ForConditionalGeneration":
-        raise UserError(
-            f"{file}: {architecture} has a vision tower, which specjax does not train: save its language model "
-            "alone, transformers.AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), and load that."
-        )
+    inside = architecture in multimodal.ARCHITECTURES
+    if inside:
+        whole = _transformers_config(hf, multimodal.ARCHITECTURES[architecture][0], file)
+        hf = multimodal.language_model(hf, whole, file)
+        architecture = next(name for name, family in FAMILIES.items() if family.model_type == hf["model_type"])
     if architecture not in FAMILIES:
-        raise UserError(f"{file}: architecture {architecture} is not supported; supported are {', '.join(FAMILIES)}.")
+        known = ", ".join([*FAMILIES, *multimodal.ARCHITECTURES])
+        raise UserError(f"{file}: architecture {architecture} is not supported; supported are {known}.")
     family = FAMILIES[architecture]
     for key in ("dtype", "torch_dtype"):
         if (dtype := hf.get(key)) is not None and dtype not in DTYPES:
@@ -112,6 +117,7 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
         norm_eps=c.rms_norm_eps,
         ropes=found,
         tied=bool(c.tie_word_embeddings),
+        multimodal=inside,
         **{"query_scale": head_dim**-0.5, "segments": (Segment(block, c.num_hidden_layers),)} | fields,
     )
 

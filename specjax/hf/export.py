@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from specjax.cluster import processes
 from specjax.errors import UserError, argument
 from specjax.hf import names
 from specjax.hf.ends import declared
+from specjax.hf.multimodal import wrapped
 from specjax.hf.place import finish
 from specjax.hf.quantise import is_quantised
 from specjax.hf.strided import copy, pieces, runs
@@ -54,8 +56,8 @@ def export(
         folder's tokenizer and configs have it. The end of the chat template's turns ends a text in any case.
 
     Raises:
-      UserError: `out` is not empty, the model wears adapters, is quantised or has no `config.json`, or another process
-        failed.
+      UserError: `out` is not empty, the model wears adapters, is quantised, has no `config.json` or not the other
+        parts of its multimodal checkpoint, or another process failed.
     """
     if any(isinstance(leaf, nnx.LoRAParam) for _, leaf in nnx.to_flat_state(nnx.state(model))):
         raise UserError("the model wears LoRA adapters: merge them before export, or save them as an adapter folder.")
@@ -66,6 +68,11 @@ def export(
         )
     if not model.origin.config_json:
         raise UserError("model.origin.config_json is empty, so the folder would have no config.json: set it.")
+    if model.config.multimodal and not model.origin.kept:
+        raise UserError(
+            "config.json is of a multimodal model, and there is no file to take all but its language model from: set "
+            "model.origin.config_json to the language model's own."
+        )
     dtype = jnp.dtype(dtype or model.origin.stored_dtype)
     if dtype not in map(np.dtype, DTYPES.values()):
         raise UserError(f"dtype {dtype}: weights are written as bfloat16, float16, float32 or float64.")
@@ -79,19 +86,22 @@ def export(
             (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder, eos_token=eos_token)
-        _write_headers(folder, files, dtype)
+        for name, content in model.origin.processor.items():
+            (folder / name).write_bytes(content)
+        _write_headers(folder, files)
 
-    processes.together(out, overwrite, begin, lambda folder: _write_tensors(folder, model, files, dtype))
+    processes.together(out, overwrite, begin, lambda folder: _write_tensors(folder, model, files))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
     """One HF tensor: the row and place in the stack that it is of, and where in its file's data it goes."""
 
-    name: str
-    entry: names.Entry
+    name: str  # in the file
+    entry: names.Entry | None  # None: a tensor that is kept as it was
     place: tuple[int, ...]
     shape: tuple[int, ...]
+    dtype: Any
     start: int  # bytes
     stop: int
 
@@ -100,7 +110,7 @@ def tensors(model: Decoder, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Every HF tensor by name, one at a time; all shards must be this process's."""
     arrays = _arrays(model)
     for slot in (slot for file in _layout(model, np.dtype(dtype), SHARD_BYTES).values() for slot in file):
-        yield slot.name, _assemble(slot, arrays[slot.entry.path], np.dtype(dtype))[0]
+        yield slot.name, _held(slot, model, arrays)[0]
 
 
 def _arrays(model: Decoder) -> dict[names.Path, jax.Array]:
@@ -109,39 +119,47 @@ def _arrays(model: Decoder) -> dict[names.Path, jax.Array]:
 
 def _layout(model: Decoder, dtype: Any, shard_bytes: int) -> dict[str, list[_Slot]]:
     """The tensors of each file, filled in the table's order up to `shard_bytes`."""
-    arrays = _arrays(model)
     files: list[list[_Slot]] = [[]]
     end = 0
-    for entry in names.entries(model.config, list(arrays)):
-        whole = arrays[entry.path].shape
-        shape = entry.hf_shape(whole)
-        size = int(np.prod(shape)) * dtype.itemsize
-        for place, name in entry.tensors(whole):
-            if files[-1] and end + size > shard_bytes:
-                files.append([])
-                end = 0
-            files[-1].append(_Slot(name, entry, place, shape, end, end + size))
-            end += size
+    for name, entry, place, shape, kind in _listed(model, dtype):
+        size = math.prod(shape) * np.dtype(kind).itemsize
+        if files[-1] and end + size > shard_bytes:
+            files.append([])
+            end = 0
+        files[-1].append(_Slot(name, entry, place, shape, kind, end, end + size))
+        end += size
     if len(files) == 1:
         return {"model.safetensors": files[0]}
     return {f"model-{n:05d}-of-{len(files):05d}.safetensors": slots for n, slots in enumerate(files, 1)}
 
 
-def _header(slots: list[_Slot], dtype: Any) -> bytes:
+def _listed(model: Decoder, dtype: Any) -> Iterator[tuple[str, names.Entry | None, tuple[int, ...], Any, Any]]:
+    """Name, row, place, shape and dtype of every tensor of the files: the model's in the table's order, those kept."""
+    arrays = _arrays(model)
+    for entry in names.entries(model.config, list(arrays)):
+        whole = arrays[entry.path].shape
+        for place, name in entry.tensors(whole):
+            yield wrapped(name, model.origin.prefix), entry, place, entry.hf_shape(whole), dtype
+    for name, value in model.origin.kept.items():
+        yield name, None, (), value.shape, value.dtype
+
+
+def _header(slots: list[_Slot]) -> bytes:
     """A safetensors file up to its data, which begins at a multiple of 8 bytes."""
-    code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
+    codes = {np.dtype(known): code for code, known in DTYPES.items()}
     held: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for slot in slots:
+        code = codes[np.dtype(slot.dtype)]
         held[slot.name] = {"dtype": code, "shape": slot.shape, "data_offsets": [slot.start, slot.stop]}
     text = json.dumps(held, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_headers(folder: Path, files: dict[str, list[_Slot]], dtype: Any) -> None:
+def _write_headers(folder: Path, files: dict[str, list[_Slot]]) -> None:
     """Every file at its full size, its data still to come, and the index of several."""
     for file, slots in files.items():
-        header = _header(slots, dtype)
+        header = _header(slots)
         with (folder / file).open("wb") as stream:
             stream.write(header)
             stream.truncate(len(header) + slots[-1].stop)
@@ -151,12 +169,12 @@ def _write_headers(folder: Path, files: dict[str, list[_Slot]], dtype: Any) -> N
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write_tensors(folder: Path, model: Decoder, files: dict[str, list[_Slot]], dtype: Any) -> None:
+def _write_tensors(folder: Path, model: Decoder, files: dict[str, list[_Slot]]) -> None:
     """This process's part of every file's data."""
     arrays = _arrays(model)
 
     def write(stream: int, data: int, slot: _Slot) -> None:
-        whole, ranges = _assemble(slot, arrays[slot.entry.path], dtype)
+        whole, ranges = _held(slot, model, arrays)
         held = whole.reshape(-1).view(np.uint8).data
         for start, stop in ranges:
             while start < stop:
@@ -165,22 +183,26 @@ def _write_tensors(folder: Path, model: Decoder, files: dict[str, list[_Slot]], 
     # From an accelerator a tensor comes to the host before it is transposed there: two are in memory already.
     workers = 2 if jax.default_backend() == "cpu" else 1
     for file, slots in files.items():
-        data = len(_header(slots, dtype))
+        data = len(_header(slots))
         with (folder / file).open("r+b") as stream, ThreadPoolExecutor(workers) as pool:
             finish([pool.submit(write, stream.fileno(), data, slot) for slot in slots])
 
 
-def _assemble(slot: _Slot, array: jax.Array, dtype: Any) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def _held(slot: _Slot, model: Decoder, arrays: dict[names.Path, jax.Array]) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """One HF tensor with what this process holds of it, and the ranges of its bytes that this is.
 
-    A shard that several devices hold is the first one's.
+    A shard that several devices hold is the first one's, a tensor that is kept as it was the first process's.
     """
-    whole = np.empty(slot.shape, dtype)
-    seen = names.view(whole, array.shape[slot.entry.stacked :])
+    if slot.entry is None:
+        value = model.origin.kept[slot.name]
+        return value, [] if jax.process_index() else [(0, value.nbytes)]
+    array, stacked = arrays[slot.entry.path], slot.entry.stacked
+    whole = np.empty(slot.shape, slot.dtype)
+    seen = names.view(whole, array.shape[stacked:])
     parts = []
     for shard in array.addressable_shards:
         bounds = [index.indices(size)[:2] for index, size in zip(shard.index, array.shape, strict=True)]
-        stack, inner = bounds[: slot.entry.stacked], tuple(slice(*b) for b in bounds[slot.entry.stacked :])
+        stack, inner = bounds[:stacked], tuple(slice(*b) for b in bounds[stacked:])
         if shard.replica_id or not all(a <= i < b for i, (a, b) in zip(slot.place, stack, strict=True)):
             continue
         within = tuple(i - start for i, (start, _) in zip(slot.place, stack, strict=True))

@@ -17,6 +17,7 @@ from specjax.errors import UserError
 from specjax.hf import names
 from specjax.hf.config import from_folder, origin
 from specjax.hf.folder import fingerprint, resolve, weight_files
+from specjax.hf.multimodal import unwrap
 from specjax.hf.place import place, threads
 from specjax.hf.quantise import Reader, convert
 from specjax.hf.tensors import Tensors
@@ -63,13 +64,15 @@ def load(
     model = abstract(config, dtype=dtype, param_dtype=param_dtype or dtype, remat=remat)
     places = _places(model, mesh)  # a mesh that does not fit is said before a file is opened
     tensors = Tensors(weight_files(folder))
+    prefix, kept = unwrap(tensors, folder) if config.multimodal else ("", {})
     if config.tied:
         _tie(model, tensors)
     _check(folder, model, tensors)
     if quantise:
         convert(model, quantise)
         places = _places(model, mesh)
-    model.origin = origin(folder, source=str(path), revision=revision or "", fingerprint=fingerprint(folder))
+    told = origin(folder, source=str(path), revision=revision or "", fingerprint=fingerprint(folder))
+    model.origin = dataclasses.replace(told, prefix=prefix, kept=kept)
     return _read(model, places, tensors, mesh), load_tokenizer(folder)
 
 

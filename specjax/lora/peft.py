@@ -137,6 +137,11 @@ def read(model: Decoder, folder: Path) -> Adapter:
         for key in held
         if key not in rows and key not in expert_keys and not _is_the_bases(model, folder, key, held)
     ]
+    if unknown and model.config.multimodal and not any(".language_model." in key for key in unknown):
+        raise UserError(
+            f"{folder}: {len(unknown)} tensors are of no part of the language model, the first {unknown[0]}: the rest "
+            "of a multimodal model is kept as it is here: give an adapter that was trained on the language model alone."
+        )
     if unknown:
         raise UserError(
             f"{folder}: {len(unknown)} tensors fit no linear map of the model that {CONFIG} targets, the first "
@@ -282,7 +287,9 @@ def _is_the_bases(model: Decoder, folder: Path, key: str, held: Tensors) -> bool
     Raises:
       UserError: it holds others: the adapter was trained on another vocabulary or embedding.
     """
-    hit = re.fullmatch(re.escape(_PREFIX) + r"((?:model\.)?(embed_tokens|lm_head))(?:\.base_layer)?\.weight", key)
+    hit = re.fullmatch(
+        re.escape(_PREFIX) + r"((?:model\.(?:language_model\.)?)?(embed_tokens|lm_head))(?:\.base_layer)?\.weight", key
+    )
     if hit is None:
         return False
     head = model.lm_head if hit[2] == "lm_head" else None

@@ -6,6 +6,7 @@ Source: `LoraConfig` and `PeftConfig` of peft 0.21 (peft/tuners/lora/config.py, 
 import shlex
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,11 @@ def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: s
     alpha, alpha_pattern = _pattern({name: int(a) if a == int(a) else a for name, a in alphas.items()})
     everything = [name for path in targets.parts(model) for name in targets.modules(model, path)]
     saved = saved_modules(model, adapter)
+
+    def shorten(chosen: list[str], ends: Callable[[str, str], bool]) -> list[str]:
+        # What else a multimodal model has may bear the same short names.
+        return sorted(chosen) if model.config.multimodal else targets.shorten(chosen, everything, ends)
+
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -176,9 +182,9 @@ def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: s
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
         **_variant_settings(adapter),
-        "target_modules": targets.shorten(of_modules, everything, lambda name, end: name.endswith(f".{end}")),
+        "target_modules": shorten(of_modules, lambda name, end: name.endswith(f".{end}")),
         "target_parameters": parameters or None,
-        "modules_to_save": targets.shorten(saved, everything, str.endswith) if saved else None,
+        "modules_to_save": shorten(saved, str.endswith) if saved else None,
         "ensure_weight_tying": any(copies.tied for copies in adapter.copies.values()),
         "bias": _bias(adapter),
         "layers_to_transform": None,

@@ -11,6 +11,7 @@ from typing import Any
 
 from specjax import sharding
 from specjax.errors import UserError, argument, nearest
+from specjax.hf import multimodal
 from specjax.hf import names as hf_names
 from specjax.models import Decoder
 from specjax.models.adapter import Adaptable, Path, adaptables
@@ -49,12 +50,13 @@ def is_stacked(part: Adaptable) -> bool:
 
 
 def tensors(model: Decoder, path: Path, parameter: str) -> tuple[list[str], str]:
-    """The Hugging Face tensors of a module's parameter, by layer, and how they lie in a file (see `hf.names`)."""
+    """The tensors of a module's parameter as PEFT names them, by layer, and how they lie in a file (see `hf.names`)."""
     if parameter == TIED_HEAD:
         return ["lm_head.weight"], "table"
     (entry,) = hf_names.entries(model.config, [(*path, parameter)])
     shape = getattr(parts(model)[path], parameter).shape
-    return [name for _, name in entry.tensors(shape)], entry.kind
+    found = [name for _, name in entry.tensors(shape)]
+    return [multimodal.module(name) for name in found] if model.config.multimodal else found, entry.kind
 
 
 def modules(model: Decoder, path: Path) -> list[str]:
@@ -188,7 +190,7 @@ def _inside(name: str, wanted: Sequence[str]) -> bool:
     """Whether a module, or one around it up to its layer, ends in one of the names."""
     pieces = name.split(".")
     # model.layers.3 is the outermost that can be named: "model" and "layers" hold more than modules of one kind.
-    outer = min(len(pieces), 3)
+    outer = next((place for place, piece in enumerate(pieces, 1) if piece.isdigit()), len(pieces))
     around = [".".join(pieces[:n]) for n in range(outer, len(pieces) + 1)]
     return any(one.endswith(end) for one in around for end in wanted)
 

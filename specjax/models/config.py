@@ -33,6 +33,7 @@ class ModelConfig:
       norm_style: "llama" (w * cast(x)), "olmo2" (cast(w * x)) or "gemma" (cast((1 + w) * x)).
       qk_norm: "" (none), "head" (each head of q and k is normed, Qwen3) or "all" (all heads as one vector, OLMo-2).
       fused: q, k, v are one linear map, and gate, up are another (Phi-3).
+      multimodal: it is the language model of a checkpoint that has more, which names its modules otherwise.
       query_scale: of the attention scores.
       query_growth: (beta, n): a query at position p is multiplied by 1 + beta ln(1 + floor(p / n)) too (Llama 4,
         Ministral 3); None: it is not.
@@ -65,6 +66,7 @@ class ModelConfig:
     qk_norm: str = ""
     fused: bool = False
     tied: bool = False
+    multimodal: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

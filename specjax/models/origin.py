@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from specjax.models.quantised import Report
 
 
@@ -19,6 +21,9 @@ class Origin:
       fingerprint: a hash of the weights there.
       config_json: the folder's `config.json`, written back on export.
       generation_config: its `generation_config.json`, likewise; {} where it has none.
+      prefix: of a language model inside a multimodal checkpoint: what its tensors' names begin with in the files.
+      kept: the other tensors of such a checkpoint by name, memory-mapped, written back on export.
+      processor: the files of such a checkpoint's processor by name, likewise.
       quantisation: what quantising the base did to it, None for a base in floats.
     """
 
@@ -27,16 +32,24 @@ class Origin:
     fingerprint: str = dataclasses.field(default="", compare=False)
     config_json: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     generation_config: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    prefix: str = dataclasses.field(default="", compare=False)
+    kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    processor: dict[str, bytes] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     quantisation: Report | None = dataclasses.field(default=None, compare=False)
 
     @property
     def stored_dtype(self) -> str:
         """The dtype of the checkpoint's files ("float32" where `config.json` is silent)."""
-        return self.config_json.get("dtype") or self.config_json.get("torch_dtype") or "float32"
+        return self.told("dtype") or self.told("torch_dtype") or "float32"
 
     @property
     def eos_ids(self) -> list[int]:
         """The ids that end a text: `generation_config.json`'s, or else `config.json`'s, as in transformers."""
         ids = self.generation_config.get("eos_token_id")
-        ids = self.config_json.get("eos_token_id") if ids is None else ids
+        ids = self.told("eos_token_id") if ids is None else ids
         return [int(token) for token in (ids if isinstance(ids, (list, tuple)) else [ids]) if token is not None]
+
+    def told(self, key: str) -> Any:
+        """What `config.json` says, or its `text_config` where a multimodal checkpoint has the key there; else None."""
+        inner = self.config_json.get("text_config") or {}
+        return self.config_json[key] if self.config_json.get(key) is not None else inner.get(key)
