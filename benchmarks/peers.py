@@ -17,6 +17,7 @@ pages in both, as `specjax train` does for itself (GLIBC_TUNABLES= runs both wit
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -95,7 +96,8 @@ class Clock:
 def rows_of(name: str, count: int | None = None) -> list[dict[str, str]]:
     """The first so many pairs, of the demo's data or (`--whole`) of whole docstrings."""
     path = DATA / f"pairs_{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()[:count]]
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in itertools.islice(lines, count)]
 
 
 def whole_docstrings() -> None:

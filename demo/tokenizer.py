@@ -82,8 +82,8 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder that demo/corpus.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer")
     arguments = parser.parse_args()
-    lines = (arguments.corpus / "base_train.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"] for line in lines]
+    with (arguments.corpus / "base_train.jsonl").open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
     train_tokenizer(texts, arguments.out)
 
     from transformers import AutoTokenizer

@@ -273,7 +273,7 @@ def _prompts(given: Sequence[str], file: str) -> list[str]:
     prompts = [sys.stdin.read() if text == "-" else text for text in given]
     if file:
         try:
-            prompts += [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts += [line for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
         except FileNotFoundError:
             raise UserError(f"There is no file {file}: --prompt_file is a text file with a prompt a line.") from None
     if not any(text.strip() for text in prompts):

@@ -75,9 +75,10 @@ def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """
     rows = []
     try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                rows.append((line, dict(json.loads(line))))
+        with Path(path).open(encoding="utf-8", newline="\n") as lines:  # a text may hold any other line's end
+            for line in lines:
+                if line.endswith("\n"):
+                    rows.append((line, dict(json.loads(line))))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}:{len(rows) + 1} cannot be read ({error}): restore the file, or delete it.") from error
     return rows

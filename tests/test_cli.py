@@ -133,7 +133,7 @@ def test_data_needs_no_workdir(calls):
 def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.stdin", io.StringIO("from\nstdin"))
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("one\n\ntwo\n")
+    prompts.write_text("one\n\ntwo\u2028three\n", encoding="utf-8")
     adapters = ("--adapter=hr=a/x", "--adapter=b/legal", "--adapter", "c/tax")
     argv = ("generate", "--model=m", *adapters, "--prompt=Hi", "--prompt=-", f"--prompt_file={prompts}", "--top_p=0.9")
     argv += ("--stop=END", "--stop=\n")
@@ -144,7 +144,7 @@ def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_pat
             {
                 "model": "m",
                 "adapters": {"hr": "a/x", "legal": "b/legal", "tax": "c/tax"},
-                "prompts": ["Hi", "from\nstdin", "one", "two"],
+                "prompts": ["Hi", "from\nstdin", "one", "two\u2028three"],
                 "max_new_tokens": None,
                 "temperature": None,
                 "top_k": None,

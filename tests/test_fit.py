@@ -355,7 +355,7 @@ def test_samples_are_taken_from_the_weights_of_the_moment(tmp_path):
     np.testing.assert_array_equal(seen[0], first)
     np.testing.assert_array_equal(seen[2], np.asarray(made(tokens)))
     assert np.abs(seen[1] - seen[2]).max() > 1e-3
-    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text("utf-8").split("\n")[:-1]]
     assert [(row["step"], row["text"]) for row in lines] == [(0, "answer 1"), (2, "answer 2"), (4, "answer 3")]
 
 

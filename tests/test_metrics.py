@@ -15,12 +15,15 @@ from specjax.errors import UserError
 from specjax.train.metrics import Log
 
 
+TEXT = "Because\nit\u2028is\x85\x1cso."  # whatever ends a line elsewhere, a line of ours ends with \\n
+
+
 def console(terminal: bool = False) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=200)
 
 
 def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
 
 
 def run(folder: Path | None, first: int, last: int, start: int = 0, **options) -> str:
@@ -32,7 +35,7 @@ def run(folder: Path | None, first: int, last: int, start: int = 0, **options) -
             log.train(step, {"loss": np.float32(step), "tokens": np.int64(64), "tokens_per_s": 1234.5, "lr": 1e-4})
             if step % 2 == 0:
                 log.evaluate(step, {"eval/domain/loss": 0.5})
-                log.sample(step, "Why?", "Because\nit is.")
+                log.sample(step, "Why?", TEXT)
     return out.file.getvalue()
 
 
@@ -44,7 +47,7 @@ def test_every_logged_step_is_a_json_line(tmp_path):
         {"step": 2, "loss": 2.0, "tokens": 64, "tokens_per_s": 1234.5, "lr": 1e-4},
         {"step": 2, "eval/domain/loss": 0.5},
     ]
-    assert rows(tmp_path / "samples.jsonl") == [{"step": 2, "prompt": "Why?", "text": "Because\nit is."}]
+    assert rows(tmp_path / "samples.jsonl") == [{"step": 2, "prompt": "Why?", "text": TEXT}]
 
 
 def test_lines_are_on_disk_before_the_run_ends(tmp_path):
