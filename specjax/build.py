@@ -110,6 +110,7 @@ def _corpus(config: ConfigDict, tokenizer: Any, source: str, console: Console | 
         "format": d.format,
         "template": d.template or None,
         "columns": d.columns.to_dict(),
+        "turns": d.turns,
         "split": d.split,
         "seed": config.seed,
         "holdout": _holds_out(config),

@@ -24,6 +24,7 @@ CHOICES = {
     "model.quantise": ("", "int8", "nf4"),
     "data.format": ("auto", "text", "instruct", "prompt", "messages", "conversations", "preference"),
     "data.shares": ("tokens", "rows"),
+    "data.turns": ("exact", "whole"),
     "data.overlong": ("drop", "truncate", "keep_end", "split"),
     "optimizer.name": ("adamw", "lion"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
@@ -37,7 +38,10 @@ AT_LEAST = {
 }
 # How the errors of library functions call what a config gives them: their argument -> the key.
 ARGUMENTS = {
-    **{name: f"config.data.{name}" for name in ("columns", "format", "length", "overlong", "split", "template")},
+    **{
+        name: f"config.data.{name}"
+        for name in ("columns", "format", "length", "overlong", "split", "template", "turns")
+    },
     **{axis: f"config.mesh.{axis}" for axis in ("data", "fsdp", "expert", "context", "tensor")},
     **{"remat": "config.model.remat", "offload": "config.optimizer.offload", "wandb": "config.log.wandb"},
     "holdout": "config.data.eval_fraction",

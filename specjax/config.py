@@ -80,6 +80,9 @@ def get_config() -> ConfigDict:
     config.data.format = "auto"  # auto | text | instruct | prompt | messages | conversations | preference
     config.data.columns = ConfigDict()  # role -> column, such as instruction -> question
     config.data.template = ""  # a built-in such as chatml or alpaca, or a .jinja file; "": the tokenizer's own
+    # Of a chat whose template rewrites earlier turns (drops their reasoning): exact: a row for each answer, which is
+    # the prompt as inference has it and the answer | whole: one row, with earlier answers as they stand there.
+    config.data.turns = "exact"
     config.data.length = 1024  # tokens in a row
     config.data.packing = True  # several documents in a row, each seeing itself alone
     # Pairs and chats over `length`: drop | truncate: keep the start | keep_end: keep the answer's end | split: into

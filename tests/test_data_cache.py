@@ -41,13 +41,13 @@ def counted(monkeypatch):
 
         return reading._replace(rows=rows)
 
-    def encode(examples, *args):
+    def documents(examples, *args, **options):
         counts["examples"] += len(examples)
-        return chat_encode(examples, *args)
+        return chat_documents(examples, *args, **options)
 
-    chat_encode = tokens.encode
+    chat_documents = tokens.documents
     monkeypatch.setattr(tokens, "opened", count)
-    monkeypatch.setattr(tokens, "encode", encode)
+    monkeypatch.setattr(tokens, "documents", documents)
     return counts
 
 

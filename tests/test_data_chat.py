@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import specjax.data as data
-from specjax.data.chat import BUILT_IN, encode, resolve, spans
-from specjax.data.formats import Conversation, Pair, Text
+from specjax.data.chat import BUILT_IN, documents, encode, resolve, spans
+from specjax.data.example import Conversation, Pair, Text
 
 SIZES = {"length": 512, "batch_size": 1}
 
@@ -103,13 +103,13 @@ def test_the_trained_text_is_the_answers_and_the_ids_are_the_templates(kind, tem
         answers[-1] += "</s>"  # closes the conversation
     if template == "qwen3":
         answers[-1] = "<think>\n\n</think>\n\n" + answers[-1]  # only the last answer keeps its reasoning
-    trained = trained_text({"messages": turns}, tok, template=template)
+    trained = trained_text({"messages": turns}, tok, template=template, turns="whole")
     if kind == "llama2":  # which writes a space of its own after special tokens
         trained, answers = ([text.replace(" ", "") for text in texts] for texts in (trained, answers))
     assert trained == answers
 
     text = resolve(tok, template)
-    (document,) = encode([Conversation("row 1", turns)], tok, text)
+    ((document,),) = documents([Conversation("row 1", turns)], tok, text, exact=False)
     assert document.ids.tolist() == tok.apply_chat_template(turns, chat_template=text)["input_ids"]
 
 
@@ -125,8 +125,9 @@ def test_whatever_is_said_the_answers_and_nothing_else_train(contents, template)
     tok, (start, end) = tokenizer(), AROUND[template]
     whole, found = spans(tok, resolve(tok, template), Conversation("row 1", turns))
     trims = template in ("gemma", "gemma3", "llama2", "llama3", "llama3.1", "mistral-v3")
-    answers = [start + (text.strip() if trims else text) + end for text in contents[1::2]]
-    if len(contents) % 2 == 0:  # the last message is an answer
+    said = [text for text in contents[1::2] if text.strip()]  # an answer that says nothing is none to learn
+    answers = [start + (text.strip() if trims else text) + end for text in said]
+    if len(contents) % 2 == 0 and said[-1:] == contents[-1:]:  # the last message is an answer
         if template == "phi3":
             answers[-1] += "</s>"
         if template == "qwen3":
@@ -257,14 +258,18 @@ THINKING = (  # as Qwen3's: only the last answer keeps its reasoning
 def test_earlier_turns_that_are_written_otherwise_than_the_last_are_found_where_it_can_be_exact():
     rows = [{"messages": CONVERSATIONS[name]} for name in ("single", "multi-turn")]
     assert trained_text(rows[0], tokenizer(), template=THINKING) == ["<think></think>It is four.;"]
-    assert trained_text(rows[1], tokenizer(), template=THINKING) == [
+    assert trained_text(rows[1], tokenizer(), template=THINKING, turns="whole") == [
         "Yes?;", "The cat sat.;", "<think></think>On the mat.;"
     ]  # fmt: skip
     # The prompt for an answer may open its reasoning, which earlier answers no longer have (DeepSeek-R1, Qwen3.5).
     led = THINKING.replace("{{ m.content }}", "{{ ' ' + m.content }}")  # the space is not in the prompt
-    assert trained_text(rows[1], tokenizer(), template=led)[:2] == [" Yes?;", " The cat sat.;"]
+    assert trained_text(rows[1], tokenizer(), template=led, turns="whole")[:2] == [" Yes?;", " The cat sat.;"]
     opened = THINKING.replace("assistant:{% endif %}", "assistant:<think>{% endif %}")
-    assert trained_text(rows[1], tokenizer(), template=opened) == ["Yes?;", "The cat sat.;", "</think>On the mat.;"]
+    assert trained_text(rows[1], tokenizer(), template=opened, turns="whole") == [
+        "Yes?;",
+        "The cat sat.;",
+        "</think>On the mat.;",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -283,7 +288,7 @@ def test_earlier_turns_that_are_written_otherwise_than_the_last_are_found_where_
 )
 def test_a_template_that_rewrites_earlier_turns_beyond_that_is_refused_with_the_row(template):
     refused = r"^row 1: the chat template renders .* up to message 2 otherwise"
-    refuse_rows([{"messages": CONVERSATIONS["multi-turn"]}], tokenizer(), refused, template=template)
+    refuse_rows([{"messages": CONVERSATIONS["multi-turn"]}], tokenizer(), refused, template=template, turns="whole")
 
 
 def test_a_template_that_rejects_a_role_is_refused_with_the_row_and_its_own_words():
@@ -331,11 +336,17 @@ def test_marks_that_stop_before_the_end_of_turn_token_train_it_too():
                                 "{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}")  # fmt: skip
     assert open_ended != MARKED
     assert trained_text(row, tokenizer(), template=open_ended) == trained_text(row, tokenizer(), template=MARKED)
-    # What else is left out, stays out: words, and the end of a turn that comes after them.
+    # Words that are left out stay out; the end of a turn that comes behind them would never train.
     words = MARKED.replace(
         "{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}!<|im_end|>"
     )
-    assert trained_text(row, tokenizer(), template=words) == ["Yes?", "The cat sat.", "On the mat."]
+    refuse_rows([row], tokenizer(), r"^row 1: .*ends message 2 with '<\|im_end\|>', but .*never stop", template=words)
+    # Nor would one that the template writes with the message that follows (GLM 4's).
+    later = (
+        "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}{% endfor %}"
+    )
+    later += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    refuse_rows([row], tokenizer(), r"what follows one is '<\|user\|>', which would not train", template=later)
 
 
 def test_marks_need_no_beginning_of_the_conversation_that_the_template_would_render():
@@ -406,6 +417,6 @@ def test_a_template_that_leaves_the_answer_out_is_no_silent_empty_mask():
     refuse_rows(
         [{"messages": CONVERSATIONS["single"]}],
         tokenizer(),
-        "none of the 1 rows .*no trained token: 1",
+        r"^row 1: the chat template leaves out the words of message 2 \(assistant\): use",
         template=template,
     )

@@ -6,7 +6,8 @@ import pytest
 from data_fixtures import CONVERSATIONS, refuse, tokenizer
 
 import specjax.data as data
-from specjax.data.formats import Conversation, Pair, Text, examples, recognise
+from specjax.data.example import Conversation, Pair, Text
+from specjax.data.formats import examples, recognise
 
 ROWS = [{"instruction": f"Say {n}", "response": f"{n}"} for n in range(5)]
 SIZES = {"length": 64, "batch_size": 2}

@@ -1,5 +1,6 @@
 """The built-in templates render what the models' own do; what is different is said."""
 
+import re
 from importlib.resources import files
 
 import jinja2
@@ -7,7 +8,7 @@ import pytest
 from data_fixtures import CONVERSATIONS, TOOL_ROWS, TOOLS, tokenizer
 
 from specjax.data.chat import BUILT_IN, resolve, spans
-from specjax.data.formats import Conversation
+from specjax.data.example import Conversation
 from specjax.errors import UserError
 
 ASKS = [*CONVERSATIONS["system"], {"role": "user", "content": " And? "}]
@@ -141,11 +142,13 @@ def test_a_built_in_template_loses_no_message_and_depends_on_no_date(name):
         try:
             whole, found = spans(tok, template, Conversation("row 1", turns, TOOLS))
         except UserError as error:
-            assert str(error).startswith("row 1: the chat template refuses the conversation: ")
+            assert re.match(
+                "row 1: the chat template (refuses the conversation: |leaves out the (call|words))", str(error)
+            )
             continue
         assert len(found) == sum(turn["role"] == "assistant" for turn in turns)
         for turn in turns:
-            assert turn["content"] in whole or (turn["role"], name) == ("tool", "llama3.1") or "tool_calls" in turn
+            assert turn["content"] in whole or (turn["role"], name) == ("tool", "llama3.1")
 
 
 @pytest.mark.parametrize("name", ["gemma"])

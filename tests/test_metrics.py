@@ -14,7 +14,6 @@ from tensorboardX.proto.event_pb2 import Event
 from specjax.errors import UserError
 from specjax.train.metrics import Log
 
-
 TEXT = "Because\nit\u2028is\x85\x1cso."  # whatever ends a line elsewhere, a line of ours ends with \\n
 
 

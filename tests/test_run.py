@@ -364,7 +364,10 @@ def test_generate_answers_from_a_run_a_folder_and_a_base_with_adapters(base, run
     assert [from_base[0], from_base[place]] == heads
     assert from_base[1:place] == from_run != from_base[place + 1 :]
     # What another run logged: the base's answer before the first step, its own after the last.
-    said = [json.loads(line)["text"].splitlines() for line in (runs["sft"] / "samples.jsonl").read_text("utf-8").split("\n")[:-1]]
+    said = [
+        json.loads(line)["text"].splitlines()
+        for line in (runs["sft"] / "samples.jsonl").read_text("utf-8").split("\n")[:-1]
+    ]
     assert from_run != said[0] != said[-1]
     assert answers(capsys, f"--model={runs['sft'] / 'export'}") == said[-1]
 

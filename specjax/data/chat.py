@@ -7,14 +7,14 @@ The characters that train (see `specjax.data.turns`) become tokens through the o
 
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from specjax.data.formats import Conversation, Example, Pair, Preference, Text
-from specjax.data.turns import render
+from specjax.data.example import Conversation, Example, Pair, Preference, Text
+from specjax.data.turns import render, rows
 from specjax.data.turns import spans as spans
 from specjax.errors import UserError, argument, nearest
 
@@ -92,29 +92,43 @@ def resolve(tokenizer: Any, template: str | None = None) -> str:
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, template: str | None = None) -> list[Document]:
-    """Tokenises a batch of examples; `template` is the text that `resolve` gave, which only conversations need.
+    """The documents of a batch of examples, end to end; arguments and errors as those of `documents`."""
+    return list(chain.from_iterable(documents(examples, tokenizer, template)))
+
+
+def documents(
+    examples: Sequence[Example], tokenizer: Any, template: str | None = None, *, exact: bool = True
+) -> list[list[Document]]:
+    """Tokenises a batch of examples, each into its documents.
 
     - `Text`: every token trains, and the end-of-text token is appended.
     - `Pair`: prompt and completion joined as they are, end-of-text appended; what the completion adds to the prompt's
       own tokens trains (as TRL's completion-only loss).
-    - `Conversation`: the assistant's turns train.
+    - `Conversation`: the assistant's turns train. It is one document, or one for each answer, see `turns.rows`.
     - `Preference`: two documents, prompt and chosen, prompt and rejected. All that follows the prompt trains.
 
-    The end-of-text token trains like any other, even where it doubles as the padding token. Examples of different kinds
-    come out in this order of kinds.
+    The end-of-text token trains like any other, even where it doubles as the padding token.
+
+    Args:
+        examples: of any kinds.
+        tokenizer: a fast Hugging Face tokenizer.
+        template: the text that `resolve` gave, which only conversations need; None: the tokenizer's own.
+        exact: see `turns.rows`.
     """
-    texts = [example for example in examples if isinstance(example, Text)]
-    pairs = [example for example in examples if isinstance(example, Pair)]
-    chats = [example for example in examples if isinstance(example, Conversation)]
-    preferences = [example for example in examples if isinstance(example, Preference)]
-    if (texts or pairs or any(isinstance(p.chosen, Pair) for p in preferences)) and tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no eos token to end a document with: set tokenizer.eos_token.")
-    return [
-        *_texts(texts, tokenizer),
-        *_pairs(pairs, tokenizer),
-        *_conversations(chats, tokenizer, template),
-        *_preferences(preferences, tokenizer, template),
-    ]
+    made: list[list[Document]] = []
+    for kind, group in groupby(examples, type):
+        same: list[Any] = list(group)
+        plain = kind in (Text, Pair) or (kind is Preference and any(isinstance(p.chosen, Pair) for p in same))
+        if plain and tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no eos token to end a document with: set tokenizer.eos_token.")
+        if kind is Conversation:
+            made += _conversations(same, tokenizer, template or resolve(tokenizer), exact)
+        elif kind is Preference:
+            sides = list(_preferences(same, tokenizer, template))
+            made += [sides[at : at + 2] for at in range(0, len(sides), 2)]
+        else:
+            made += [[one] for one in (_texts if kind is Text else _pairs)(same, tokenizer)]
+    return made
 
 
 def _texts(texts: Sequence[Text], tokenizer: Any) -> Iterator[Document]:
@@ -185,26 +199,27 @@ def _ended(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
     return ids if len(ids) and ids[-1] == eos else np.append(ids, np.int32(eos))
 
 
-def _conversations(chats: Sequence[Conversation], tokenizer: Any, template: str | None) -> Iterator[Document]:
-    if not chats:
-        return
+def _conversations(chats: Sequence[Conversation], tokenizer: Any, template: str, exact: bool) -> list[list[Document]]:
     if not tokenizer.is_fast:
         raise UserError(f"{type(tokenizer).__name__} gives no character offsets: load the tokenizer's fast version.")
-    template = template or resolve(tokenizer)
-    rendered = [spans(tokenizer, template, chat) for chat in chats]
+    rendered = [rows(tokenizer, template, chat, exact=exact) for chat in chats]
+    flat = list(chain.from_iterable(rendered))
     encoded = tokenizer(
-        [whole for whole, _ in rendered],
+        [text for text, _ in flat],
         add_special_tokens=False,  # the template has written them
         return_attention_mask=False,
         return_offsets_mapping=True,
         verbose=False,
     )
-    for (_, found), ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    made = []
+    for (_, found), ids, offsets in zip(flat, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         begin, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
         trained = np.zeros(len(ids), bool)
         for first, last in found:  # a token that straddles the start belongs to the answer, as in TRL
             trained |= (end > first) & (begin < last)
-        yield Document(np.asarray(ids, np.int32), trained)
+        made.append(Document(np.asarray(ids, np.int32), trained))
+    each = iter(made)
+    return [list(islice(each, len(some))) for some in rendered]
 
 
 def end_of_turn(document: Document, tokenizer: Any) -> int | None:

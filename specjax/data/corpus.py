@@ -14,7 +14,7 @@ from specjax.errors import UserError, argument, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A source's rows as tokens. A preference is two documents, one after the other; any other row is one, or none.
+    """A source's rows as tokens. A row is a document, or none; a preference two, one after the other; a chat several.
 
     Attributes:
         name: of the source.
@@ -28,6 +28,7 @@ class Corpus:
         offsets: int64 [D+1], where documents begin and end.
         rows: int64 [D], the number of each one's row, from 0; a row that is not there has nothing to learn from.
         count: of all rows.
+        empty: answers without a word in these, which do not train.
         seed: of the order of rows and of the held-out split.
         sides: uint64 [count], the rows with the smallest are held out; None: nothing can be.
     """
@@ -43,6 +44,7 @@ class Corpus:
     offsets: np.ndarray
     rows: np.ndarray
     count: int
+    empty: int
     seed: int
     sides: np.ndarray | None
 
@@ -82,6 +84,8 @@ class Corpus:
             "ignored_columns": [column for column in self.found if column not in self.columns.values()],
             "end_of_turn": None if end is None else self.tokenizer.convert_ids_to_tokens(end),
             "holdout": list(holdout) if holdout else None,
+            "empty_answers": self.empty,
+            "branched": self._branched(part) if together == 1 else None,
         }
         return Data(
             tokens,
@@ -97,6 +101,11 @@ class Corpus:
             end_of_turn=end,
             report=report | tally.report(),
         )
+
+    def _branched(self, part: np.ndarray) -> dict[str, int]:
+        """How many rows of a part became several documents, a conversation's answer each, and how many these are."""
+        each = np.bincount(self.rows, minlength=self.count)[part]
+        return {"rows": int((each > 1).sum()), "documents": int(each[each > 1].sum())}
 
     def _part(self, fraction: float, part: str) -> np.ndarray:
         """Which rows belong to the part "train" or "eval", bool [count]; equal rows fall on the same side."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specjax.data.chat import encode, end_of_turn, resolve
-from specjax.data.formats import Conversation
+from specjax.data.example import Conversation
 from specjax.errors import UserError
 
 

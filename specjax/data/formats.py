@@ -1,18 +1,21 @@
-"""What a row is: its format, told by its columns, and the shape in which the rest of the package knows it.
+"""What a row is: its format, told by its columns, and how its columns become an example.
 
 `recognise` finds the format, and `examples` turns rows of any format into `Text`, `Pair`, `Conversation` or
-`Preference`.
+`Preference`. A row that says what its example could not is refused.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from specjax.data.beside import BESIDE, EARLIER, beside, check, column_of, history
+from specjax.data.example import Conversation, Example, Pair, Preference, Text
+from specjax.data.messages import TRAINS, reasoned, turns, value
 from specjax.data.read import Row
 from specjax.errors import UserError, argument, nearest
 
 # Format -> its columns: alternatives are separated by "|", optional ones end in "?". The order is that of recognition:
-# structured columns win over a flat `text` beside them (tatsu-lab/alpaca has both).
+# structured columns win over a flat `text` beside them (tatsu-lab/alpaca has both). For what else a row may say, see
+# `specjax.data.beside`.
 FORMATS = {
     "messages": ("messages", "tools?"),
     "conversations": ("conversations", "tools?"),
@@ -21,76 +24,6 @@ FORMATS = {
     "preference": ("chosen", "rejected", "prompt?", "tools?"),
     "text": ("text",),
 }
-
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-
-
-class Text(NamedTuple):
-    """A document of raw text."""
-
-    where: str
-    text: str
-
-
-class Pair(NamedTuple):
-    """A prompt and its completion, to be joined as they are."""
-
-    where: str
-    prompt: str
-    completion: str
-
-
-class Conversation(NamedTuple):
-    """Messages for a chat template; the assistant's turns from message `first` on are the ones to train."""
-
-    where: str
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None = None
-    first: int = 0
-
-
-class Preference(NamedTuple):
-    """An answer that is preferred to another one to the same prompt, each with the prompt."""
-
-    where: str
-    chosen: Pair | Conversation
-    rejected: Pair | Conversation
-
-
-Example = Text | Pair | Conversation | Preference
-
-
-def blank(example: Example) -> bool:
-    """Whether there is nothing to learn: an empty text, completion, or no words and no tool calls by the assistant.
-
-    Of a preference: in the chosen answer, or answers that do not differ. (To say nothing may well be rejected.)
-
-    >>> blank(Text("x:1", " ")), blank(Pair("x:1", "2+2=", "4"))
-    (True, False)
-    """
-    match example:
-        case Text(_, text):
-            return not text.strip()
-        case Pair(_, _, completion):
-            return not completion.strip()
-        case Conversation(_, messages, _, first):
-            answers = [turn for turn in messages[first:] if turn["role"] == "assistant"]
-            return not any(str(turn["content"]).strip() or turn.get("tool_calls") for turn in answers)
-        case Preference(_, chosen, rejected):
-            return blank(chosen) or chosen == rejected
 
 
 def recognise(
@@ -125,7 +58,7 @@ def recognise(
             return recognise(found, format)
         except UserError:
             pass  # then what is wrong is that the columns named are not there
-    roles = {part.rstrip("?").split("|")[0] for parts in FORMATS.values() for part in parts}
+    roles = {part.rstrip("?").split("|")[0] for parts in FORMATS.values() for part in parts} | {*BESIDE}
     columns = {"response" if role == "output" else role: column for role, column in columns.items()}
     for role, column in columns.items():
         if role not in roles:
@@ -142,16 +75,20 @@ def recognise(
         )
     allowed = list(FORMATS) if format == "auto" else [format] if isinstance(format, str) else list(format)
     for name in allowed:
-        if not columns.keys() <= {part.rstrip("?").split("|")[0] for part in FORMATS[name]}:
+        others = BESIDE if name != "text" else {}
+        if not columns.keys() <= {part.rstrip("?").split("|")[0] for part in FORMATS[name]} | {*others}:
             continue  # an override tells which format is meant
         mapping: dict[str, str] = {}
         for part in FORMATS[name]:
-            role, *others = part.rstrip("?").split("|")
-            present = [column for column in (role, *others) if column in found]
+            role, *names = part.rstrip("?").split("|")
+            present = [column for column in (role, *names) if column in found]
             if role in columns or present or part.endswith("?"):
                 # A row further on may have an optional column that none had so far: it keeps its own name.
                 mapping[role] = columns.get(role) or [*present, role][0]
         if len(mapping) == len(FORMATS[name]):
+            for role, aliases in others.items():
+                if present := [column for column in (columns.get(role, role), *aliases) if column in found]:
+                    mapping.setdefault(role, present[0])
             return name, mapping
     known = "; ".join(f"{name} ({', '.join(FORMATS[name])})" for name in allowed)
     raise UserError(
@@ -160,8 +97,20 @@ def recognise(
     )
 
 
-def examples(rows: Iterable[tuple[str, Row]], format: str, mapping: Mapping[str, str]) -> Iterator[Example]:
-    """Rows of one format, each as an `Example`; a row that lacks a column is an error with its place."""
+def examples(
+    rows: Iterable[tuple[str, Row]], format: str, mapping: Mapping[str, str], *, chat: bool = False
+) -> Iterator[Example]:
+    """Rows of one format, each as an `Example`.
+
+    Args:
+        rows: `(where, row)`.
+        format: one of `FORMATS`.
+        mapping: role -> column, as `recognise` has it.
+        chat: whether strings go through a chat template: a pair of them is a conversation then.
+
+    Raises:
+        UserError: a row that lacks a column, or says what its example could not, with its place.
+    """
     make = {
         "text": _text,
         "prompt": _prompt,
@@ -171,49 +120,65 @@ def examples(rows: Iterable[tuple[str, Row]], format: str, mapping: Mapping[str,
         "conversations": _messages,
     }[format]
     for where, row in rows:
-        yield make(where, row, mapping)
+        if format != "text":
+            check(where, row, mapping)
+        yield make(where, row, mapping, chat)
 
 
-def _value(where: str, row: Row, column: str, kind: type) -> Any:
-    """The value of a column that must be there; CSV and Arrow spell absence as None."""
-    value = row.get(column)
-    if value is None:
-        has = ", ".join(key for key, v in row.items() if v is not None)
-        raise UserError(f"{where} lacks '{column}' (it has {has or 'nothing'}).")
-    if not isinstance(value, kind):
-        raise UserError(f"{where}: '{column}' is a {type(value).__name__}, and must be a {kind.__name__}.")
-    return value
+def _text(where: str, row: Row, mapping: Mapping[str, str], chat: bool) -> Example:
+    return Text(where, value(where, row, mapping["text"], str))
 
 
-def _text(where: str, row: Row, mapping: Mapping[str, str]) -> Example:
-    return Text(where, _value(where, row, mapping["text"], str))
-
-
-def _prompt(where: str, row: Row, mapping: Mapping[str, str]) -> Example:
+def _prompt(where: str, row: Row, mapping: Mapping[str, str], chat: bool) -> Example:
     """`{prompt, completion}`: strings, or (as TRL has it) two lists of messages of which the second is trained."""
     if isinstance(row.get(mapping["prompt"]), list):
-        prompt, completion = (_turns(where, row, mapping[role]) for role in ("prompt", "completion"))
-        return Conversation(where, prompt + completion, first=len(prompt))
-    return Pair(where, *(_value(where, row, mapping[role], str) for role in ("prompt", "completion")))
+        (prompt, _), (completion, silent) = (turns(where, row, mapping[role]) for role in ("prompt", "completion"))
+        check(where, row, mapping, *EARLIER)
+        first = len(prompt)
+        said = Conversation(where, prompt + completion, None, first, tuple(first + i for i in silent))
+        return beside(where, row, mapping, said)
+    prompt, completion = (value(where, row, mapping[role], str) for role in ("prompt", "completion"))
+    return _pair(where, row, mapping, chat, {"role": "user", "content": prompt}, completion) or Pair(
+        where, prompt, completion
+    )
 
 
-def _instruct(where: str, row: Row, mapping: Mapping[str, str]) -> Example:
+def _instruct(where: str, row: Row, mapping: Mapping[str, str], chat: bool) -> Example:
     """A pair as a conversation, the input after the instruction and a blank line.
 
     The user's message also bears both apart, for alpaca's template, which sets them under headings of their own.
     """
-    instruction = _value(where, row, mapping["instruction"], str)
-    response = _value(where, row, mapping["response"], str)
+    instruction = value(where, row, mapping["instruction"], str)
+    response = value(where, row, mapping["response"], str)
     extra = row.get(mapping["input"]) or ""
     if not isinstance(extra, str):
         raise UserError(f"{where}: '{mapping['input']}' is a {type(extra).__name__}, and must be a str.")
     user = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction}
     if extra.strip():
         user |= {"instruction": instruction, "input": extra}
-    return Conversation(where, [user, {"role": "assistant", "content": response}])
+    said = _pair(where, row, mapping, True, user, response)
+    assert said is not None
+    return said
 
 
-def _preference(where: str, row: Row, mapping: Mapping[str, str]) -> Example:
+def _pair(
+    where: str, row: Row, mapping: Mapping[str, str], chat: bool, user: dict[str, Any], answer: str
+) -> Conversation | None:
+    """A question and its answer as a conversation; None where there is no template, and nothing that needs one."""
+    if not chat:
+        if extra := [column for role in BESIDE if (column := column_of(row, mapping, role))]:
+            raise UserError(
+                f"{where} has '{extra[0]}' beside prompt and completion, which are joined as they are without a "
+                f"chat template, so it would be lost: set {argument('template')}, or leave '{extra[0]}' out."
+            )
+        return None
+    turn: dict[str, Any] = {"role": "assistant", "content": answer}
+    if column := column_of(row, mapping, "reasoning_content"):
+        turn = reasoned(turn, value(where, row, column, str))
+    return beside(where, row, mapping, Conversation(where, [*history(where, row, mapping), user, turn]))
+
+
+def _preference(where: str, row: Row, mapping: Mapping[str, str], chat: bool) -> Example:
     """`{prompt, chosen, rejected}`, strings or messages.
 
     As TRL has it, the prompt may be left out: then it is what both answers begin with. It is left out, too, where it is
@@ -221,10 +186,10 @@ def _preference(where: str, row: Row, mapping: Mapping[str, str]) -> Example:
     """
     prompt = row.get(mapping["prompt"])
     if isinstance(row.get(mapping["chosen"]), list):
-        answers = [_turns(where, row, mapping[role]) for role in ("chosen", "rejected")]
+        answers = [_whole(where, row, mapping[role]) for role in ("chosen", "rejected")]
         if isinstance(prompt, list):
-            before = _turns(where, row, mapping["prompt"])
-            answers = [before + turns for turns in answers]
+            before = _whole(where, row, mapping["prompt"])
+            answers = [before + answer for answer in answers]
             shared = len(before)
         else:
             shared = _shared(*answers)
@@ -233,16 +198,32 @@ def _preference(where: str, row: Row, mapping: Mapping[str, str]) -> Example:
                 f"{where}: '{mapping['chosen']}' and '{mapping['rejected']}' share no first message to be the prompt: "
                 f"give '{mapping['prompt']}' as a list of messages."
             )
-        tools = _tools(where, row, mapping)
-        return Preference(where, *(Conversation(where, turns, tools, shared) for turns in answers))
-    texts = [_value(where, row, mapping[role], str) for role in ("chosen", "rejected")]
+        sides = (beside(where, row, mapping, Conversation(where, answer, None, shared)) for answer in answers)
+        return Preference(where, *sides)
+    texts = [value(where, row, mapping[role], str) for role in ("chosen", "rejected")]
     if prompt is not None:
-        prompt = _value(where, row, mapping["prompt"], str)
-        return Preference(where, *(Pair(where, prompt, text) for text in texts))
-    shared = _shared(*texts)
-    if shared and texts[0][shared] != texts[1][shared]:
-        shared -= texts[0][shared - 1] == " "  # the space belongs to the answers
-    return Preference(where, *(Pair(where, text[:shared], text[shared:]) for text in texts))
+        prompt = value(where, row, mapping["prompt"], str)
+    else:
+        shared = _shared(*texts)
+        if shared and texts[0][shared] != texts[1][shared]:
+            shared -= texts[0][shared - 1] == " "  # the space belongs to the answers
+        prompt, texts = texts[0][:shared], [text[shared:] for text in texts]
+    user = {"role": "user", "content": prompt}
+    made = [_pair(where, row, mapping, chat, user, text) for text in texts]
+    if chat:
+        return Preference(where, *(said._replace(first=len(said.messages) - 1) for said in made if said))
+    return Preference(where, *(Pair(where, prompt, text) for text in texts))
+
+
+def _whole(where: str, row: Row, column: str) -> list[dict[str, Any]]:
+    """The messages of a preference's column: what follows the prompt trains, all of it."""
+    messages, silent = turns(where, row, column)
+    if silent:
+        raise UserError(
+            f"{where}: message {silent[0] + 1} of '{column}' is kept out of the loss, but an answer that is compared "
+            f"counts as a whole: leave out the flag ({', '.join(TRAINS)})."
+        )
+    return messages
 
 
 def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
@@ -251,40 +232,6 @@ def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     return next((i for i in range(least) if chosen[i] != rejected[i]), max(0, least - 1))
 
 
-def _messages(where: str, row: Row, mapping: Mapping[str, str]) -> Example:
-    column = mapping.get("messages") or mapping["conversations"]
-    return Conversation(where, _turns(where, row, column), _tools(where, row, mapping))
-
-
-def _tools(where: str, row: Row, mapping: Mapping[str, str]) -> list[Any] | None:
-    tools = row.get(mapping["tools"])
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists in lists
-            raise UserError(f"{where}: '{mapping['tools']}' is not JSON: {error}.") from error
-    return tools or None
-
-
-def _turns(where: str, row: Row, column: str) -> list[dict[str, Any]]:
-    """Messages with `role` and `content`, from those or from ShareGPT's `from` and `value`; role names made equal."""
-    turns = []
-    for number, message in enumerate(_value(where, row, column, list), 1):
-        role = message.get("role") or message.get("from") if isinstance(message, Mapping) else None
-        if not isinstance(role, str):
-            raise UserError(f"{where}: message {number} of '{column}' has neither a 'role' nor a 'from'.")
-        if role.lower() not in ROLES:
-            raise UserError(
-                f"{where}: message {number} of '{column}' has the unknown role '{role}'.{nearest(role, ROLES)}"
-            )
-        # Arrow fills the keys that other rows have with None.
-        turn = {k: v for k, v in message.items() if v is not None and k not in ("from", "value")}
-        turn["role"] = ROLES[role.lower()]
-        if "content" not in turn:
-            if message.get("value") is None and not turn.get("tool_calls"):
-                raise UserError(f"{where}: message {number} of '{column}' has neither 'content' nor 'value'.")
-            turn["content"] = message.get("value") or ""
-        turns.append(turn)
-    if not turns:
-        raise UserError(f"{where}: '{column}' is an empty list.")
-    return turns
+def _messages(where: str, row: Row, mapping: Mapping[str, str], chat: bool) -> Example:
+    messages, silent = turns(where, row, mapping.get("messages") or mapping["conversations"])
+    return beside(where, row, mapping, Conversation(where, messages, silent=silent))

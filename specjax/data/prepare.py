@@ -22,6 +22,7 @@ def load(
     overlong: str = "drop",
     columns: Mapping[str, str] | None = None,
     own_columns: bool = False,
+    turns: str = "exact",
     split: str = "train",
     holdout: tuple[float, str] | None = None,
     cache: str | Path | bool = True,
@@ -45,6 +46,9 @@ def load(
             preference pairs can only be dropped.
         columns: role -> column, where the data calls a role by another name.
         own_columns: whether data that has none of `columns` may be recognised by its own instead.
+        turns: of a conversation whose template writes earlier turns otherwise once others follow (it drops their
+            reasoning, say): "exact" makes a row for each answer, which is the prompt as inference has it and the turn
+            that answers it; "whole" keeps one row, with earlier answers as they stand there.
         split: of a hub name, a `datasets` folder, or files named after their split.
         holdout: (fraction, "train" or "eval"): one part of a split by each row's content, which neither the rows' order
             nor their repetition changes. None: all rows.
@@ -64,6 +68,7 @@ def load(
         template=template,
         columns=columns,
         own_columns=own_columns,
+        turns=turns,
         split=split,
         seed=seed,
         holdout=holdout is not None,
@@ -113,6 +118,7 @@ def instruct(
     template: str | None = None,
     overlong: str = "drop",
     columns: Mapping[str, str] | None = None,
+    turns: str = "exact",
     split: str = "train",
     holdout: tuple[float, str] | None = None,
     cache: str | Path | bool = True,
@@ -132,6 +138,7 @@ def instruct(
         template=template,
         overlong=overlong,
         columns=columns,
+        turns=turns,
         split=split,
         holdout=holdout,
         cache=cache,
@@ -149,6 +156,7 @@ def chat(
     template: str | None = None,
     overlong: str = "drop",
     columns: Mapping[str, str] | None = None,
+    turns: str = "exact",
     split: str = "train",
     holdout: tuple[float, str] | None = None,
     cache: str | Path | bool = True,
@@ -165,6 +173,7 @@ def chat(
         template=template,
         overlong=overlong,
         columns=columns,
+        turns=turns,
         split=split,
         holdout=holdout,
         cache=cache,

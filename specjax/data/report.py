@@ -46,6 +46,11 @@ def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows, documents, left = (report["split"][key] for key in ("rows", "documents", "tokens_left_out"))
         lost = f"; {left:,} tokens of pieces without an answer left out" if left else ""
         add("split", f"{_amount({'rows': rows, 'tokens': 0})} into {documents:,} documents{lost}")
+    add("answers without a word", report.get("empty_answers") and f"{report['empty_answers']:,}, which do not train")
+    if (report.get("branched") or {}).get("rows"):
+        rows, documents = report["branched"]["rows"], report["branched"]["documents"]
+        chats = f"{rows:,} chat{'' if rows == 1 else 's'} into {documents:,} documents"
+        add("a row for each answer", f"{chats}, for the template rewrites earlier turns")
     if report.get("format") == "preference":
         add("pairs of answers", report["documents"] // 2)
     add("documents", report.get("documents"))
@@ -56,7 +61,10 @@ def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             "loss tokens",
             f"{report['loss_tokens']:,} ({report['loss_tokens'] / report['tokens']:.1%})".replace("%", " %"),
         )
-    add("a turn ends with", report.get("end_of_turn"))
+    ends = report.get("format") in ("messages", "conversations", "instruct") and "end_of_turn" in report
+    add(
+        "a turn ends with", report.get("end_of_turn") or (ends and "no token of its own: the model won't learn to stop")
+    )
     if report.get("packed_rows"):
         kind = "packed rows" if report["packing"] else "rows, one document each"
         add(kind, f"{report['packed_rows']:,} of {report['length']:,} tokens, {report['packing_efficiency']:.1%} full")

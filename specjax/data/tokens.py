@@ -6,23 +6,26 @@ on nothing else: neither on the length of a training row, nor on what is held ou
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from specjax.data import cache as disk
-from specjax.data.chat import Document, encode, resolve
+from specjax.data.chat import Document, documents, resolve
 from specjax.data.corpus import Corpus
-from specjax.data.formats import Conversation, Example, Pair, Preference, Text, blank, examples, recognise
+from specjax.data.example import Conversation, Example, Pair, Preference, Text, blank
+from specjax.data.formats import examples, recognise
 from specjax.data.identity import Contents, code, of_tokens, side
 from specjax.data.read import Opened, Row, opened
-from specjax.errors import UserError
+from specjax.data.turns import check_stop
+from specjax.errors import UserError, argument, nearest
 
 Source = str | Path | Sequence[Row | str]
 Progress = Callable[[int, int | None], None]  # called with the rows done, and with how many there are, if that is known
 
+TURNS = ("exact", "whole")
 CHUNK = 1024  # rows, at most, and
 CHUNK_CHARACTERS = 1 << 20  # characters, about, that are tokenised at a time: a tokenizer takes 200 bytes for each
 
@@ -35,6 +38,7 @@ def tokenise(
     template: str | None = None,
     columns: Mapping[str, str] | None = None,
     own_columns: bool = False,
+    turns: str = "exact",
     split: str = "train",
     seed: int = 0,
     holdout: bool = False,
@@ -50,6 +54,7 @@ def tokenise(
         template: see `resolve`.
         columns: role -> column.
         own_columns: whether data that has none of `columns` may be recognised by its own instead.
+        turns: "exact" or "whole".
         split: of a hub name or a folder.
         seed: of the order of rows and of the held-out split.
         holdout: whether parts will be held out.
@@ -63,7 +68,9 @@ def tokenise(
     reading = opened(source, split)
     folder = disk.folder_of(cache)
     contents = Contents(reading) if folder else None
-    how = {"format": format, "columns": dict(columns or {}), "own_columns": own_columns, "split": split}
+    if turns not in TURNS:
+        raise UserError(f"{argument('turns')} is '{turns}': use exact or whole.{nearest(turns, TURNS)}")
+    how = {"format": format, "columns": dict(columns or {}), "own_columns": own_columns, "split": split, "turns": turns}
     key = of_tokens(contents.digest, tokenizer, template, how) if contents and contents.digest else None
     maker = _Maker(name, reading, tokenizer, template, seed if holdout else None, how, progress)
     if folder and contents and key:
@@ -98,6 +105,7 @@ def tokenise(
         offsets=arrays["offsets"],
         rows=arrays["rows"],
         count=facts["count"],
+        empty=facts["empty"],
         seed=seed,
         sides=sides.arrays["sides"] if sides else None,
     )
@@ -121,7 +129,7 @@ class _Maker:
         self._sides: array[int] | None = None
 
     def tokens(self, total: int | None) -> disk.Kept:
-        """The arrays `tokens, trained, offsets, rows` of a `Corpus`; facts: `format, columns, found, count`."""
+        """The arrays `tokens, trained, offsets, rows` of a `Corpus`; facts: `format, columns, found, count, empty`."""
         self._sides = array("Q")
         rows = self._rows()
         head = list(islice(rows, CHUNK))
@@ -131,15 +139,18 @@ class _Maker:
         how = self.how
         kind, columns = recognise(found, how["format"], how["columns"], own_columns=how["own_columns"])
         template = _template(kind, self.tokenizer, self.template)
+        if template is not None and self.tokenizer.is_fast:
+            check_stop(self.tokenizer, template)
         tokens, trained, sizes, numbers = array("i"), bytearray(), array("q", [0]), array("q")
-        count = 0
-        for chunk in _chunks(examples(chain(head, rows), kind, columns)):
-            for number, document in _documents(chunk, self.tokenizer, template):
+        count, empty = 0, 0
+        for chunk in _chunks(examples(chain(head, rows), kind, columns, chat=template is not None)):
+            for number, document in _documents(chunk, self.tokenizer, template, how["turns"] == "exact"):
                 tokens.frombytes(document.ids.view(np.uint8).data)
                 trained += document.trained.data
                 sizes.append(len(document.ids))
                 numbers.append(count + number)
             count += len(chunk)
+            empty += sum(one.empty() for one in chunk if isinstance(one, Conversation) and not blank(one))
             if self.progress:
                 self.progress(count, total)
         arrays = {
@@ -148,7 +159,7 @@ class _Maker:
             "offsets": np.cumsum(np.frombuffer(sizes, np.int64)),
             "rows": np.frombuffer(numbers, np.int64),
         }
-        return disk.Kept(arrays, {"format": kind, "columns": columns, "found": found, "count": count})
+        return disk.Kept(arrays, {"format": kind, "columns": columns, "found": found, "count": count, "empty": empty})
 
     def sides(self) -> disk.Kept:
         """The array `sides` of a `Corpus`; a reading of its own where there was none."""
@@ -191,30 +202,17 @@ def _characters(example: Example) -> int:
             return len(text)
         case Pair(_, prompt, completion):
             return len(prompt) + len(completion)
-        case Conversation(_, messages):
-            return sum(len(str(turn["content"])) for turn in messages)
+        case Conversation():
+            return sum(len(turn["content"]) for turn in example.messages)
         case Preference(_, chosen, rejected):
             return _characters(chosen) + _characters(rejected)
 
 
-def _documents(chunk: list[Example], tokenizer: Any, template: str | None) -> Iterator[tuple[int, Document]]:
+def _documents(
+    chunk: list[Example], tokenizer: Any, template: str | None, exact: bool
+) -> Iterator[tuple[int, Document]]:
     """The documents of a chunk's rows, each with the number of its row, of those from which there is to learn."""
-    shaped = [_as_chat(example) if template else example for example in chunk]
-    full = [(number, example) for number, example in enumerate(shaped) if not blank(example)]
-    for kind, group in groupby(full, lambda numbered: type(numbered[1])):
-        numbers, same = zip(*group, strict=True)
-        each = 2 if kind is Preference else 1
-        made = encode(same, tokenizer, template)
-        yield from zip((number for number in numbers for _ in range(each)), made, strict=True)
-
-
-def _as_chat(example: Example) -> Example:
-    """A pair of strings as a user's message and the answer; anything else as it is."""
-    match example:
-        case Pair(where, prompt, completion):
-            turns = (("user", prompt), ("assistant", completion))
-            return Conversation(where, [{"role": role, "content": content} for role, content in turns])
-        case Preference(where, Pair() as chosen, Pair() as rejected):
-            sides = (_as_chat(chosen), _as_chat(rejected))
-            return Preference(where, *(side._replace(first=1) for side in sides if isinstance(side, Conversation)))
-    return example
+    full = [(number, example) for number, example in enumerate(chunk) if not blank(example)]
+    made = documents([example for _, example in full], tokenizer, template, exact=exact)
+    for (number, _), some in zip(full, made, strict=True):
+        yield from ((number, document) for document in some)
