@@ -1,7 +1,7 @@
 """From a config to the parts of a run: tokenizer, data, model, optimizer; and a run's weights from its checkpoints."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from specjax.hf.tokenizer import load_tokenizer
 from specjax.lora import agree
 from specjax.lora import peft_config as lora_files
 from specjax.models import Decoder
-from specjax.train import optim
+from specjax.train import optim, session
 from specjax.train.checkpoint import Checkpoints
 from specjax.train.dpo import dpo
 from specjax.train.objective import Objective, next_token
@@ -203,6 +203,14 @@ def check_pairs(config: ConfigDict, data: Data | Mixture) -> None:
             f"config.data.train: {config.data.train} has pairs of answers, of which config.objective="
             f"{config.objective} would train on the rejected ones too: set config.objective=dpo."
         )
+
+
+def check_ids(config: ConfigDict, folder: Path, data: Data | Mixture, eval_data: Mapping[str, Data]) -> None:
+    """Raises `UserError` where the rows have a token for which the model's embedding has no row."""
+    rows = hf_config.from_folder(folder).vocab_size
+    session.check_ids("config.data.train", data, rows)
+    for name, one in eval_data.items():
+        session.check_ids(f"the set {name!r}", one, rows)
 
 
 @keys(ARGUMENTS)

@@ -23,6 +23,7 @@ from specjax.train.evaluate import evaluate as evaluate_set
 from specjax.train.evaluate import most_documents
 from specjax.train.fit import fit
 from specjax.train.result import Result
+from specjax.train.session import check_ids
 from specjax.train.step import make_eval_step, split
 
 
@@ -53,6 +54,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         folder, tokenizer = build.tokenizer_of(config)
         data, eval_data = build.data_of(config, tokenizer, Console(quiet=not processes.first()))
         build.check_pairs(config, data)
+        build.check_ids(config, folder, data, eval_data)
         resume.check_model(workdir, changed, folder, config)
         steps = resume.steps(workdir, config, data)
     if changed:
@@ -126,6 +128,8 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
                 "config.data.eval is empty and config.data.eval_fraction is 0: name a set, "
                 "--config.data.eval.NAME=FILE."
             )
+        for name, rows_of in eval_data.items():
+            check_ids(f"the set {name!r}", rows_of, model.config.vocab_size)
         # A reference is the model as it was before it was trained.
         rows = config.batch_size // config.accumulate
         objective, eval_data = objective.prepare(objective, model, build.filter_of(run_config), eval_data, rows)

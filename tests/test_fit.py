@@ -27,6 +27,7 @@ from specjax.errors import UserError
 from specjax.models import layers
 from specjax.train import fit
 from specjax.train.checkpoint import Checkpoints
+from specjax.train.evaluate import evaluate
 from specjax.train.session import Session
 from specjax.train.step import split
 
@@ -406,3 +407,31 @@ def test_what_compiling_took_goes_back_to_the_system_before_the_first_step(monke
     monkeypatch.setattr(Session, "_compile", compile_)
     quick(steps=2)
     assert asked == [0]
+
+
+def test_a_batch_of_which_nothing_counts_is_told_and_counted_and_makes_no_nan(tmp_path, capsys):
+    rows = data()
+    first = rows.row_ids(0)
+    pieces = np.concatenate([np.arange(*rows.plan.rows[row : row + 2]) for row in first])
+    for start, size in zip(rows.plan.starts[pieces], rows.plan.sizes[pieces], strict=True):
+        rows.loss_mask[start : start + size] = False
+    result, trained = job(tmp_path, rows=rows, steps=2, log_every=1, eval_data={})
+    assert result.empty_steps == 1 and all(np.isfinite(value).all() for value in trained.values())
+    one, two = metrics(tmp_path)
+    assert "loss" not in one and one["loss_tokens"] == 0 and two["loss"] > 0
+    listed = ", ".join(map(str, sorted(first.tolist())))
+    assert f"step 1: nothing of its rows ({listed} of the packed data) counts for the loss" in capsys.readouterr().out
+    rows.loss_mask[:] = False
+    nothing = lambda *_: {"loss": (np.zeros(1, np.float32), np.zeros(1, np.float32))}  # noqa: E731
+    with pytest.raises(UserError, match="the data set: nothing of it counts for the loss"):
+        evaluate(nothing, {}, {}, rows, None)
+
+
+@pytest.mark.parametrize("where", ["the data", "the set 'heldout'"])
+def test_a_token_beyond_the_embedding_is_refused_before_anything_trains(where):
+    rows, good = data(), data(seed=1, documents=6)
+    rows.tokens[[5, 9]] = 128, 130
+    sets = (rows, {"heldout": good}) if where == "the data" else (good, {"heldout": rows})
+    match = rf"^{where} has token 128.*embedding of 128 rows has none \(2 such tokens in all\)"
+    with pytest.raises(UserError, match=match):
+        sj.fit(model(), sets[0], sj.adamw(1e-3), steps=1, eval_data=sets[1])

@@ -6,6 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from specjax import sharding
+from specjax.errors import UserError
 from specjax.train.objective import Objective, next_token
 from specjax.train.step import Params
 
@@ -34,6 +35,9 @@ def evaluate(
     Returns:
       Each pair of the objective divided, what it derives of them (`next_token`: `perplexity`), and under the name of
       what it counts the loss's denominator (`next_token`: `tokens`).
+
+    Raises:
+      UserError: nothing of the data set counts for the loss.
     """
     sums = []
     held = sharding.held_rows(mesh, data.batch_size)
@@ -45,6 +49,11 @@ def evaluate(
     # Read after the last is under way: the device never waits for the host.
     names = sums[0] if sums else ()
     total = {name: [sum(float(part[name][i].sum()) for part in sums) for i in (0, 1)] for name in names}
+    if not total["loss"][1]:
+        source = getattr(data, "report", {}).get("source", "the data set")
+        raise UserError(
+            f"{source}: nothing of it counts for the loss, so there is nothing to measure: give one that has."
+        )
     means = {name: value / (of or 1.0) for name, (value, of) in total.items()}
     return means | objective.derived(means) | {objective.counts: int(total["loss"][1])}
 

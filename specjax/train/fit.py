@@ -22,7 +22,7 @@ from specjax.train.objective import Objective, next_token
 from specjax.train.optim import as_optimizer
 from specjax.train.profile import Profile
 from specjax.train.result import Result
-from specjax.train.session import Session
+from specjax.train.session import Session, check_ids
 
 WRITES = ("checkpoints", "metrics.jsonl", "profile", "samples.jsonl", "tensorboard")  # into the workdir
 
@@ -89,6 +89,9 @@ def fit(
         files.claim(workdir, WRITES)
         if not jax.process_index():
             files.mark(workdir)
+    check_ids("the data", data, model.config.vocab_size)
+    for name, one in (eval_data or {}).items():
+        check_ids(f"the set {name!r}", one, model.config.vocab_size)
     rows = max(1, data.batch_size // accumulate)
     objective, sets = objective.prepare(objective, model, trainable, {"": data, **(eval_data or {})}, rows)
     data, eval_data = sets.pop(""), sets
@@ -178,12 +181,20 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
             + ("lower the learning rate or look at" if step > 1 else "look at the model's weights and at")
             + " the data of this step."
         )
+    counted = float(metrics[f"loss_{run.objective.counts}"])
+    if not counted:  # the loss is then 0 of nothing, and no measure of anything
+        run.result.empty_steps += 1
+        log.note(
+            f"step {step}: nothing of its rows ({_listed(run.data, step - 1)} of the packed data) counts for the loss"
+        )
     if step % every == 0 or step == 1 or step == steps:
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         # A source of which this batch has nothing has no loss here.
         empty = [name.removeprefix("share/") for name in numbers if name.startswith("share/") and not numbers[name]]
         for name in empty:
             del numbers[f"loss/{name}"]
+        if not counted:
+            del numbers["loss"]
         log.train(step, numbers | run.clock.window(metrics["tokens"]))
 
 

@@ -19,6 +19,7 @@ class Result:
       tokens: tokens trained on (not padding) since the run was last started.
       trainable_parameters: how many numbers train.
       data_seconds: of the training seconds, those spent waiting for batches.
+      empty_steps: steps of whose batch nothing counted for the loss.
     """
 
     step: int = 0
@@ -31,6 +32,7 @@ class Result:
     tokens: int = 0
     trainable_parameters: int = 0
     data_seconds: float = 0.0
+    empty_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -240,6 +240,29 @@ def _check_trainable(model: Decoder, trainable: Any, selected: Mapping[Any, jax.
         raise UserError(f"adapters {', '.join(sorted(loaded))} are loaded: unload all but the one to train.")
 
 
+def check_ids(name: str, data: Any, rows: int) -> None:
+    """Raises `UserError` where the data has a token for which the embedding has no row: it would make NaN.
+
+    Args:
+      name: of the data, in words.
+      data: a `specjax.data.Data`; of any other, whose tokens are not at hand, nothing is known.
+      rows: of the embedding.
+    """
+    for part in getattr(data, "parts", ()):  # of a mixture
+        check_ids(name, part, rows)
+    tokens = getattr(data, "tokens", None)
+    if not isinstance(tokens, np.ndarray) or not tokens.size or 0 <= tokens.min() <= tokens.max() < rows:
+        return
+    wrong = tokens[(tokens < 0) | (tokens >= rows)]
+    first = int(wrong[0])
+    tokenizer = getattr(data, "tokenizer", None)
+    text = f" {tokenizer.convert_ids_to_tokens(first)!r}" if tokenizer is not None and first >= 0 else ""
+    raise UserError(
+        f"{name} has token {first}{text}, for which the model's embedding of {rows} rows has none ({len(wrong)} such "
+        "tokens in all): give the model's own tokenizer, or leave the tokens that were added to it out of the data."
+    )
+
+
 def _check_columns(objective: Objective, name: str, data: Any) -> None:
     """Raises `UserError` where the data lacks a column that the objective reads."""
     columns = tuple(data.micro_batches(0, 1, np.arange(1)))
