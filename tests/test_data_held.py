@@ -239,6 +239,14 @@ def test_a_pair_that_no_template_renders_has_nothing_beside_it(column):
     refuse(lambda: texts(row, template=None), f"^row 1 has '{column}' beside prompt and completion.*set template, or")
 
 
+def test_half_a_character_is_no_text_and_is_refused_with_its_place():
+    broken = {**ANSWER, "content": "It is \ud83d."}
+    for row in ({"messages": [ASK, broken]}, PAIR | {"completion": "\ud83d"}, {"text": "a \ud83d b"}):
+        good = {key: "a" if isinstance(value, str) else [ASK, ANSWER] for key, value in row.items()}
+        match = r"^row 2 has half of a character, \\ud83d without its other half"
+        refuse(lambda row=row, good=good: texts(good, row, template=None if "text" in row else "qwen2.5"), match)
+
+
 def test_what_a_template_writes_otherwise_is_no_loss():
     """Inside JSON, or set under headings of its own; what it trims, the tests of masks have."""
     quoted = {**RESULT, "content": 'He said:\n"four" — même à Noël \\ 🙂'}

@@ -4,6 +4,7 @@ What a row's tokens are depends on the source's contents, the tokenizer, the tem
 on nothing else: neither on the length of a training row, nor on what is held out. So the cache goes by these.
 """
 
+import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
@@ -208,11 +209,36 @@ def _characters(example: Example) -> int:
             return _characters(chosen) + _characters(rejected)
 
 
+def _check_text(example: Example) -> None:
+    """Raises `UserError` where an example has half of a character, as the escapes of JSON can write it."""
+    half = re.search("[\ud800-\udfff]", "".join(_texts(example)))
+    if half:
+        where = example.where
+        raise UserError(
+            f"{where} has half of a character, \\u{ord(half[0]):04x} without its other half: mend the text."
+        )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in nested values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for pair in value.items() for part in pair for text in _texts(part))
+    elif isinstance(value, list | tuple):
+        yield from (text for part in value for text in _texts(part))
+
+
 def _documents(
     chunk: list[Example], tokenizer: Any, template: str | None, exact: bool
 ) -> Iterator[tuple[int, Document]]:
     """The documents of a chunk's rows, each with the number of its row, of those from which there is to learn."""
     full = [(number, example) for number, example in enumerate(chunk) if not blank(example)]
-    made = documents([example for _, example in full], tokenizer, template, exact=exact)
+    try:
+        made = documents([example for _, example in full], tokenizer, template, exact=exact)
+    except (TypeError, UnicodeEncodeError):  # of a tokenizer, for what is no text
+        for _, example in full:
+            _check_text(example)
+        raise
     for (number, _), some in zip(full, made, strict=True):
         yield from ((number, document) for document in some)
