@@ -1,6 +1,7 @@
 """The suite runs on 8 fake CPU devices, without a network, and with warnings as errors (pyproject.toml)."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -22,6 +23,9 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # [B] with [B,T] is a mistake 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and a fork do not go together
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+# Traced programs are millions of small objects; the collector, asked at every 700 new ones, goes through them all.
+gc.set_threshold(100_000, 20, 20)
 
 # What signatures say of shapes and dtypes is checked at every call, in the modules that say it.
 ROOT = Path(__file__).parent.parent

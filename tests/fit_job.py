@@ -5,6 +5,11 @@ import sys
 import time
 from pathlib import Path
 
+from specjax import process
+
+if __name__ == "__main__":
+    process.leave_torch_out()  # seconds of each start
+
 import numpy as np
 from helpers import data, model, weights
 

@@ -1,6 +1,7 @@
 """Small models and data for the tests that compare numbers."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,11 @@ def data(
     flags = np.array(trained, bool)
     ids = np.array(tokens, np.int32)
     return Data(ids, flags, offsets, tokenizer=None, length=length, batch_size=batch_size, seed=seed)
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of a process with so many fake devices, which compiles as quickly as the suite does (conftest.py)."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last of a flag counts
 
 
 def weights(of: nnx.Module, kind: Any = nnx.Param) -> dict[str, np.ndarray]:

@@ -211,18 +211,16 @@ def packed(pair: Pair) -> dict[str, float]:
     return {"packed": differs}
 
 
-def greedy(pair: Pair) -> dict[str, float]:
+def greedy(pair: Pair, count: int = NEW_TOKENS) -> dict[str, float]:
     """The fraction of greedily generated tokens that are transformers' own."""
     import torch
 
     prompt = prompts(rows=1, length=101, seed=101)[0].tolist()
-    (found,) = generate_tokens(pair.ours(), [prompt], max_new_tokens=NEW_TOKENS)
+    (found,) = generate_tokens(pair.ours(), [prompt], max_new_tokens=count)
     with torch.no_grad():
-        theirs = pair.theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-        )
+        theirs = pair.theirs.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0)
     wanted = theirs[0, len(prompt) :].tolist()
-    assert len(found) == len(wanted) == NEW_TOKENS
+    assert len(found) == len(wanted) == count
     return {"greedy": float(np.mean([a == b for a, b in zip(found, wanted, strict=True)]))}
 
 

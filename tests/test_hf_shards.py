@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_same_bits, contents, model, torch_model, weights
+from helpers import assert_same_bits, contents, model, torch_model, weights, xla_flags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -257,7 +257,6 @@ def test_the_pages_read_are_given_back_and_can_be_read_again(llama):
 
 PROCESS = """
 import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 address, index, source, out = sys.argv[1:]
@@ -299,8 +298,11 @@ def test_two_processes_read_their_own_shards_and_write_one_folder_together(tmp_p
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": xla_flags(2),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "JAX_PLATFORMS": "cpu",
+    }
     run = [sys.executable, "-c", PROCESS, address]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as stack:

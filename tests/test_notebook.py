@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from helpers import sizes, torch_logits
+from helpers import sizes, torch_logits, xla_flags
 from nbclient import NotebookClient
 
 import specjax as sj
@@ -57,7 +57,7 @@ def test_the_notebook_runs_from_a_base_to_an_export_that_transformers_opens(note
     monkeypatch.setenv("SPECJAX_NOTEBOOK_MODEL", str(base))
     monkeypatch.setenv("SPECJAX_NOTEBOOK_STEPS", "6")
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as on most machines that run notebooks
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(1))  # one device, as on most machines that run notebooks
     work = tmp_path / "work"
     work.mkdir()
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(work)}})

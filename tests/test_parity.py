@@ -256,7 +256,7 @@ def configs(draw, family):
 @pytest.mark.parametrize("family", KINDS)
 def test_any_sizes_of_a_family_have_transformers_logits(family, tmp_path_factory):
     @given(configs(family))
-    @settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     def holds(changes):
         folder = tmp_path_factory.mktemp("any")
         theirs = torch_model(family, **changes)

@@ -40,6 +40,7 @@ KEYS = {
     "mfu_ceiling",
     "compile_seconds",
 }
+LENGTH = 128  # of few and short rows: the TPU's compiler takes five times as long over eight of 256
 KINDS = {"frozen", "trained", "optimizer", "batch", "temporaries", "total"}
 TINY = {
     "hidden_size": 256,
@@ -61,12 +62,20 @@ def no_device():
     process.ask_for_no_device()
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path_factory):
-    """Not the user's."""
-    path = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(path))
-    return path / "specjax" / "plan"
+@pytest.fixture(autouse=True, scope="module")
+def shared(tmp_path_factory):
+    """What one test compiled another takes: the TPU's compiler takes half a minute for these programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("shared")
+        patch.setenv("XDG_CACHE_HOME", str(path))
+        yield path
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "specjax" / "plan"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +87,7 @@ def folder(tmp_path_factory):
 
 
 def flags(folder, method="lora", **changes):
-    changes = {"model.path": folder, "batch_size": 8, "data.length": 256, "model.remat": "full"} | changes
+    changes = {"model.path": folder, "batch_size": 8, "data.length": LENGTH, "model.remat": "full"} | changes
     return [f"--config=configs/{method}.py", *(f"--config.{key}={value}" for key, value in changes.items())]
 
 
@@ -101,10 +110,12 @@ def test_a_plan_says_what_a_config_needs_there(folder, capsys, target):
     parts = found["bytes_per_device"]
     assert parts["total"] == sum(size for kind, size in parts.items() if kind != "total")
     assert parts["optimizer"] >= 2 * parts["trained"] > 0  # AdamW's two moments
-    assert parts["batch"] == 5 * 4 * 8 * 256 // devices
-    assert parts["temporaries"] > 2 * (8 // devices) * 256 * TINY["hidden_size"] * 2  # what two layers get, in bfloat16
+    assert parts["batch"] == 5 * 4 * 8 * LENGTH // devices
+    assert (
+        parts["temporaries"] > 2 * (8 // devices) * LENGTH * TINY["hidden_size"] * 2
+    )  # what two layers get, in bfloat16
     assert found["aliased_bytes"] >= parts["trained"] + parts["optimizer"]
-    assert found["tokens_per_step"] == 8 * 256 and found["compile_seconds"] > 0
+    assert found["tokens_per_step"] == 8 * LENGTH and found["compile_seconds"] > 0
     assert found["collective_bytes"] > 0 and "all-gather" in found["collectives"]
     assert found["lines_not_understood"] == 0
     if target == "cpu:8":
@@ -112,7 +123,7 @@ def test_a_plan_says_what_a_config_needs_there(folder, capsys, target):
     else:
         assert found["bound_by"] in found["bounds"] and 0 < found["mfu_ceiling"] <= 1
         a_step = 2 * 4 * found["step_seconds_bound"] / 3600
-        assert found["price_per_million_tokens"] == pytest.approx(a_step / (8 * 256) * 1e6)
+        assert found["price_per_million_tokens"] == pytest.approx(a_step / (8 * LENGTH) * 1e6)
         assert found["price_per_epoch"] is None and "has no tokenizer files" in found["epoch_unknown"]
 
 
@@ -123,8 +134,16 @@ def test_an_epoch_of_the_users_own_data_has_a_price(capsys, tmp_path):
         (tmp_path / name).write_bytes((base / name).read_bytes())
     pairs = [{"instruction": f"What is {n}?", "response": "A number. " * 20} for n in range(200)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    changes = {"data.train": tmp_path / "pairs.jsonl", "data.length": 128, "model.path": tmp_path, "epochs": 3}
-    (found,) = planned(capsys, *flags(None, **changes), "--target=v5e:1x1", "--price-per-chip-hour=1.2")
+    changes = {
+        "data.train": tmp_path / "pairs.jsonl",
+        "data.length": 128,
+        "model.path": tmp_path,
+        "epochs": 3,
+        "batch_size": 1,
+    }
+    (found,) = planned(capsys, *flags(None, **changes), "--target=v5e", "--price-per-chip-hour=1.2")
+    # Of a family alone it is the smallest slice that holds the job.
+    assert (found["target"], found["devices"], found["fits"]) == ("v5e:1x1", 1, True)
     a_step = 1.2 * found["step_seconds_bound"] / 3600
     assert found["steps_per_epoch"] > 3
     assert found["price_per_epoch"] == pytest.approx(found["steps_per_epoch"] * a_step)
@@ -162,20 +181,15 @@ def test_a_program_is_compiled_once(folder, capsys, cache, monkeypatch):
 
 
 def test_a_search_ranks_what_it_tried(folder, capsys):
-    tried = planned(capsys, *flags(folder, batch_size=4), "--target=v5e:2x2", "--search")
+    tried = planned(capsys, *flags(folder, batch_size=2), "--target=v5e:2x2", "--search")
     assert all(found["fits"] for found in tried) and len(tried) > 1
     bounds = [found["step_seconds_bound"] for found in tried]
     assert bounds == sorted(bounds)
     meshes = [tuple(found["mesh"].items()) for found in tried]
     assert len(set(meshes)) == len(meshes)  # each fits without rematerialisation: no more is tried there
     assert {found["changes"]["model.remat"] for found in tried} == {"none"}
-    assert main(["plan", *flags(folder, batch_size=4), "--target=v5e:2x2", "--search"]) == 0
+    assert main(["plan", *flags(folder, batch_size=2), "--target=v5e:2x2", "--search"]) == 0
     assert f"{len(tried)} tries" in (out := capsys.readouterr().out) and "--config.mesh.data=1" in out
-
-
-def test_a_family_alone_is_its_smallest_slice_that_holds_the_job(folder, capsys):
-    (found,) = planned(capsys, *flags(folder), "--target=v5e")
-    assert (found["target"], found["devices"], found["fits"]) == ("v5e:1x1", 1, True)
 
 
 def stand_in(sizes_):
@@ -210,7 +224,7 @@ def test_the_tpus_compiler_says_nothing_beside_the_plan(folder):
     """It talks once a process, of a host and a TPU that it does not find."""
     left_out = {"TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "XLA_FLAGS"}
     place = {name: value for name, value in os.environ.items() if name not in left_out}
-    command = [sys.executable, "-m", "specjax", "plan", *flags(folder), "--target=v5e:1x1", "--json"]
+    command = [sys.executable, "-m", "specjax", "plan", *flags(folder, batch_size=1), "--target=v5e:1x1", "--json"]
     done = subprocess.run(command, env=place, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["target"] == "v5e:1x1"
@@ -223,24 +237,26 @@ import jax
 from specjax.cli import read_config
 from specjax.plan import plan
 before = dict(os.environ), {name: str(value) for name, value in jax.config.values.items()}
-found = plan(read_config(sys.argv[1].removeprefix("--config="), sys.argv[2:]), ["v5e:1x1", "cpu:2"])
+found = plan(read_config(sys.argv[1].removeprefix("--config="), sys.argv[2:]), ["v5e:1x1", "cpu:1"])
 after = dict(os.environ), {name: str(value) for name, value in jax.config.values.items()}
 from jax._src import xla_bridge
 print(json.dumps({"found": found, "same": before == after, "devices": sorted(xla_bridge._backends)}))
 """
 
 
-def test_a_plan_from_python_leaves_the_sessions_devices_and_settings_alone(folder, capsys):
+def test_a_plan_from_python_leaves_the_sessions_devices_and_settings_alone(folder, capsys, cache):
     """The accelerator that this session would have is none that there is: asking for it would fail."""
+    given = flags(folder, batch_size=1)
     place = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "XLA_FLAGS"))}
-    command = [sys.executable, "-c", SESSION, *flags(folder)]
+    command = [sys.executable, "-c", SESSION, *given]
     done = subprocess.run(command, env=place | {"JAX_PLATFORMS": "cuda"}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     *shown, last = done.stdout.splitlines()
     said = json.loads(last)
     assert (said["same"], said["devices"]) == (True, [])
-    assert any("v5e:1x1: fits" in line for line in shown) and any("cpu:2: needs" in line for line in shown)
-    here = planned(capsys, *flags(folder), "--target=v5e:1x1", "--target=cpu:2")
+    assert any("v5e:1x1: fits" in line for line in shown) and any("cpu:1: needs" in line for line in shown)
+    here = planned(capsys, *given, "--target=v5e:1x1", "--target=cpu:1")
+    assert all(one["cached"] for one in here)  # the program was the session's, to the letter
     left_out = {"compile_seconds", "cached"}
     for one, other in zip(said["found"], here, strict=True):
         assert {key: one[key] for key in one if key not in left_out} == {
@@ -361,9 +377,8 @@ def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(tmp_pat
     for name in ("CHUNK_ELEMENTS", "GPU_CHUNK_ELEMENTS"):
         monkeypatch.setattr(chunks, name, 2**18)
     parsed = targets.parse(target)
-    config = config_of(
-        tmp_path, method, **{"mesh.tensor": 2, "mesh.fsdp": 2, "lora.rank": 4} if method == "lora" else {}
-    )
+    changes = {"mesh.tensor": 2, "mesh.fsdp": 2, "lora.rank": 4} if method == "lora" else {}
+    config = config_of(tmp_path, method, **changes, **{"data.length": 256})
     made = job.make(config, targets.devices(parsed))
     compiled = made.lowered.compile(compiler_options=made.options)
     memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -399,24 +414,24 @@ def test_what_waits_in_the_hosts_memory_is_none_of_the_devices(folder, tmp_path,
         assert memory.argument_size_in_bytes < 1.35 * held
         assert memory.peak_memory_in_bytes < 5.4 * moments  # 4.9; 5.8 where the update were selected (docs/log.md)
     else:
-        layers_output = 2 * 8 * 256 * 256 * 2 // 4
+        layers_output = 2 * 8 * LENGTH * 256 * 2 // 4
         assert moments == 0 and memory.host_temp_size_in_bytes >= layers_output
     with pytest.raises(UserError, match="a CPU has no memory apart from the host's"):
         job.make(config_of(folder, "full", **changes), jax.devices()[:4])
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "8bit"])
-def test_moments_in_fewer_bits_are_fewer_bytes_of_a_device(folder, monkeypatch, kind):
+def test_moments_in_fewer_bits_are_fewer_bytes_of_a_device(folder, monkeypatch):
     monkeypatch.setattr(moments_lib, "SMALL", 1)
     parsed = targets.parse("v5e:2x2")
     made = {
-        each: job.make(config_of(folder, "full", **{"optimizer.moments": each}), targets.devices(parsed))
-        for each in ("float32", kind)
+        kind: job.make(config_of(folder, "full", batch_size=4, **{"optimizer.moments": kind}), targets.devices(parsed))
+        for kind in ("float32", "bfloat16", "8bit")
     }
-    taken = {each: job.device_bytes(one.opt_state) for each, one in made.items()}
-    assert taken[kind] / taken["float32"] == pytest.approx({"bfloat16": 0.5, "8bit": 0.25}[kind], rel=0.08)
-    peaks = {each: compiled.peak(one.lowered.compile(), taken[each], "tpu") for each, one in made.items()}
-    assert peaks["float32"] - peaks[kind] > 0.8 * (taken["float32"] - taken[kind])
+    taken = {kind: job.device_bytes(one.opt_state) for kind, one in made.items()}
+    peaks = {kind: compiled.peak(one.lowered.compile(), taken[kind], "tpu") for kind, one in made.items()}
+    for kind, part in {"bfloat16": 0.5, "8bit": 0.25}.items():
+        assert taken[kind] / taken["float32"] == pytest.approx(part, rel=0.08)
+        assert peaks["float32"] - peaks[kind] > 0.8 * (taken["float32"] - taken[kind]), kind
 
 
 def test_a_step_counts_the_flops_that_xla_counts_of_the_products():

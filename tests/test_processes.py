@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import metrics
+from helpers import metrics, xla_flags
 from run_fixtures import ROOT, flags, specjax
 from safetensors.numpy import load_file
 
@@ -27,7 +27,7 @@ def start(
     common = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "SPECJAX_COORDINATOR": address,
         "SPECJAX_PROCESSES": str(count),
     }
