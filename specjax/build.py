@@ -15,9 +15,11 @@ from specjax.checks import ARGUMENTS, heldout, sources
 from specjax.config import check_length, load_config_file, lora_settings
 from specjax.data import Corpus, Data, Mixture, mix, tokenise
 from specjax.data.chat import resolve as resolve_template
+from specjax.data.questions import questions
 from specjax.data.report import watched
 from specjax.errors import UserError, keys
 from specjax.files import read_object
+from specjax.generation.answers import MOST, exact
 from specjax.generation.generate import generate as generate_texts
 from specjax.hf import config as hf_config
 from specjax.hf import folder as hf_folder
@@ -80,7 +82,7 @@ def eval_data_of(
       corpora: of the training rows, by source, if they are there already.
     """
     # No more rows at once than a micro-batch: what trains must also fit when it is measured.
-    rows = config.batch_size // config.accumulate
+    rows = config.batch_size // (config.accumulate or 1)
     if config.data.eval:
         # A set that is measured may be of another kind than the one that trains, and call its columns otherwise.
         sets = {
@@ -244,6 +246,20 @@ def sampler_of(config: ConfigDict, tokenizer: Any) -> Callable[[Decoder], Sequen
     # Always the likeliest tokens: what the model's generation_config.json draws could not be compared along a run.
     how: dict[str, Any] = {"max_new_tokens": new, "chat": chat, "generation_config": {}}
     return lambda model: list(zip(prompts, generate_texts(model, tokenizer, prompts, **how), strict=True))
+
+
+def measure_of(
+    config: ConfigDict, tokenizer: Any, eval_data: Mapping[str, Data]
+) -> Callable[[Decoder], dict[str, dict[str, float]]] | None:
+    """What answers the questions of `config.eval.exact`'s sets at each evaluation, or None where none asks any."""
+    chosen = {name: data for name, data in eval_data.items() if name in config.eval.exact}
+    asked = {name: found for name, data in chosen.items() if (found := questions(data, MOST))}
+    if not asked:
+        return None
+    ends = {name: chosen[name].end_of_turn for name in asked}
+    return lambda model: {
+        name: {"exact": exact(model, tokenizer, found, end_of_turn=ends[name])} for name, found in asked.items()
+    }
 
 
 def config_of(workdir: str | Path) -> ConfigDict:

@@ -18,7 +18,7 @@ CHOICES = {
     "trainable": ("all", "lora"),
     "objective": ("next_token", "dpo"),
     "dpo.loss": ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust"),
-    "model.dtype": ("bfloat16", "float32"),
+    "model.dtype": ("auto", "bfloat16", "float32"),
     "model.init": ("checkpoint", "random"),
     "model.remat": ("none", "full", "attention", "dots", "offload"),
     "model.quantise": ("", "int8", "nf4"),
@@ -31,9 +31,9 @@ CHOICES = {
     "optimizer.moments": ("float32", "bfloat16", "8bit"),
 }
 AT_LEAST = {
-    **dict.fromkeys(("batch_size", "accumulate", "eval.max_new_tokens", "log.every"), 1),
+    **dict.fromkeys(("batch_size", "eval.max_new_tokens", "log.every"), 1),
     **dict.fromkeys(("seed", "steps", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"), 0),
-    **dict.fromkeys(("eval.every", "eval.batches", "eval.patience", "checkpoint.every"), 0),
+    **dict.fromkeys(("accumulate", "eval.every", "eval.batches", "eval.patience", "checkpoint.every"), 0),
     "data.length": 2,
 }
 # How the errors of library functions call what a config gives them: their argument -> the key.
@@ -69,7 +69,7 @@ def check(config: ConfigDict, default: ConfigDict, device_count: int | None) -> 
     _check_steps(config, default)
     _check_data(config)
     _check_eval(config)
-    if config.batch_size % config.accumulate:
+    if config.accumulate and config.batch_size % config.accumulate:
         raise UserError(
             f"config.batch_size is {config.batch_size}, which config.accumulate={config.accumulate} does not divide: "
             "make the batch size a multiple of it."
@@ -286,21 +286,38 @@ def _check_eval(config: ConfigDict) -> None:
     for prompt in evals.prompts:
         if not _is_text(prompt):
             raise UserError(f"config.eval.prompts holds {prompt!r}: every prompt is a string that is not empty.")
+    for name in evals.exact:
+        if name not in names and name != "general":  # the name that is asked for where nothing is said
+            raise UserError(
+                f"config.eval.exact names {name!r}, which is no eval set: choose of {', '.join(names) or 'none'}."
+                f"{nearest(name, names)}"
+            )
 
 
-def _check_devices(config: ConfigDict, device_count: int) -> None:
+def groups_of_rows(config: ConfigDict, device_count: int) -> int:
+    """Of how many groups of devices each has rows of its own, on the config's mesh of so many devices."""
+    sizes = _axes(config, device_count)
+    return device_count // (sizes["tensor"] * sizes["context"])
+
+
+def _axes(config: ConfigDict, device_count: int) -> dict[str, int]:
+    """The sizes of the mesh's axes, -1 filled in."""
     from specjax.sharding import MESH_AXES, fill_sizes  # here, because it imports jax, which a config file never needs
 
     sizes = {axis: config.mesh[axis] for axis in MESH_AXES}  # a ConfigDict sorts its keys
     with keys(ARGUMENTS):
-        sizes = fill_sizes(sizes, device_count)
+        return fill_sizes(sizes, device_count)
+
+
+def _check_devices(config: ConfigDict, device_count: int) -> None:
+    sizes = _axes(config, device_count)
     if config.data.length % sizes["context"]:
         raise UserError(
             f"config.data.length is {config.data.length}, which config.mesh.context={sizes['context']} devices cannot "
             "share evenly: make it a multiple of that."
         )
-    rows = device_count // (sizes["tensor"] * sizes["context"])
-    micro = config.batch_size // config.accumulate
+    rows = groups_of_rows(config, device_count)
+    micro = config.batch_size // (config.accumulate or 1)
     if micro % rows:
         raise UserError(
             f"config.batch_size is {config.batch_size}, so each of config.accumulate={config.accumulate} micro-batches "

@@ -43,13 +43,16 @@ def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> Table:
-    """One row a method; every set's loss before -> after, in nats a token."""
-    sets = list(dict.fromkeys(name for summary in summaries.values() for name in summary["evals"]))
-    result = Table(
-        "method", "trainable", "seconds", "tokens/s", "peak memory", *(f"{name} loss" for name in sets), "saved"
+    """One row a method; every set's loss before -> after, in nats a token, and its exact answers where it asks."""
+    sets, asked = (
+        list(dict.fromkeys(name for summary in summaries.values() for name in summary.get(kind, ())))
+        for kind in ("evals", "exact")
     )
+    heads = [*(f"{name} loss" for name in sets), *(f"{name} exact" for name in asked)]
+    result = Table("method", "trainable", "seconds", "tokens/s", "peak memory", *heads, "saved")
     for name, summary in summaries.items():
         losses = [summary["evals"].get(which) for which in sets]
+        answers = [summary.get("exact", {}).get(which) for which in asked]
         result.add_row(
             name,
             f"{summary['trainable_parameters']:,}",
@@ -57,6 +60,7 @@ def table(summaries: dict[str, dict[str, Any]]) -> Table:
             f"{summary['tokens_per_s']:,.0f}" if summary["tokens_per_s"] else "",
             f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB",
             *(f"{loss['before']:.3f} -> {loss['after']:.3f}" if loss else "" for loss in losses),
+            *(f"{share['before']:.0%} -> {share['after']:.0%}" if share else "" for share in answers),
             f"{summary['saved_bytes'] / 1e6:.1f} MB",
         )
     return result

@@ -5,6 +5,7 @@ typed: an unknown key or a wrong type is refused where it is written, and `valid
 before anything is loaded.
 """
 
+import copy
 import json
 import re
 import runpy
@@ -16,11 +17,12 @@ from typing import Any
 from ml_collections import ConfigDict as ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-from specjax.checks import FREE, TYPES, check, eval_names, flat, nearest_key
+from specjax.checks import FREE, TYPES, check, eval_names, flat, groups_of_rows, nearest_key
 from specjax.errors import UserError
 from specjax.files import read_object
 
 # Keys that say how a batch is computed, and not what: a run may go on with another value (`resume.claim`).
+MICRO_TOKENS = 256  # from so many on, a CPU's matrix products are no faster (docs/measurements.md, Beside TRL and PEFT)
 HOW = re.compile(r"(accumulate|mesh\..*|model\.remat|optimizer\.offload)$")
 
 
@@ -32,7 +34,9 @@ def get_config() -> ConfigDict:
     config.steps = 0  # optimizer steps; 0: as many as `epochs` make
     config.epochs = 1.0  # passes over the rows: round(epochs * rows / batch_size) steps, at least 1
     config.batch_size = 8  # rows per optimizer step, over all devices and micro-batches
-    config.accumulate = 1  # micro-batches per optimizer step
+    # Micro-batches per optimizer step. 0: on a CPU as many as leave each at least 256 tokens, where fewer are no faster
+    # and take more memory; elsewhere 1.
+    config.accumulate = 1
 
     config.objective = "next_token"  # next_token | dpo: of two answers the chosen one more likely (wants pairs)
     config.dpo = ConfigDict()  # only with objective="dpo"
@@ -43,7 +47,9 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.path = ""  # a Hugging Face folder or a hub name
     config.model.revision = ""  # of a hub name; "": its default branch
-    config.model.dtype = "bfloat16"  # of the computation: bfloat16 | float32
+    # Of the computation: bfloat16 | float32 | auto: float32 on a CPU, which is slower in bfloat16 (half the memory of
+    # what is frozen is what bfloat16 has for itself there), bfloat16 elsewhere.
+    config.model.dtype = "auto"
     config.model.init = "checkpoint"  # checkpoint | random: the folder's config.json only, trains from nothing
     # What the backward pass computes again, for memory: none | dots: all but the linear maps' outputs | attention: all
     # but the attention's | full: each layer | offload: as attention, which waits in the host's memory.
@@ -113,6 +119,9 @@ def get_config() -> ConfigDict:
     config.eval.patience = 0  # evals without a better loss before the run stops; 0: it never stops early
     config.eval.best = ""  # the set whose loss names the best checkpoint; "": the first by name
     config.eval.prompts = ()  # answered at each eval
+    # Sets of chats or pairs whose questions (100 at most) are answered too, and the answers compared with the known
+    # ones: `exact` is the share that is the same but for case and punctuation. Raw text asks nothing.
+    config.eval.exact = ("general",)
     config.eval.max_new_tokens = 64
 
     config.checkpoint = ConfigDict({"every": 0})  # steps; 0: at each eval and at the end
@@ -135,6 +144,26 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
         device_count: devices of the mesh over all processes; None leaves the mesh unchecked (`specjax data`).
     """
     check(config, get_config(), device_count)
+
+
+def settled(config: ConfigDict, platform: str, device_count: int = 1) -> ConfigDict:
+    """A copy in which what is chosen automatically is named: `model.dtype` and `accumulate`.
+
+    Args:
+        config: a valid one.
+        platform: of the devices: cpu, gpu or tpu.
+        device_count: of the mesh.
+    """
+    made = copy.deepcopy(config)
+    if made.model.dtype == "auto":
+        made.model.dtype = "float32" if platform == "cpu" else "bfloat16"
+    if not made.accumulate:
+        groups = groups_of_rows(config, device_count)
+        whole = [n for n in range(groups, config.batch_size + 1, groups) if config.batch_size % n == 0]
+        enough = [n for n in whole if n // groups * config.data.length >= MICRO_TOKENS]
+        rows = min(enough, default=config.batch_size) if platform == "cpu" else config.batch_size
+        made.accumulate = config.batch_size // rows
+    return made
 
 
 def check_length(length: int, max_positions: int) -> None:
@@ -208,7 +237,7 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     was, now = dict(flat(old)), dict(flat(new))
     # A key that a run's specjax did not know yet stood, unsaid, at what is now its default.
-    default, absent = dict(flat(get_config().to_dict())), object()
+    default, absent = dict(flat(json.loads(json.dumps(get_config().to_dict())))), object()
     of = lambda values, key: values.get(key, default.get(key, absent))  # noqa: E731
     keys = (key for key in {**was, **now} if of(was, key) != of(now, key))
     return [key for key in keys if not re.match(r"(log|export|compare|checkpoint\.every|data\.cache)(\.|$)", key)]

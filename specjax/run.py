@@ -13,7 +13,7 @@ from rich.table import Table
 from specjax import build, files, lora, process, resume, sharding
 from specjax.checks import ARGUMENTS
 from specjax.cluster import processes
-from specjax.config import check_length, resolved, validate
+from specjax.config import check_length, resolved, settled, validate
 from specjax.data.report import show
 from specjax.errors import UserError, keys
 from specjax.generation.generate import generate as generate_texts
@@ -42,6 +42,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
     workdir = Path(workdir)
     with processes.agreement("nothing was trained"):
         validate(config, jax.device_count())
+        config = settled(config, jax.default_backend(), jax.device_count())
         settings = resolved(config)
         changed = resume.claim(workdir, config, settings)
         finished = resume.finished(workdir, config)
@@ -91,6 +92,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         log_every=config.log.every,
         seed=config.seed,
         sample=build.sampler_of(config, tokenizer),
+        measure=build.measure_of(config, tokenizer, eval_data),
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
         config=settings,
@@ -118,6 +120,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
     """
     with processes.agreement("nothing was evaluated"):
         validate(config, jax.device_count())
+        config = settled(config, jax.default_backend(), jax.device_count())
         objective, run_config = build.objective_of(config), build.config_of(workdir)
         folder, tokenizer = build.tokenizer_of(run_config)
         model = build.model_of(run_config, folder, sharding.make_mesh(**config.mesh))
@@ -132,6 +135,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
             check_ids(f"the set {name!r}", rows_of, model.config.vocab_size)
         # A reference is the model as it was before it was trained.
         rows = config.batch_size // config.accumulate
+        measure = build.measure_of(config, tokenizer, eval_data)
         objective, eval_data = objective.prepare(objective, model, build.filter_of(run_config), eval_data, rows)
         build.restore(model, run_config, Path(workdir), "best")
     graph, params, frozen = split(model, nnx.Param)
@@ -141,12 +145,14 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
     options: dict[str, Any] = {"objective": objective, "batches": config.eval.batches}
     with jax.set_mesh(mesh):
         found = {name: evaluate_set(step, params, frozen, rows, mesh, **options) for name, rows in eval_data.items()}
-    heads = list(next(iter(found.values())))
-    shown = {"perplexity": "{:.2f}", "accuracy": "{:.1%}", objective.counts: "{:,}"}
+    for name, numbers in measure(model).items() if measure else ():
+        found[name] |= numbers
+    heads = list(dict.fromkeys(head for values in found.values() for head in values))
+    shown = {"perplexity": "{:.2f}", "accuracy": "{:.1%}", "exact": "{:.1%}", objective.counts: "{:,}"}
     table = Table("set", *found)  # a row per number: an objective may have many
     for head in heads:
-        numbers = (shown.get(head, "{:.4f}").format(values[head]) for values in found.values())
-        table.add_row("token accuracy" if head == "accuracy" else head, *numbers)
+        cells = (shown.get(head, "{:.4f}").format(values[head]) if head in values else "" for values in found.values())
+        table.add_row({"accuracy": "token accuracy", "exact": "exact answers"}.get(head, head), *cells)
     Console(quiet=not processes.first()).print(table)
     return found
 
@@ -270,6 +276,11 @@ def _summarise(workdir: Path, config: ConfigDict, result: Result) -> None:
         "peak_memory_bytes": process.peak_memory(),
         "saved_bytes": saved,
         "evals": {n: {"before": evals[0][f"eval/{n}/loss"], "after": evals[-1][f"eval/{n}/loss"]} for n in names},
+        "exact": {
+            n: {"before": evals[0][f"eval/{n}/exact"], "after": evals[-1][f"eval/{n}/exact"]}
+            for n in names
+            if f"eval/{n}/exact" in evals[0]
+        },
     }
     # A run that was already complete did nothing now: what it cost stands there already.
     if result.tokens or not (workdir / "summary.json").exists():

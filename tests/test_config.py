@@ -17,6 +17,7 @@ from specjax.config import (
     merge,
     methods,
     resolved,
+    settled,
     validate,
 )
 from specjax.errors import UserError
@@ -333,3 +334,23 @@ def test_a_run_that_did_not_know_a_key_goes_on_at_its_default():
     old = {key: value for key, value in now.items() if key not in ("objective", "dpo")}
     assert differing(old, now) == []
     assert differing(old, now | {"objective": "dpo"}) == ["objective"]
+
+
+@pytest.mark.parametrize(
+    "length, batch, devices, mesh, platform, found",
+    [
+        (512, 8, 1, {}, "cpu", ("float32", 8)),
+        (128, 8, 1, {}, "cpu", ("float32", 4)),
+        (16, 8, 1, {}, "cpu", ("float32", 1)),
+        (512, 8, 4, {"tensor": 2}, "cpu", ("float32", 4)),
+        (512, 8, 1, {}, "tpu", ("bfloat16", 1)),
+    ],
+)
+def test_what_is_chosen_automatically_goes_by_the_platform(length, batch, devices, mesh, platform, found):
+    config = get_config()
+    config.data.length, config.batch_size, config.accumulate = length, batch, 0
+    config.mesh.update(mesh)
+    made = settled(config, platform, devices)
+    assert (made.model.dtype, made.accumulate) == found
+    config.model.dtype, config.accumulate = "bfloat16", 2  # what is said stays
+    assert settled(config, platform, devices).to_dict() == config.to_dict()

@@ -42,7 +42,9 @@ def job(base: Path, workdir: Path, kind: str) -> list[str]:
     if kind == "full":
         return flags(base, workdir, kind, **{"log.tensorboard": True})
     more = {"eval.prompts": PROMPT, "eval.max_new_tokens": 8} if kind == "sft" else {}
-    return flags(base, workdir, kind, **sets(base), **more, **{"eval.best": "pairs", "eval.every": 3})
+    return flags(
+        base, workdir, kind, **sets(base), **more, **{"eval.best": "pairs", "eval.every": 3, "eval.exact": "pairs"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,7 @@ def test_a_run_leaves_its_config_reports_metrics_and_summary(base, runs, kind):
     assert summary["tokens"] == steps[-1]["tokens"]
     assert summary["saved_bytes"] == sum(file.stat().st_size for file in (workdir / "export").glob("*.safetensors"))
     assert summary["evals"].keys() == set(names)
+    assert summary["exact"].keys() == (set() if kind == "full" else {"pairs"})
     assert min(summary[key] for key in ("seconds", "compile_seconds", "tokens_per_s", "peak_memory_bytes")) > 0
     full = sum(value.numel() for value in transformers.AutoModelForCausalLM.from_pretrained(base).parameters())
     assert summary["trainable_parameters"] == full if kind != "lora" else summary["trainable_parameters"] < full

@@ -89,7 +89,7 @@ def smallest(config: ConfigDict, family: str, planner: Planner, within: Callable
 def meshes(config: ConfigDict, count: int, slices: int) -> list[dict[str, int]]:
     """Sizes of the mesh's axes that divide the job, those that cut layers and rows least first."""
     sizes = hf_config.from_folder(hf_folder.resolve(config.model.path, config.model.revision, weights=False))
-    rows, dividing = config.batch_size // config.accumulate, []
+    rows, dividing = config.batch_size // (config.accumulate or 1), []
     experts = [n for n in range(1, (sizes.num_experts or 1) + 1) if (sizes.num_experts or 1) % n == 0]
     for tensor in _powers(count):
         if any(n % tensor for n in (sizes.num_kv_heads, sizes.num_heads, sizes.mlp_dim or tensor, sizes.vocab_size)):
@@ -115,12 +115,13 @@ def _powers(most: int) -> list[int]:
 def _steps(config: ConfigDict, mesh: dict[str, int]) -> Iterator[dict[str, Any]]:
     """What to set on planner mesh, the fastest first."""
     on = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    least = config.accumulate or 1
     for remat in ("none", "attention", "full"):
-        yield on | {"model.remat": remat, "accumulate": config.accumulate}
+        yield on | {"model.remat": remat, "accumulate": least}
     ways = mesh["data"] * mesh["fsdp"] * mesh["expert"]
     for more in (2, 4):
-        if config.batch_size % (config.accumulate * more * ways) == 0:
-            yield on | {"model.remat": "full", "accumulate": config.accumulate * more}
+        if config.batch_size % (least * more * ways) == 0:
+            yield on | {"model.remat": "full", "accumulate": least * more}
 
 
 def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:

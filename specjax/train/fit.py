@@ -46,6 +46,7 @@ def fit(
     log_every: int = 10,
     seed: int = 0,
     sample: Callable[[Decoder], Sequence[tuple[str, str]]] | None = None,
+    measure: Callable[[Decoder], Mapping[str, Mapping[str, float]]] | None = None,
     tensorboard: bool = True,
     wandb: str = "",
     config: Mapping[str, Any] | None = None,
@@ -72,6 +73,7 @@ def fit(
       log_every: steps.
       seed: of LoRA's dropout.
       sample: at each evaluation, model -> [(prompt, text)] to show.
+      measure: at each evaluation, model -> further numbers of sets of `eval_data`, by their names.
       tensorboard: write its event files.
       wandb: a Weights & Biases project; "": none.
       config: shown in the trackers.
@@ -126,6 +128,8 @@ def fit(
                 return None
             with run.clock.paused():
                 result.evals = {name: run.evaluate(rows, eval_batches) for name, rows in eval_data.items()}
+                for name, numbers in measure(run.model()).items() if measure else ():
+                    result.evals[name] |= numbers
                 log.evaluate(step, {f"eval/{n}/{k}": v for n, means in result.evals.items() for k, v in means.items()})
                 for prompt, text in sample(run.model()) if sample else ():
                     log.sample(step, prompt, text)
