@@ -1,4 +1,4 @@
-# make check | test | demo: each sets up what it needs in .venv first, once. PYTHON names another interpreter.
+# make check | test | demo | demo-real: each sets up what it needs in .venv first, once. PYTHON names another interpreter.
 PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
@@ -8,7 +8,11 @@ BIN := $(VENV)/bin
 FAST := $(patsubst %,tests/test_%.py,cli config docs errors helpers imports launch metrics process \
 	data_cache data_chat data_formats data_pack data_preference data_read data_report data_templates)
 
-.PHONY: check test newest demo demo-base bench parity clean
+# Of demo-real: another base (a hub name or a folder), and the pairs: python or french.
+MODEL ?=
+DATA ?= python
+
+.PHONY: check test newest demo demo-real demo-base bench parity clean
 
 # Between two edits. Types and tests side by side; either's failure fails it.
 check: $(VENV)/.test
@@ -32,6 +36,17 @@ demo: $(VENV)/.run
 	$(BIN)/python demo/corpus.py --out runs/demo/data
 	rm -rf runs/demo/out
 	$(BIN)/specjax compare --config=configs/demo.py --workdir=runs/demo/out
+
+# LoRA and SFT of a published model on real pairs: a table, and what it answers before and after.
+demo-real: $(VENV)/.real
+	$(BIN)/python demo/$(if $(filter french,$(DATA)),french,corpus).py --out runs/real/$(DATA)
+	$(if $(MODEL),,$(BIN)/python demo/published.py --out runs/real/smollm2)
+	rm -rf runs/real/out
+	$(BIN)/specjax compare --config=configs/demo_real.py --workdir=runs/real/out \
+		--config.data.train=runs/real/$(DATA)/pairs_train.jsonl \
+		--config.data.eval.domain=runs/real/$(DATA)/pairs_eval.jsonl \
+		$(if $(filter french,$(DATA)),--config.eval.prompts="À quoi sert la commande tail ?") \
+		$(if $(MODEL),--config.model.path=$(MODEL))
 
 # The demo's base model from nothing, an hour or two; called again, it goes on where it was.
 demo-base: $(VENV)/.run
@@ -60,6 +75,10 @@ $(BIN)/python:
 $(VENV)/.run: pyproject.toml | $(BIN)/python
 	@echo "Installing specjax into $(VENV): some minutes, the first time."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.real: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[real]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python

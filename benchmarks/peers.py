@@ -1,6 +1,7 @@
 """Supervised fine-tuning and LoRA on this CPU, by specjax and by TRL with PEFT, side by side.
 
-    python benchmarks/peers.py [--pairs=2400] [--whole] [--rounds=1] [--seeds=3] [--threads=1,2] [--only=NAME;...]
+    python benchmarks/peers.py [--model=smollm2] [--pairs=2400] [--steps=N] [--whole] [--rounds=1] [--seeds=3]
+        [--threads=1,2] [--only=NAME;...]
 
 Both train the same base (9.4M parameters, made here by `specjax train` on the standard library's prose) on the same
 question-and-answer pairs with the same masks, in the same number of steps of AdamW at one constant rate; float32 unless
@@ -14,6 +15,8 @@ the rounds: compiling and loading are in `start s` and in `wall s`, that of the 
 the process is bound to one core; with two to nothing. `held-out` is the loss in nats on pairs of modules never trained
 on, all judged by specjax, of as many seeds as are asked for where the rows are packed. The C library is asked for huge
 pages in both, as `specjax train` does for itself (GLIBC_TUNABLES= runs both without).
+
+With --model=smollm2 the base is SmolLM2-135M-Instruct (demo/published.py), LoRA has rank 16, and a step 4 x 512 tokens.
 """
 
 import argparse
@@ -25,21 +28,38 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 BEGAN = time.perf_counter()
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / "runs" / "peers"
 WHOLE = WORK / "whole"
 DATA = ROOT / "runs" / "demo" / "data"
-LENGTH, ROWS, MICRO = 256, 8, 8
+MICRO = 8
 SKIP = 3  # steps that are not timed
-RATES = {"lora": 2e-3, "sft": 3e-4}
 BASE_STEPS = 200
+
+
+class Setup(NamedTuple):
+    """What is trained: a base, rows of so many tokens and so many of them a step, LoRA's rank, the rates."""
+
+    base: str
+    length: int
+    rows: int
+    rank: int
+    lora: float
+    sft: float
+
+
+SETUPS = {
+    "own": Setup(str(WORK / "base"), 256, 8, 8, 2e-3, 3e-4),
+    "smollm2": Setup(str(ROOT / "runs" / "real" / "smollm2"), 512, 4, 16, 1e-3, 3e-5),
+}
+SETUP = SETUPS["own"]
 CASES: dict[str, dict[str, Any]] = {
-    "specjax LoRA": {"who": "ours", "kind": "lora", "accumulate": ROWS},
+    "specjax LoRA": {"who": "ours", "kind": "lora", "accumulate": True},
     "TRL LoRA, packed": {"who": "theirs", "kind": "lora", "packing": True, "micro": 1},
-    "specjax SFT": {"who": "ours", "kind": "sft", "accumulate": ROWS},
+    "specjax SFT": {"who": "ours", "kind": "sft", "accumulate": True},
     "TRL SFT, packed": {"who": "theirs", "kind": "sft", "packing": True, "micro": 1},
     "TRL LoRA, padded": {"who": "theirs", "kind": "lora", "packing": False},
     "specjax LoRA, all rows at once": {"who": "ours", "kind": "lora", "once": True},
@@ -47,7 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
     "specjax LoRA, bfloat16": {
         "who": "ours",
         "kind": "lora",
-        "accumulate": ROWS,
+        "accumulate": True,
         "dtype": "bfloat16",
         "once": True,
     },
@@ -110,12 +130,12 @@ def whole_docstrings() -> None:
     sys.path.insert(0, str(ROOT))
     from demo import corpus
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(WORK / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SETUP.base)
     rows: dict[str, list[dict[str, str]]] = {"train": [], "eval": []}
     found = [thing for file in corpus.source_files() for thing in corpus.things(*file)]
     for thing in sorted(found, key=lambda thing: corpus.share(thing.name)):
         row = {"instruction": f"What is `{thing.name}`?", "response": thing.doc}
-        if len(tokenizer(row["instruction"] + row["response"])["input_ids"]) <= LENGTH - 16:
+        if len(tokenizer(row["instruction"] + row["response"])["input_ids"]) <= SETUP.length - 16:
             rows["eval" if corpus.held_out(thing.module) else "train"].append(row)
     WHOLE.mkdir(parents=True, exist_ok=True)
     for name, these in rows.items():
@@ -135,8 +155,8 @@ def our_data(pairs: int, seed: int = 0) -> tuple[Any, Any]:
 
     import specjax as sj
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(WORK / "base")
-    data = sj.data.load(rows_of("train", pairs), tokenizer, length=LENGTH, batch_size=ROWS, seed=seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SETUP.base)
+    data = sj.data.load(rows_of("train", pairs), tokenizer, length=SETUP.length, batch_size=SETUP.rows, seed=seed)
     return tokenizer, data
 
 
@@ -153,10 +173,10 @@ def ours(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -> 
     import specjax as sj
 
     _, data = our_data(pairs, seed)
-    model, tokenizer = sj.load(WORK / "base", dtype=case.get("dtype", "float32"))
+    model, tokenizer = sj.load(SETUP.base, dtype=case.get("dtype", "float32"))
     lora = case["kind"] == "lora"
     if lora:
-        sj.lora.inject(model, rank=8, alpha=16, targets="all-linear", seed=seed)
+        sj.lora.inject(model, rank=SETUP.rank, alpha=2 * SETUP.rank, targets="all-linear", seed=seed)
     clock = Clock()
 
     class Timed:
@@ -174,8 +194,12 @@ def ours(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -> 
             clock.tick()
             return int(data.tokens_in(step))
 
-    optimizer = sj.adamw(RATES[case["kind"]], clip_norm=1.0)
-    options = {"accumulate": case.get("accumulate", 1), "trainable": sj.LORA if lora else sj.ALL, "seed": seed}
+    optimizer = sj.adamw(getattr(SETUP, case["kind"]), clip_norm=1.0)
+    options = {
+        "accumulate": SETUP.rows if case.get("accumulate") else 1,
+        "trainable": sj.LORA if lora else sj.ALL,
+        "seed": seed,
+    }
     result = sj.fit(model, Timed(), optimizer, steps=steps, **options)
     found = clock.report(result.tokens) | {"peak": peak_memory(), "compile": result.compile_seconds} | totals(data)
     sj.lora.save(model, out) if lora else sj.export(model, tokenizer, out)
@@ -206,9 +230,9 @@ def theirs(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(WORK / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SETUP.base)
     dtype = case.get("dtype", "float32")
-    model = transformers.AutoModelForCausalLM.from_pretrained(WORK / "base", dtype=getattr(torch, dtype))
+    model = transformers.AutoModelForCausalLM.from_pretrained(SETUP.base, dtype=getattr(torch, dtype))
     rows = [
         {
             "prompt": [{"role": "user", "content": row["instruction"]}],
@@ -220,13 +244,13 @@ def theirs(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -
     config = SFTConfig(
         output_dir=str(out),
         max_steps=steps,
-        per_device_train_batch_size=case.get("micro", ROWS) if packing else MICRO,
-        gradient_accumulation_steps=ROWS // case.get("micro", ROWS)
+        per_device_train_batch_size=case.get("micro", SETUP.rows) if packing else MICRO,
+        gradient_accumulation_steps=SETUP.rows // case.get("micro", SETUP.rows)
         if packing
         else max(1, round(pairs / MICRO / steps)),
         packing=packing,
-        max_length=LENGTH,
-        learning_rate=RATES[case["kind"]],
+        max_length=SETUP.length,
+        learning_rate=getattr(SETUP, case["kind"]),
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=1.0,
@@ -240,7 +264,9 @@ def theirs(case: dict[str, Any], steps: int, pairs: int, seed: int, out: Path) -
         report_to="none",
         disable_tqdm=True,
     )
-    lora = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(
+        r=SETUP.rank, lora_alpha=2 * SETUP.rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     trainer = SFTTrainer(
         model,
         config,
@@ -270,10 +296,10 @@ def judge(folders: list[tuple[str, str]]) -> list[float]:
 
     losses = []
     for kind, folder in folders:
-        model, tokenizer = sj.load(WORK / "base" if kind == "lora" else folder, dtype="float32")
+        model, tokenizer = sj.load(SETUP.base if kind == "lora" else folder, dtype="float32")
         if kind == "lora":
             sj.lora.load(model, folder)
-        data = sj.data.load(rows_of("eval"), tokenizer, length=LENGTH, batch_size=ROWS)
+        data = sj.data.load(rows_of("eval"), tokenizer, length=SETUP.length, batch_size=SETUP.rows)
         graph, trainable, frozen = steps_lib.split(model, sj.ALL)
         eval_step = jax.jit(steps_lib.make_eval_step(graph))
         losses.append(evaluating.evaluate(eval_step, trainable, frozen, data, None)["loss"])
@@ -309,8 +335,17 @@ def base() -> None:
     (WORK / "base_run" / "export").rename(WORK / "base")
 
 
+def published(name: str) -> None:
+    """Makes the folder of a published model and the demo's pairs, where they are not there."""
+    if not (DATA / "pairs_train.jsonl").exists():
+        subprocess.run([sys.executable, "demo/corpus.py", "--out", DATA], cwd=ROOT, check=True, stdout=sys.stderr)
+    command = [sys.executable, "demo/published.py", f"--model={name}", f"--out={SETUP.base}"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+
+
 def child(task: dict[str, Any], threads: int = 1) -> Any:
     """The JSON that a process of its own prints last."""
+    task = task | {"setup": SETUP}
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     if threads == 1:
@@ -324,9 +359,9 @@ def child(task: dict[str, Any], threads: int = 1) -> Any:
 
 def run_child(task: dict[str, Any]) -> None:
     """What a child does."""
-    global DATA
+    global DATA, SETUP
     sys.path.insert(0, str(ROOT))
-    DATA = Path(task["data"])
+    DATA, SETUP = Path(task["data"]), Setup(*task["setup"])
     if "judge" in task:
         print(json.dumps(judge(task["judge"])))
         return
@@ -345,12 +380,16 @@ def run_child(task: dict[str, Any]) -> None:
 
 def measure(names: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a case and number of threads: the best of the rounds, the losses of all seeds."""
-    base()
+    if args.model == "own":
+        base()
+    else:
+        published(args.model)
     shutil.rmtree(WORK / "out", ignore_errors=True)
     if args.whole:
         whole_docstrings()
     data = str(WHOLE if args.whole else DATA)
     steps, share = child({"steps_of": args.pairs, "data": data})
+    steps = args.steps or steps
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     folders: dict[tuple[str, int], list[tuple[str, str]]] = {}
     for threads in [int(n) for n in args.threads.split(",")]:
@@ -391,6 +430,8 @@ def main() -> None:
     """Prints a table, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=2400)
+    parser.add_argument("--model", choices=SETUPS, default="own", help="what is trained")
+    parser.add_argument("--steps", type=int, default=0, help="at most so many; 0: an epoch")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", default="1,2")
@@ -401,6 +442,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return run_child(args.child)
+    global SETUP
+    SETUP = SETUPS[args.model]
     names = args.only.split(";") if args.only else list(CASES)
     if unknown := set(names) - set(CASES):
         parser.error(f"no such run: {', '.join(sorted(unknown))}; there are {'; '.join(CASES)}")
@@ -409,7 +452,10 @@ def main() -> None:
         print("\n".join(json.dumps(row) for row in rows))
         return None
     steps, tokens, share = (rows[0][key] for key in ("steps", "tokens", "share"))
-    print(f"{steps} steps of {ROWS} x {LENGTH}, {tokens} tokens an epoch; of padded rows {share:.0%} are tokens\n")
+    print(
+        f"{steps} steps of {SETUP.rows} x {SETUP.length}, {tokens} tokens an epoch; "
+        f"of padded rows {share:.0%} are tokens\n"
+    )
     print("| | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * len(COLUMNS))
     for row in rows:
         print(f"| {row['name']} | " + " | ".join(of(row) for of in COLUMNS.values()) + " |")
