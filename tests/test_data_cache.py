@@ -252,6 +252,40 @@ def test_a_file_that_is_written_to_while_it_is_read_is_not_kept(source, folder, 
     assert not kept(folder)
 
 
+def test_what_was_made_is_the_files_own_pages_and_a_kill_leaves_nothing(source, folder):
+    for _ in range(2):
+        loaded = load(source, folder)
+        assert isinstance(loaded._tokens, np.memmap) and {path.suffix for path in folder.iterdir()} == {".tokens"}
+    assert not isinstance(load(source, False)._tokens, np.memmap)
+    with cache.Spool(folder, {"tokens": "int32"}) as spool:
+        spool.add("tokens", np.arange(5, dtype=np.int32))
+        made = spool.arrays()["tokens"]
+    assert isinstance(made, np.memmap) and made.tolist() == [0, 1, 2, 3, 4]
+    assert {path.suffix for path in folder.iterdir()} == {".tokens"}  # it has no name that could be left behind
+
+
+def test_a_disk_that_fills_up_while_tokens_grow_loses_none(folder):
+    spool, wanted = cache.Spool(folder, {"tokens": "int32", "trained": "bool"}), np.arange(30, dtype=np.int32)
+    spool.add("tokens", wanted[:10])
+    spool.add("trained", wanted[:7] > 3)
+    file = spool._files["tokens"]
+
+    class Full:
+        def __init__(self):
+            self.seek, self.read, self.close = file.seek, file.read, file.close
+
+        def write(self, data):
+            file.write(data[:5])
+            raise OSError(28, "No space left on device")
+
+    spool._files["tokens"] = Full()
+    spool.add("tokens", wanted[10:20])
+    spool.add("tokens", wanted[20:])
+    spool.add("trained", wanted[7:9] > 3)
+    made = spool.arrays()
+    assert np.array_equal(made["tokens"], wanted) and np.array_equal(made["trained"], wanted[:9] > 3)
+
+
 # --- several processes
 
 

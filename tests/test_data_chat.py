@@ -1,5 +1,7 @@
 """Masks and token ids: by hand as numbers, and for every template by language and kind of tokenizer."""
 
+import random
+
 import pytest
 from data_fixtures import CONVERSATIONS, refuse, tokenizer
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import specjax.data as data
+from specjax.data import windows
 from specjax.data.chat import BUILT_IN, documents, encode, resolve, spans
 from specjax.data.example import Conversation, Pair, Text
 
@@ -36,6 +39,37 @@ def words():
     )
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gpt2", "llama2"])
+def test_a_long_text_in_windows_has_the_tokens_of_the_whole(name, monkeypatch):
+    tok, draw = tokenizer(name), random.Random(0)
+    bits = [
+        "The cat sat. ",
+        "\n\n",
+        "    ",
+        "naïve 🙂🙂 ",
+        "漢字かな交じり文",
+        "12345",
+        "\tx = f(x)\n",
+        "a" * 40,
+        "e\u0301",
+        " the",
+    ]
+    texts = ["".join(draw.choice(bits) for _ in range(3000)), "short", "ab" * 9000, " " * 9000, "", "漢" * 9000]
+    rows = [{"prompt": text, "completion": text[:100] + "b"} for text in texts]
+    chats = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in texts
+    ]
+    whole, cut = [], []
+    for made in (whole, cut):
+        for source in ([{"text": text} for text in texts], rows, chats):
+            options = {"template": "zephyr"} if source is chats else {}
+            loaded = data.load(source, tok, length=64, batch_size=2, overlong="split", cache=False, **options)
+            made.append((loaded.fingerprint, loaded.report))
+        for size, short in {"LONG": 3000, "WINDOW": 2000, "OVERLAP": 300}.items():
+            monkeypatch.setattr(windows, size, short)
+    assert whole == cut
 
 
 def test_a_conversation_trains_every_answer_with_its_end_token_and_nothing_else(words):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import specjax.data as data
+from specjax.data import loader
 from specjax.data.chat import Document
 from specjax.data.loader import COLUMNS, Data, shuffled
-from specjax.data.pack import best_fit, plan
+from specjax.data.pack import best_fit, plan, ranges
 from specjax.data.tally import Tally
 from specjax.errors import UserError
 
@@ -175,6 +177,25 @@ def test_row_ids_name_the_rows_of_a_batch():
 def test_every_batch_has_the_columns_and_their_dtypes():
     loaded, *_ = make([5, 6, 3], length=8)
     assert {name: values.dtype.name for name, values in loaded.batch(0).items()} == COLUMNS
+
+
+def test_documents_that_lie_apart_make_the_data_that_they_make_end_to_end(monkeypatch):
+    """As those of a cache's file do, of which some are held out: nothing is copied, and no digit is another."""
+    sizes = np.random.default_rng(2).integers(1, 70, 60)
+    loaded, tokens, trained, offsets = make(sizes, length=32, batch_size=4)
+    starts = offsets[:-1] + 3 * np.arange(60) // 7 * 2
+    where = ranges(starts, np.diff(offsets))
+    wide, marks = np.full(where[-1] + 5, 999, np.int32), np.ones(where[-1] + 5, bool)
+    wide[where], marks[where] = tokens, trained
+    monkeypatch.setattr(loader, "BLOCK", 100)
+    apart = Data(wide, marks, offsets, starts=starts, tokenizer=loaded.tokenizer, length=32, batch_size=4)
+    assert apart.fingerprint == loaded.fingerprint and apart.report == loaded.report
+    assert np.array_equal(apart.tokens, loaded.tokens) and np.array_equal(apart.loss_mask, loaded.loss_mask)
+    column = np.arange(len(tokens), dtype=np.float32)
+    for one, other in zip(*(each.with_column("place", column).once() for each in (apart, loaded)), strict=True):
+        assert equal(one, other)
+    apart.tokenizer = loaded.tokenizer = SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids)))
+    assert apart.preview(20) == loaded.preview(20)
 
 
 def test_an_added_column_has_its_value_at_every_token_and_leaves_the_data_as_it_was():

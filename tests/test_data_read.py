@@ -9,6 +9,7 @@ from data_fixtures import refuse, tokenizer
 
 import specjax.data as data
 from specjax.data.read import read
+from specjax.errors import UserError
 
 ROWS = [{"instruction": f"Say {n}", "response": f"{n}, «naïf» 🙂\n\nend"} for n in range(5)]
 SIZES = {"length": 64, "batch_size": 2}
@@ -197,3 +198,41 @@ def test_a_row_that_lacks_the_response_is_named(tmp_path):
     jsonl(path, [ROWS[0], {"instruction": "Say", "response": 3}])
     refuse(load, rf"^{path}:2: 'response' is a int, and must be a str")
     refuse(lambda: data.load([{"prompt": "a", "completion": None}], tokenizer(), **SIZES), "^row 1 lacks 'completion'")
+
+
+def test_compressed_lines_are_read_and_a_torn_file_is_named(tmp_path):
+    import gzip
+
+    import pyarrow as pa
+
+    text = "".join(json.dumps({"text": f"row {n} \u2028"}, ensure_ascii=False) + "\n" for n in range(50)).encode()
+    for name, content in (
+        ("a.jsonl.gz", gzip.compress(text)),
+        ("b.jsonl.zst", pa.compress(text, "zstd", asbytes=True)),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert list(read(path))[49] == (f"{path}:50", {"text": "row 49 \u2028"})
+        path.write_bytes(content[:-20])
+        with pytest.raises(UserError, match=f"{name} is not a whole (gzip|zstd) file"):
+            list(read(path))
+
+
+def test_what_lies_behind_an_address_is_brought_once_and_called_by_it(tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = fsspec.filesystem("memory")
+    for name, content in (("train-0.jsonl", '{"text": "a"}\n'), ("test.jsonl", "{}\n{"), ("notes.md", "no rows")):
+        store.pipe(f"/bucket/{name}", content.encode())
+    for _ in range(2):
+        for source in ("memory://bucket", "memory://bucket/train-0.jsonl"):
+            assert list(read(source)) == [("memory:///bucket/train-0.jsonl:1", {"text": "a"})]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["train-0.jsonl"]
+    store.pipe("/bucket/train-0.jsonl", b'{"text": "another"}\n')
+    assert [row["text"] for _, row in read("memory://bucket")] == ["another"]
+    with pytest.raises(UserError, match="^memory:///bucket/test.jsonl:2 is not JSON"):
+        list(read("memory://bucket/test.jsonl"))
+    for source, said in (("memory://none.jsonl", "can't be read .FileNotFoundError"), ("zz://a", "not known: zz")):
+        with pytest.raises(UserError, match=said):
+            list(read(source))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from specjax.data import windows
 from specjax.data.example import Conversation, Example, Pair, Preference, Text
 from specjax.data.turns import render, rows
 from specjax.data.turns import spans as spans
@@ -161,8 +162,7 @@ def _preferences(preferences: Sequence[Preference], tokenizer: Any, template: st
                 for chat in sides[0]
             ]
             texts += [render(tokenizer, template, chat) for chat in chain(*sides)]
-            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            ids = [np.asarray(one, np.int32) for one in encoded["input_ids"]]
+            ids = [np.asarray(one, np.int32) for one in windows.ids(tokenizer, texts, add_special_tokens=False)]
         prompts, chosen, rejected = (ids[at : at + len(rows)] for at in range(0, len(ids), len(rows)))
         for prompt, *answers in zip(prompts, chosen, rejected, strict=True):
             start = min(_shared(prompt, answer) for answer in answers)
@@ -187,8 +187,8 @@ def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_eos = tokenizer("a")["input_ids"][-1] == eos
     batch = []
-    for ids in tokenizer(list(texts), return_attention_mask=False, verbose=False)["input_ids"]:
-        begins_twice = len(ids) > 1 and ids[0] == ids[1] == bos
+    for ids in windows.ids(tokenizer, list(texts)):
+        begins_twice = bool(len(ids) > 1 and ids[0] == ids[1] == bos)
         batch.append(np.asarray(ids[begins_twice : len(ids) - adds_eos], np.int32))
     return batch
 
@@ -204,20 +204,13 @@ def _conversations(chats: Sequence[Conversation], tokenizer: Any, template: str,
         raise UserError(f"{type(tokenizer).__name__} gives no character offsets: load the tokenizer's fast version.")
     rendered = [rows(tokenizer, template, chat, exact=exact) for chat in chats]
     flat = list(chain.from_iterable(rendered))
-    encoded = tokenizer(
-        [text for text, _ in flat],
-        add_special_tokens=False,  # the template has written them
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    encoded = windows.encoded(tokenizer, [text for text, _ in flat])  # the template has written special tokens
     made = []
-    for (_, found), ids, offsets in zip(flat, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        begin, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    for (_, found), (ids, begin, end) in zip(flat, encoded, strict=True):
         trained = np.zeros(len(ids), bool)
         for first, last in found:  # a token that straddles the start belongs to the answer, as in TRL
             trained |= (end > first) & (begin < last)
-        made.append(Document(np.asarray(ids, np.int32), trained))
+        made.append(Document(ids, trained))
     each = iter(made)
     return [list(islice(each, len(some))) for some in rendered]
 

@@ -23,7 +23,7 @@ class Corpus:
         found: the columns of the first rows.
         tokenizer: that made the tokens.
         template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
-        tokens: int32 [N].
+        tokens: int32 [N]; these arrays may be the cache's file, mapped into memory, and processes then share them.
         trained: bool [N], whether the loss counts each as a target.
         offsets: int64 [D+1], where documents begin and end.
         rows: int64 [D], the number of each one's row, from 0; a row that is not there has nothing to learn from.
@@ -73,9 +73,7 @@ class Corpus:
             kept = tally.fit(self.trained, self.offsets, chosen, whole=self.format != "text")
         if not len(kept):
             raise UserError(tally.nothing(self.name))
-        tokens, trained = (_taken(values, kept) for values in (self.tokens, self.trained))
-        offsets = np.append(0, np.cumsum(kept[:, 1] - kept[:, 0]))
-        first = Document(tokens[: offsets[1]], trained[: offsets[1]])
+        first = Document(*(values[slice(*kept[0])] for values in (self.tokens, self.trained)))
         end = end_of_turn(first, self.tokenizer) if self.template else None
         report: dict[str, Any] = {
             "source": self.name,
@@ -88,9 +86,10 @@ class Corpus:
             "branched": self._branched(part) if together == 1 else None,
         }
         return Data(
-            tokens,
-            trained,
-            offsets,
+            self.tokens,
+            self.trained,
+            np.append(0, np.cumsum(kept[:, 1] - kept[:, 0])),
+            starts=kept[:, 0],
             tokenizer=self.tokenizer,
             length=length,
             batch_size=batch_size,
@@ -135,11 +134,3 @@ def check_overlong(overlong: str, format: str = "") -> None:
             f"{argument('overlong')} is '{overlong}', but of preference pairs those over the length can only be "
             "dropped: set it to drop."
         )
-
-
-def _taken(values: np.ndarray, slices: np.ndarray) -> np.ndarray:
-    """The values in [start, stop) slices [K, 2], end to end; no copy where that is all of them."""
-    seams = np.flatnonzero(slices[1:, 0] != slices[:-1, 1])
-    starts, stops = np.append(slices[0, 0], slices[1:, 0][seams]), np.append(slices[:-1, 1][seams], slices[-1, 1])
-    runs = [values[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-    return runs[0] if len(runs) == 1 else np.concatenate(runs)

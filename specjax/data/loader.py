@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ from jaxtyping import Bool, Int32, Int64, Shaped
 from specjax.data.batches import COLUMNS as COLUMNS
 from specjax.data.batches import Batch, Batches
 from specjax.data.batches import shuffled as shuffled
+from specjax.data.cache import release
 from specjax.data.pack import Plan, plan, ranges
 from specjax.errors import UserError
+
+BLOCK = 1 << 21  # tokens that are looked at at once, where all are
 
 
 class Data(Batches):
@@ -48,6 +52,7 @@ class Data(Batches):
         trained: Bool[np.ndarray, " N"],
         offsets: Int64[np.ndarray, " ends"],
         *,
+        starts: Int64[np.ndarray, " documents"] | None = None,
         tokenizer: Any,
         length: int,
         batch_size: int,
@@ -60,13 +65,14 @@ class Data(Batches):
     ):
         """Plans the rows of documents `tokens[offsets[d]:offsets[d+1]]`; `trained` marks what the loss counts.
 
-        So many documents as `together` says lie side by side in one row, see `plan`.
+        With `starts`, document d is the slice of that size from `starts[d]` on, and the arrays, which then may have
+        more between the documents, are not copied. So many documents as `together` says lie side by side in one row,
+        see `plan`.
         """
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.tokenizer, self.template, self.end_of_turn = tokenizer, template, end_of_turn
-        self.tokens, self.offsets = tokens, offsets
-        self.loss_mask = np.append(trained[1:], False)  # aligned with targets; a document's last token has none
-        self.loss_mask[offsets[1:] - 1] = False
+        self.offsets = offsets
+        self._tokens, self._trained, self._starts = tokens, trained, offsets[:-1] if starts is None else starts
         self._added: dict[str, np.ndarray] = {}  # column -> a value per token
         self.together = together
         self.plan: Plan = plan(offsets, length, packing, together)
@@ -74,8 +80,19 @@ class Data(Batches):
         self.most_documents = int(np.diff(self.plan.rows).max(initial=1))
         self._sizes = np.diff(np.append(0, np.cumsum(self.plan.sizes))[self.plan.rows])  # tokens a row
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self.fingerprint = self._fingerprint()
-        self.report = (report or {}) | self._counts(packing)
+        self.fingerprint, loss_tokens = self._fingerprint()
+        self.report = (report or {}) | self._counts(packing, loss_tokens)
+
+    @property
+    def tokens(self) -> Int32[np.ndarray, " N"]:
+        """Of all documents, end to end, at `offsets`; a copy where they do not lie so."""
+        whole = len(self._tokens) == self.offsets[-1] and np.array_equal(self._starts, self.offsets[:-1])
+        return self._tokens if whole else np.concatenate([tokens for tokens, _ in self._blocks()])
+
+    @property
+    def loss_mask(self) -> Bool[np.ndarray, " N"]:
+        """Whether the loss counts the target of each of `tokens`; a document's last has none. Made at each call."""
+        return np.concatenate([mask for _, mask in self._blocks()])
 
     def steps(self, epochs: float) -> int:
         """Steps that make so many passes over the rows, to the nearest, at least 1."""
@@ -97,9 +114,9 @@ class Data(Batches):
         """
         if name in {**COLUMNS, **self._added}:
             raise UserError(f"the data has a column '{name}' already: give the new one another name.")
-        if values.shape != self.tokens.shape:
+        if values.shape != (self.offsets[-1],):
             raise UserError(
-                f"column '{name}' has the shape {values.shape}, but the data has {len(self.tokens)} tokens: "
+                f"column '{name}' has the shape {values.shape}, but the data has {self.offsets[-1]} tokens: "
                 "give one value a token."
             )
         wider = copy.copy(self)
@@ -108,7 +125,7 @@ class Data(Batches):
 
     def per_token(self, rows: Shaped[np.ndarray, " {self.num_rows} {self.length}"]) -> Shaped[np.ndarray, " N"]:
         """Values that lie as the rows of the plan do as one value per token, for `with_column`."""
-        flat = np.zeros(self.tokens.shape, rows.dtype)
+        flat = np.zeros(self.offsets[-1], rows.dtype)
         held = np.arange(self.length)[None] < self._sizes[:, None]
         flat[ranges(self.plan.starts, self.plan.sizes)] = rows[held]
         return flat
@@ -123,8 +140,11 @@ class Data(Batches):
         return rows
 
     def _runs(self, start: int, stop: int) -> list[tuple[str, bool]]:
-        ids = self.tokens[start:stop].tolist()
-        trained = np.append(start > 0 and self.loss_mask[start - 1], self.loss_mask[start : stop - 1])
+        document = np.searchsorted(self.offsets, start, side="right") - 1
+        at = self._starts[document] + start - self.offsets[document]
+        ids, trained = (values[at : at + stop - start] for values in (self._tokens, self._trained))
+        ids, trained = ids.tolist(), trained.copy()
+        trained[0] &= start > self.offsets[document]  # a document's first token is nobody's target
         cuts = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
         # Decoding prefixes, not runs: a run decoded alone would lose its leading space with some tokenizers.
         text = [self.tokenizer.decode(ids[:c], clean_up_tokenization_spaces=False) if c else "" for c in cuts]
@@ -150,17 +170,19 @@ class Data(Batches):
         before = np.cumsum(sizes) - sizes
         first = np.repeat(before[np.cumsum(counts) - counts], counts)  # tokens before its row
         where = ranges(np.repeat(np.arange(len(rows)), counts) * self.length + before - first, sizes)
-        source = ranges(starts, sizes)
-        target = self.tokens[np.minimum(source + 1, len(self.tokens) - 1)]
-        stops = starts + sizes
-        target[np.cumsum(sizes)[self.offsets[np.searchsorted(self.offsets, stops)] == stops] - 1] = 0
+        document = np.searchsorted(self.offsets, starts, side="right") - 1
+        source = ranges(self._starts[document] + starts - self.offsets[document], sizes)
+        after = np.minimum(source + 1, len(self._tokens) - 1)
+        target, counts_too = self._tokens[after], self._trained[after]
+        ends = np.cumsum(sizes)[self.offsets[document + 1] == starts + sizes] - 1  # a document's last token
+        target[ends], counts_too[ends] = 0, False
         columns = {
-            "tokens": self.tokens[source],
+            "tokens": self._tokens[source],
             "targets": target,
-            "loss_mask": self.loss_mask[source],
+            "loss_mask": counts_too,
             "positions": ranges(np.zeros_like(sizes), sizes),
             "segment_ids": np.repeat(number + 1, sizes),
-        } | {name: values[source] for name, values in self._added.items()}
+        } | {name: values[ranges(starts, sizes)] for name, values in self._added.items()}
         batch = {}
         for name, values in columns.items():
             flat = np.zeros(height * self.length, COLUMNS.get(name, "float32"))
@@ -168,21 +190,43 @@ class Data(Batches):
             batch[name] = flat.reshape(height, self.length)
         return batch
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.blake2b(str(self.length).encode(), digest_size=16)
-        for array in (self.tokens, self.loss_mask, self.offsets, *self.plan):
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+    def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens and loss mask of all documents, some documents at a time, about `BLOCK` tokens."""
+        first, count = 0, len(self.offsets) - 1
+        while first < count:
+            last = max(first + 1, int(np.searchsorted(self.offsets, self.offsets[first] + BLOCK, side="right")) - 1)
+            starts, sizes = self._starts[first:last], np.diff(self.offsets[first : last + 1])
+            end_to_end = np.array_equal(starts[1:], (starts + sizes)[:-1])
+            source = slice(int(starts[0]), int(starts[-1] + sizes[-1])) if end_to_end else ranges(starts, sizes)
+            mask = np.append(self._trained[source][1:], False)
+            mask[np.cumsum(sizes) - 1] = False
+            yield self._tokens[source], mask
+            first = last
+            release(self._tokens, self._trained)
 
-    def _counts(self, packing: bool) -> dict[str, Any]:
+    def _fingerprint(self) -> tuple[str, int]:
+        """The fingerprint, and how many targets the loss counts."""
+        digest = hashlib.blake2b(str(self.length).encode(), digest_size=16)
+        for tokens, _ in self._blocks():
+            digest.update(np.ascontiguousarray(tokens).data)
+        loss_tokens = 0
+        for _, mask in self._blocks():
+            digest.update(mask.data)
+            loss_tokens += int(mask.sum())
+        for array in (self.offsets, *self.plan):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest(), loss_tokens
+
+    def _counts(self, packing: bool, loss_tokens: int) -> dict[str, Any]:
+        tokens = int(self.offsets[-1])
         return {
             "documents": len(self.offsets) - 1,
-            "tokens": len(self.tokens),
-            "loss_tokens": int(self.loss_mask.sum()),
+            "tokens": tokens,
+            "loss_tokens": loss_tokens,
             "length": self.length,
             "packing": packing,
             "pieces": len(self.plan.starts),
             "packed_rows": self.num_rows,
-            "packing_efficiency": round(len(self.tokens) / (self.num_rows * self.length), 4),
+            "packing_efficiency": round(tokens / (self.num_rows * self.length), 4),
             "fingerprint": self.fingerprint,
         }

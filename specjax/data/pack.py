@@ -5,6 +5,7 @@ is made of the pieces `rows[r] : rows[r+1]`, side by side. Nothing here looks at
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +56,7 @@ def best_fit(sizes: Int64[np.ndarray, " P"], length: int) -> Int64[np.ndarray, "
     rooms: list[int] = []
     row_of, count = np.empty(len(sizes), np.int64), 0
     order = np.argsort(-sizes, kind="stable")
-    for piece, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+    for piece, size in _pairs(order, sizes[order]):
         at = bisect_left(rooms, size)
         if at < len(rooms):
             room = rooms[at]
@@ -71,6 +72,12 @@ def best_fit(sizes: Int64[np.ndarray, " P"], length: int) -> Int64[np.ndarray, "
                 insort(rooms, left)
             stacks[left].append(row)
     return row_of
+
+
+def _pairs(first: np.ndarray, second: np.ndarray, block: int = 1 << 16) -> Iterator[tuple[int, int]]:
+    """Both arrays side by side as Python's integers, of which no more than a block's are there at once."""
+    for at in range(0, len(first), block):
+        yield from zip(first[at : at + block].tolist(), second[at : at + block].tolist(), strict=True)
 
 
 def plan(offsets: Int64[np.ndarray, " ends"], length: int, packing: bool = True, together: int = 1) -> Plan:

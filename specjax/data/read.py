@@ -6,6 +6,8 @@ user's own terms (`data/train.jsonl:7`), so that every later complaint about a r
 
 import contextlib
 import csv
+import functools
+import io
 import json
 import re
 import socket
@@ -13,13 +15,16 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
+from specjax.data.remote import brought, is_address
 from specjax.errors import UserError, argument, nearest
 
 Row = Mapping[str, Any]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz", ".jsonl.zst")
+
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Opened(NamedTuple):
@@ -46,10 +51,11 @@ def read(source: str | Path | Iterable[Row | str], split: str = "train") -> Iter
 def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Opened:
     """A file, a folder, a hub name, or rows given as dicts or strings.
 
-    `.jsonl .json .csv .parquet` hold one row per line, element or record. A `.txt` file is one document, whole: packing
-    cuts it where it must, and a blank line inside a text is no end of a document. A folder is a `datasets` folder
-    (`save_to_disk`), or holds files of these kinds; where some of its file names carry the split's name (`train.jsonl`,
-    `train-00000.parquet`) only these are read.
+    `.jsonl .json .csv .parquet` hold one row per line, element or record; `.jsonl.gz` and `.jsonl.zst` are compressed.
+    A `.txt` file is one document, whole: packing cuts it where it must, and a blank line inside a text is no end of a
+    document. A folder is a `datasets` folder (`save_to_disk`), or holds files of these kinds; where some of its file
+    names carry the split's name (`train.jsonl`, `train-00000.parquet`) only these are read. A file or folder of such
+    files behind an address (`hf://`, `gs://`, `s3://`) is brought here first.
 
     Raises:
         UserError: no such file or hub name, an unknown suffix; while the rows are read, a broken file.
@@ -57,6 +63,8 @@ def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Op
     if not isinstance(source, str | Path):
         total = len(source) if isinstance(source, Sized) else None
         return Opened(lambda: _given(source), None, total, once=isinstance(source, Iterator))
+    if is_address(str(source)):
+        return _remote(str(source), split)
     path = Path(source)
     if path.is_dir():
         return _folder(path, split)
@@ -64,7 +72,7 @@ def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Op
         return _files([path])
     if path.exists():
         raise UserError(f"{source} is neither a file nor a folder: data is read more than once, so no pipe will do.")
-    if path.suffix in SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
+    if _kind(path) in SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
         raise UserError(f"no such data file or folder: {source}.")
     here = Path(str(source).partition("/")[0])
     if here.is_dir():  # and the source is none: it is a path, misspelt, and no name to ask the hub for
@@ -92,11 +100,37 @@ def _folder(path: Path, split: str) -> Opened:
                 raise UserError(f"{path} has no split '{split}', only {', '.join(dataset)}: set {argument('split')}.")
             dataset = dataset[split]
         return _dataset(dataset, f"{path} row")
-    files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    return _files(_chosen(path, split, sorted(f for f in path.rglob("*") if f.is_file())))
+
+
+def _chosen(folder: str | Path, split: str, found: Sequence[Path]) -> Sequence[Path]:
+    """A folder's files of rows: those named after the split, where there are any."""
+    files = [f for f in found if _kind(f) in SUFFIXES]
     if not files:
-        raise UserError(f"{path} holds no data: neither a `datasets` folder nor files ending in {' '.join(SUFFIXES)}.")
-    named = [f for f in files if re.search(rf"(^|[-_.]){re.escape(split)}([-_.]|$)", f.stem)]
-    return _files(named or files)
+        raise UserError(
+            f"{folder} holds no data: neither a `datasets` folder nor files ending in {' '.join(SUFFIXES)}."
+        )
+    return [f for f in files if re.search(rf"(^|[-_.]){re.escape(split)}([-_.]|$)", f.stem)] or files
+
+
+def _kind(path: Path) -> str:
+    """The suffix, of a compressed file with the one before it."""
+    return "".join(path.suffixes[-2:]) if path.suffix in _COMPRESSIONS else path.suffix
+
+
+def _remote(source: str, split: str) -> Opened:
+    """Rows of files behind an address, by which errors and places call them."""
+    files = brought(source, functools.partial(_chosen, source, split))
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        for path, address in files:
+            try:
+                for where, row in _file(path):
+                    yield where.replace(str(path), address, 1), row
+            except UserError as error:
+                raise UserError(str(error).replace(str(path), address)) from error
+
+    return Opened(rows, [path for path, _ in files])
 
 
 def _hub(name: str, split: str) -> Opened:
@@ -142,7 +176,8 @@ def _dataset(dataset: Any, prefix: str) -> Opened:
 
 def _file(path: Path) -> Iterator[tuple[str, Row]]:
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
-    reader = readers.get(path.suffix)
+    readers |= {f".jsonl{suffix}": _jsonl for suffix in _COMPRESSIONS}
+    reader = readers.get(_kind(path))
     if reader is None:
         raise UserError(f"{path} is of no known kind: use one of {' '.join(SUFFIXES)}.")
     try:
@@ -151,8 +186,24 @@ def _file(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
 
 
+@contextlib.contextmanager
+def _lines(path: Path) -> Iterator[TextIO]:
+    """A file of text, also a compressed one."""
+    if path.suffix not in _COMPRESSIONS:
+        with path.open(encoding="utf-8-sig") as lines:
+            yield lines
+        return
+    import pyarrow as pa
+
+    try:
+        with pa.input_stream(str(path), compression=_COMPRESSIONS[path.suffix]) as stream:
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig")
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a whole {_COMPRESSIONS[path.suffix]} file: {error}.") from error
+
+
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with _lines(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{path}:{number}"

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from specjax.data.cache import release
 from specjax.errors import argument
 
 OVERLONG = ("drop", "truncate", "keep_end", "split")
@@ -134,4 +135,5 @@ def _learnable(trained: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         bounds = np.stack([offsets[several] + 1, offsets[several + 1]], 1).ravel()
         # Of [start + 1, stop) and of what lies between two of these; a sum would make an integer of every token.
         learnable[several] = np.logical_or.reduceat(trained[: bounds[-1]], bounds[:-1])[::2]
+    release(trained)
     return learnable

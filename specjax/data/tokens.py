@@ -73,7 +73,8 @@ def tokenise(
         raise UserError(f"{argument('turns')} is '{turns}': use exact or whole.{nearest(turns, TURNS)}")
     how = {"format": format, "columns": dict(columns or {}), "own_columns": own_columns, "split": split, "turns": turns}
     key = of_tokens(contents.digest, tokenizer, template, how) if contents and contents.digest else None
-    maker = _Maker(name, reading, tokenizer, template, seed if holdout else None, how, progress)
+    grows = folder if contents and key else None
+    maker = _Maker(name, reading, tokenizer, template, seed if holdout else None, how, progress, grows)
     if folder and contents and key:
         parts = disk.digest(str(contents.digest), split, str(seed), code())
         paths = folder / f"{key}.tokens", folder / f"{parts}.sides"
@@ -89,7 +90,9 @@ def tokenise(
                 fresh.append((paths[1], sides))
             if not contents.changed():  # else the rows need not be those whose digest was taken
                 for path, made in fresh:
-                    disk.keep(path, made)
+                    if disk.keep(path, made) and made is kept:
+                        # The file's own pages, which other processes share, in place of those that were made.
+                        kept = disk.find(path, fresh=True) or kept
     else:
         kept = maker.tokens(reading.total)
         sides = maker.sides() if holdout else None
@@ -124,7 +127,9 @@ class _Maker:
         seed: int | None,
         how: Mapping[str, Any],
         progress: Progress | None,
+        folder: Path | None,
     ):
+        self.folder = folder
         self.name, self.reading, self.tokenizer, self.template = name, reading, tokenizer, template
         self.seed, self.how, self.progress = seed, how, progress
         self._sides: array[int] | None = None
@@ -142,24 +147,26 @@ class _Maker:
         template = _template(kind, self.tokenizer, self.template)
         if template is not None and self.tokenizer.is_fast:
             check_stop(self.tokenizer, template)
-        tokens, trained, sizes, numbers = array("i"), bytearray(), array("q", [0]), array("q")
+        sizes, numbers = array("q", [0]), array("q")
         count, empty = 0, 0
-        for chunk in _chunks(examples(chain(head, rows), kind, columns, chat=template is not None)):
-            for number, document in _documents(chunk, self.tokenizer, template, how["turns"] == "exact"):
-                tokens.frombytes(document.ids.view(np.uint8).data)
-                trained += document.trained.data
-                sizes.append(len(document.ids))
-                numbers.append(count + number)
-            count += len(chunk)
-            empty += sum(one.empty() for one in chunk if isinstance(one, Conversation) and not blank(one))
-            if self.progress:
-                self.progress(count, total)
-        arrays = {
-            "tokens": np.frombuffer(tokens, np.int32),
-            "trained": np.frombuffer(trained, bool),
-            "offsets": np.cumsum(np.frombuffer(sizes, np.int64)),
-            "rows": np.frombuffer(numbers, np.int64),
-        }
+        with disk.Spool(self.folder, {"tokens": "int32", "trained": "bool"}) as grown:
+            for chunk in _chunks(examples(chain(head, rows), kind, columns, chat=template is not None)):
+                made: list[Document] = []
+                for number, document in _documents(chunk, self.tokenizer, template, how["turns"] == "exact"):
+                    made.append(document)
+                    sizes.append(len(document.ids))
+                    numbers.append(count + number)
+                if made:
+                    grown.add("tokens", np.concatenate([document.ids for document in made]))
+                    grown.add("trained", np.concatenate([document.trained for document in made]))
+                count += len(chunk)
+                empty += sum(one.empty() for one in chunk if isinstance(one, Conversation) and not blank(one))
+                if self.progress:
+                    self.progress(count, total)
+            arrays = grown.arrays() | {
+                "offsets": np.cumsum(np.frombuffer(sizes, np.int64)),
+                "rows": np.frombuffer(numbers, np.int64),
+            }
         return disk.Kept(arrays, {"format": kind, "columns": columns, "found": found, "count": count, "empty": empty})
 
     def sides(self) -> disk.Kept:
