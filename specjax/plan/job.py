@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from specjax import build, sharding
 from specjax.checks import ARGUMENTS
-from specjax.config import check_length
+from specjax.config import check_length, settled
 from specjax.data.loader import COLUMNS
 from specjax.errors import keys
 from specjax.hf import folder as hf_folder
@@ -52,6 +52,7 @@ def make(config: ConfigDict, devices: list[Any]) -> Job:
     Raises:
       UserError: the mesh does not fit the devices or the model, LoRA's targets match nothing, or the like.
     """
+    config = settled(config, devices[0].platform, len(devices))
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     folder = hf_folder.resolve(config.model.path, config.model.revision, weights=False)
     model = build.model_of(config, folder, None, abstract=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import build, flops
-from specjax.config import settled, validate
+from specjax.config import validate
 from specjax.errors import UserError, keys
 from specjax.plan import compiled, job, targets
 from specjax.plan import search as search_lib
@@ -113,7 +113,6 @@ def _priced(figures: dict[str, Any], price: float, epoch: dict[str, Any]) -> dic
 def _plan(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> dict[str, Any]:
     devices = targets.devices(target)
     validate(config, len(devices))
-    config = settled(config, devices[0].platform, len(devices))
     made = job.make(config, devices)
     limit = target.chip.memory if target.chip else None
     held = {name: job.device_bytes(getattr(made, name)) for name in ("frozen", "trainable", "opt_state", "batch")}
