@@ -111,8 +111,8 @@ def test_any_row_reaches_any_shards_and_comes_back(host, drawn):
     assert found.dtype == "bfloat16" and found.sharding.is_equivalent_to(where, array.ndim)
     np.testing.assert_array_equal(np.asarray(found), array.astype("bfloat16"))
     for at, name in entry.tensors(array.shape):
-        slot = export._Slot(name, entry, at, hf[name].shape, 0, 0)
-        back, ranges = export._assemble(slot, found, jnp.dtype("bfloat16"))
+        slot = export._Slot(name, entry, at, hf[name].shape, jnp.dtype("bfloat16"), 0, 0)
+        back, ranges = export._held(slot, None, {entry.path: found})
         np.testing.assert_array_equal(back, hf[name].astype("bfloat16"))
         assert ranges == [(0, back.nbytes)]
 
