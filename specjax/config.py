@@ -5,7 +5,6 @@ typed: an unknown key or a wrong type is refused where it is written, and `valid
 before anything is loaded.
 """
 
-import copy
 import json
 import re
 import runpy
@@ -146,6 +145,19 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
     check(config, get_config(), device_count)
 
 
+def copied(config: ConfigDict, *parts: str) -> ConfigDict:
+    """A copy of which these parts may be changed; the others are the config's own.
+
+    `copy.deepcopy` refuses keys with dots, which `lora.rank_pattern` may have.
+    """
+    made = ConfigDict(config)
+    with made.unlocked():
+        for name in parts:
+            del made[name]
+            made[name] = ConfigDict(config[name])
+    return made
+
+
 def settled(config: ConfigDict, platform: str, device_count: int = 1) -> ConfigDict:
     """A copy in which what is chosen automatically is named: `model.dtype` and `accumulate`.
 
@@ -154,7 +166,7 @@ def settled(config: ConfigDict, platform: str, device_count: int = 1) -> ConfigD
         platform: of the devices: cpu, gpu or tpu.
         device_count: of the mesh.
     """
-    made = copy.deepcopy(config)
+    made = copied(config, "model")
     if made.model.dtype == "auto":
         made.model.dtype = "float32" if platform == "cpu" else "bfloat16"
     if not made.accumulate:

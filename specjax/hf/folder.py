@@ -70,10 +70,7 @@ def _without_adapter(folder: Path) -> Path:
     base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     way = f"give its base model {base!r} and the folder as an adapter" if base else "give the folder as an adapter"
     more = f", or take {ADAPTER_CONFIG} out of it to use its own weights" if (folder / WEIGHTS).is_file() else ""
-    raise UserError(
-        f"model {str(folder)!r} is the folder of an adapter ({ADAPTER_CONFIG}): {way} (specjax generate --adapter=..., "
-        f"config.lora.init_from){more}."
-    )
+    raise UserError(f"model {str(folder)!r} is the folder of an adapter ({ADAPTER_CONFIG}): {way}{more}.")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,12 +1,12 @@
 """Which mesh, rematerialisation and micro-batches suit a target, and which slice of a family is large enough."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from specjax.config import copied
 from specjax.errors import UserError
 from specjax.hf import config as hf_config
 from specjax.hf import folder as hf_folder
@@ -126,6 +126,6 @@ def _steps(config: ConfigDict, mesh: dict[str, int]) -> Iterator[dict[str, Any]]
 
 def changed(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
     """A copy of a config with some keys set."""
-    made = copy.deepcopy(config)
+    made = copied(config, "mesh", "model")
     made.update_from_flattened_dict(changes)
     return made
