@@ -86,7 +86,7 @@ def pack(rows: int, folder: Path) -> None:
         "template": None,
     }
     sides = draw.integers(0, 2**64, rows, dtype=np.uint64)
-    corpus = Corpus(**facts | dict(found.arrays), count=rows, seed=0, sides=sides)
+    corpus = Corpus(**facts | dict(found.arrays), count=rows, empty=0, seed=0, sides=sides)
     for part in ("train", "eval"):
         began = time.perf_counter()
         data = corpus.pack(length=1024, batch_size=8, holdout=(0.02, part))
