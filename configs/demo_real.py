@@ -24,7 +24,7 @@ DATA = "runs/real/python"
 def get_config() -> ConfigDict:
     """What the two share; `config.compare` holds that in which each differs."""
     config = defaults()
-    config.steps = 24
+    config.steps = 16
     config.batch_size = 4
     config.accumulate = 0  # as the devices ask for: a row each on a CPU
     config.model.path = "runs/real/smollm2"
@@ -32,9 +32,9 @@ def get_config() -> ConfigDict:
     config.data.eval.domain = f"{DATA}/pairs_eval.jsonl"
     config.data.eval.general = "demo/general.jsonl"
     config.data.length = 256
-    config.optimizer.warmup_steps = 5
+    config.optimizer.warmup_steps = 4
     config.eval.best = "domain"
-    config.eval.batches = 16
+    config.eval.batches = 8
     config.eval.prompts = (
         "What does `textwrap.dedent` do?",
         "What is `shelve.Shelf`?",

