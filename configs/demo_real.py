@@ -8,11 +8,10 @@ The pairs are questions about this Python's library with its docstrings as answe
 demo/general.jsonl: its loss, and the share of its questions that are answered word for word as there; "Paris." is
 not "The capital of France is Paris.".
 
-Seen once with steps=32 and eval.batches=24, on 2 cores that four others shared: 56 minutes, 34 of them of CPU time, 1.9
-GiB (lora) and 4.2 GiB (sft). Nats a token, before -> after:
-    domain         3.45 -> 2.20 (lora), 3.45 -> 2.26 (sft)
-    general        0.87 -> 0.99 (lora), 0.87 -> 0.96 (sft); exact answers 35 % -> 2 % and 15 %
-As it stands it has less to do; it was not timed on cores of its own.
+On 2 cores 9 min 55 s, the install and the download apart; 1.8 GiB (lora) and 3.5 GiB (sft). Nats a token, before -> after,
+over 8 rows of 256 tokens each:
+    domain         3.09 -> 2.38 (lora), 3.09 -> 2.40 (sft)
+    general        1.14 -> 1.23 (lora), 1.14 -> 1.19 (sft); exact answers 35 % -> 14 % and 24 %
 """
 
 from specjax.config import ConfigDict
