@@ -164,13 +164,13 @@ class Checkpoints:
           UserError: the checkpoint's arrays are others.
           Damaged: it cannot be read.
         """
-        with self._reading(step):
+        parts = {names[0] for names in _leaves(state, _escaped)}
+        with self._reading(step):  # what it says of its arrays need not be what it should be, either
             stored = self._orbax.checkpointables_metadata(step).metadata
-        old = "state" not in stored
+            old = "state" not in stored
+            tree = {part: leaves for part, leaves in (stored if old else stored["state"]).items() if part in parts}
+            saved = {names: leaf.shape for names, leaf in _leaves(tree, _as_is).items()}
         wanted = _leaves(state, _dotted if old else _escaped)
-        parts = {names[0] for names in wanted}
-        tree = {part: leaves for part, leaves in (stored if old else stored["state"]).items() if part in parts}
-        saved = {names: leaf.shape for names, leaf in _leaves(tree, _as_is).items()}
         if reason := _difference({names: leaf.shape for names, leaf in wanted.items()}, saved):
             writer = "was written by specjax 0.1 and " if old else ""
             raise UserError(
