@@ -8,8 +8,8 @@ The pairs are questions about this Python's library with its docstrings as answe
 demo/general.jsonl: its loss, and the share of its questions that are answered word for word as there; "Paris." is
 not "The capital of France is Paris.".
 
-On 2 cores 9 min 55 s, the install and the download apart; 1.8 GiB (lora) and 3.5 GiB (sft). Nats a token, before -> after,
-over 8 rows of 256 tokens each:
+On 2 cores 9 min 55 s, the install and the download apart; 1.8 GiB (lora) and 3.5 GiB (sft). Nats per token, before ->
+after, over 8 rows of 256 tokens each:
     domain         3.09 -> 2.38 (lora), 3.09 -> 2.40 (sft)
     general        1.14 -> 1.23 (lora), 1.14 -> 1.19 (sft); exact answers 35 % -> 14 % and 24 %
 """
