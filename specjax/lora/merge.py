@@ -12,7 +12,7 @@ from specjax import sharding
 from specjax.errors import UserError, argument
 from specjax.hf.quantise import dequantise_base, is_quantised
 from specjax.lora.adapters import Copies, active, collect, unload
-from specjax.lora.targets import TIED_HEAD, is_stacked, linears, parts
+from specjax.lora.targets import TIED_HEAD, is_stacked, linears, part
 from specjax.lora.variants import LoRA
 from specjax.models import Decoder
 from specjax.models.adapter import Path
@@ -55,7 +55,7 @@ def merge(model: Decoder, name: str | None = None, *, dequantise: bool = False) 
     for path, copies in adapter.copies.items():
         for parameter in copies.values:
             stored = "embedding" if parameter == TIED_HEAD else parameter
-            _check_dtype((*path, stored), getattr(parts(model)[path], stored).dtype)
+            _check_dtype((*path, stored), getattr(part(model, path), stored).dtype)
     for path, copies in adapter.copies.items():
         _replace(model, path, copies)
     for path, factors in adapter.factors.items():
@@ -94,13 +94,13 @@ def _merger(variant: LoRA, in_dims: int, stacked: bool, place: jax.sharding.Shar
 
 def _replace(model: Decoder, path: Path, copies: Copies) -> None:
     """Puts an adapter's copies in the base's place, cast to its dtype."""
-    part = parts(model)[path]
-    if isinstance(part, Embed) and model.lm_head is None and not copies.tied:
+    module = part(model, path)
+    if isinstance(module, Embed) and model.lm_head is None and not copies.tied:
         _untie(model, copies.values.get(TIED_HEAD, model.embed_tokens.embedding[...]))
     for parameter, value in copies.values.items():
         if parameter == TIED_HEAD:
             continue
-        base = getattr(part, parameter)
+        base = getattr(module, parameter)
         old = base[...]
         if all(copies.layers):
             base[...] = jax.device_put(jnp.array(value, old.dtype, copy=True), old.sharding)

@@ -232,7 +232,7 @@ def _patterns(config: dict[str, Any]) -> tuple[Callable[[str], Any], Callable[[s
 
 def _blank(model: Decoder, path: ModulePath, fields: tuple[str, ...], layers: targets.Layers) -> Copies:
     """Arrays to read into: the base's own where a layer is left alone."""
-    part = targets.parts(model)[path]
+    part = targets.part(model, path)
     values: dict[str, Any] = {}
     for field in fields:
         base = getattr(part, "embedding" if field == TIED_HEAD else field)
@@ -265,12 +265,12 @@ def _table(model: Decoder, adapter: Adapter) -> Iterator[_Row]:
 
 def _place(model: Decoder, adapter: Adapter, row: _Row) -> np.ndarray:
     """The part of our array that a row's tensor is: a view."""
-    part = targets.parts(model)[row.path]
+    part: Any = targets.part(model, row.path)
     factors = adapter.factors.get(row.path)
     if factors is None or row.field not in factors.values:
         array = np.asarray(adapter.copies[row.path].values[row.field])
         return array[row.layer] if targets.is_stacked(part) else array
-    _, axes = factors.variant.arrays(targets.linears(model)[row.path], 1)[row.field]
+    _, axes = factors.variant.arrays(part, 1)[row.field]
     index = {"layers": row.layer, "lora_rank": slice(factors.ranks[row.layer])}  # without the zeros of other layers
     chosen: Any = tuple(index.get(axis or "", slice(None)) for axis in axes)
     view: np.ndarray = np.asarray(factors.values[row.field])[chosen]

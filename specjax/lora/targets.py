@@ -29,6 +29,15 @@ def parts(model: Decoder) -> dict[Path, Adaptable]:
     return adaptables(model)
 
 
+def part(model: Decoder, path: Path) -> Adaptable:
+    """The module at a path, without a walk through the model."""
+    found: Any = model
+    for step in path:
+        found = found[step] if isinstance(step, int) else getattr(found, step)
+    assert isinstance(found, Adaptable)
+    return found
+
+
 def linears(model: Decoder) -> dict[Path, Linear | ExpertLinear]:
     """The linear maps among them."""
     return {path: part for path, part in parts(model).items() if isinstance(part, Linear | ExpertLinear)}
@@ -54,18 +63,18 @@ def tensors(model: Decoder, path: Path, parameter: str) -> tuple[list[str], str]
     if parameter == TIED_HEAD:
         return ["lm_head.weight"], "table"
     (entry,) = hf_names.entries(model.config, [(*path, parameter)])
-    shape = getattr(parts(model)[path], parameter).shape
+    shape = getattr(part(model, path), parameter).shape
     found = [name for _, name in entry.tensors(shape)]
     return [multimodal.module(name) for name in found] if model.config.multimodal else found, entry.kind
 
 
 def modules(model: Decoder, path: Path) -> list[str]:
     """The names PEFT knows a module by, one a layer: "model.layers.0.mlp.up_proj", ..."""
-    part = parts(model)[path]
-    if isinstance(part, Router | ExpertLinear):  # transformers 5 knows them so, whatever the files say
+    module = part(model, path)
+    if isinstance(module, Router | ExpertLinear):  # transformers 5 knows them so, whatever the files say
         layers, segment, *rest = path
         return [sharding.path_name(("model", layers, layer, *rest)) for layer in model.config.spans[int(segment)]]
-    tensor_names, _ = tensors(model, path, parameters(part)[0])
+    tensor_names, _ = tensors(model, path, parameters(module)[0])
     return [name.removesuffix(".weight") for name in tensor_names]
 
 
