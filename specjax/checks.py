@@ -31,7 +31,7 @@ CHOICES = {
     "optimizer.moments": ("float32", "bfloat16", "8bit"),
 }
 AT_LEAST = {
-    **dict.fromkeys(("batch_size", "eval.max_new_tokens", "log.every"), 1),
+    **dict.fromkeys(("batch_size", "eval.max_new_tokens", "log.every", "checkpoint.keep"), 1),
     **dict.fromkeys(("seed", "steps", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"), 0),
     **dict.fromkeys(("accumulate", "eval.every", "eval.batches", "eval.patience", "checkpoint.every"), 0),
     "data.length": 2,
@@ -47,6 +47,7 @@ ARGUMENTS = {
     "holdout": "config.data.eval_fraction",
     **{name: f"config.dpo.{name}" for name in ("beta", "loss", "label_smoothing")},
     "objective": "config.objective",
+    "keep": "config.checkpoint.keep",
     **{
         name: f"config.lora.{name}"
         for name in (

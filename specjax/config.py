@@ -123,7 +123,9 @@ def get_config() -> ConfigDict:
     config.eval.exact = ("general",)
     config.eval.max_new_tokens = 64
 
-    config.checkpoint = ConfigDict({"every": 0})  # steps; 0: at each eval and at the end
+    # Every so many steps; 0: at each eval and at the end. The last `keep` stay, and the best: with 2, a newest one
+    # that a disk damaged has one before it.
+    config.checkpoint = ConfigDict({"every": 0, "keep": 1})
     config.log = ConfigDict({"every": 10, "tensorboard": True, "wandb": ""})  # wandb: a project's name
     # Devices on each axis; -1: all that are left. `expert` is for mixture-of-experts models, `context` for long rows.
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1})
@@ -252,7 +254,7 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     default, absent = dict(flat(json.loads(json.dumps(get_config().to_dict())))), object()
     of = lambda values, key: values.get(key, default.get(key, absent))  # noqa: E731
     keys = (key for key in {**was, **now} if of(was, key) != of(now, key))
-    return [key for key in keys if not re.match(r"(log|export|compare|checkpoint\.every|data\.cache)(\.|$)", key)]
+    return [key for key in keys if not re.match(r"(log|export|compare|checkpoint|data\.cache)(\.|$)", key)]
 
 
 def merge(config: ConfigDict, overrides: Mapping[str, Any], where: str = "config") -> ConfigDict:

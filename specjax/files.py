@@ -1,6 +1,7 @@
 """A user's files: a folder written whole or not at all, never over somebody's files; JSON read in one way."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -86,9 +87,31 @@ def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, whole or not at all, whatever dies: the process, or the machine."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
     partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Has what lies in the system's caches of a file, or of a folder's names, put on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # a filesystem without this, for folders at least
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -117,10 +140,12 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         os.umask(mask)
         for file in (staging, *staging.rglob("*")):
             file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+            sync(file)
         if out.is_dir() and any(out.iterdir()):
             _replace(out, staging)
         else:
             os.replace(staging, out)
+        sync(out.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -89,6 +89,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         patience=config.eval.patience,
         best=settings["eval"]["best"] if eval_data else "",
         save_every=config.checkpoint.every,
+        keep=config.checkpoint.keep,
         log_every=config.log.every,
         seed=config.seed,
         sample=build.sampler_of(config, tokenizer),

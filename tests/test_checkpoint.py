@@ -13,10 +13,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as v0
 import pytest
+from damages import damages, outcome, written
 from helpers import assert_same_bits, data, model, weights
 
 import specjax as sj
 from specjax.errors import UserError
+from specjax.train import checksums
 from specjax.train.checkpoint import Checkpoints, Damaged
 
 ROOT = Path(__file__).parent.parent
@@ -219,3 +221,30 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path):
     with pytest.warns(UserWarning, match="goes on from the checkpoint of step 1"):
         assert_same_bits(run(), wanted)
     assert (tmp_path / "run" / "damaged" / "2").is_dir()
+
+
+@pytest.mark.parametrize(("steps", "ends"), [((3, 6), "the one before, said"), ((6,), "one sentence")])
+def test_no_damage_of_any_file_of_the_newest_checkpoint_is_silent(tmp_path, steps, ends):
+    """A few kinds of damage; tests/damages.py as a program does all."""
+    wanted = written(tmp_path, steps)
+    like = jax.tree.map(jnp.zeros_like, wanted[6][1])
+    checkpoint = tmp_path / "checkpoints" / "6"
+    kinds = (": a bit at 0", "state: removed", "the folder: empty") if len(steps) == 2 else (": a block at 0",)
+    found = {
+        what: outcome(tmp_path, damage, wanted, like) for what, damage in damages(checkpoint, 0) if what.endswith(kinds)
+    }
+    assert len(found) >= sum(file.is_file() for file in checkpoint.rglob("*"))
+    last = ("commit_success.txt", "_CHECKPOINT_METADATA: a bit")  # read by nobody; the time may be another
+    assert {what: end for what, end in found.items() if end != ends and not what.startswith(last)} == {}
+    assert {end for what, end in found.items() if what.startswith(last)} <= {"without effect", ends}
+
+
+def test_a_checkpoint_of_before_there_were_checksums_is_read(tmp_path):
+    wanted = written(tmp_path, (6,))[6][1]
+    (tmp_path / "checkpoints" / "6" / checksums.NAME).unlink()
+    about = tmp_path / "checkpoints" / "6" / "_CHECKPOINT_METADATA"
+    about.write_text(about.read_text().replace('{"checksums": "SHA256SUMS"}', "{}"))
+    found = Checkpoints(tmp_path / "checkpoints").load(6, jax.tree.map(jnp.zeros_like, wanted))
+    assert_same_bits(
+        *({str(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (found, wanted))
+    )

@@ -2,25 +2,28 @@
 
 A checkpoint is the folder `<workdir>/checkpoints/<step>/` with `state` (a pytree of arrays, as dicts of dicts), `meta`
 (JSON: what the run stands on, and where early stopping is) and, where the checkpoint was evaluated, `metrics`. The last
-one and the best one are kept. What specjax 0.1 wrote is read too: `trainable` and `opt_state` in place of `state`, with
-parameters by dotted path.
+ones and the best one are kept. `SHA256SUMS` says what each of its files holds: it is written before the folder is
+renamed, and compared before anything of the checkpoint is used. What was written before there was one is read too, and
+what specjax 0.1 wrote: `trainable` and `opt_state` in place of `state`, with parameters by dotted path.
 """
 
 import contextlib
 import errno
-import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.tree_util as jtu
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
 
 from specjax.errors import UserError
+from specjax.train import checksums
+from specjax.train import tree as tree_lib
 
-Names = tuple[str, ...]
+_LONGEST = 512  # bytes of what a process says of a damage
 # What Orbax raises of files that are absent, cut short or overwritten: most of it names no file. Full memory is not
 # among it.
 _DAMAGE = (LookupError, ValueError, TypeError, AttributeError, FileNotFoundError)
@@ -31,9 +34,11 @@ class Damaged(UserError):
 
     Attributes:
       what: is the matter with it, in words.
+      everywhere: whether all processes of the run found it so.
     """
 
     what = ""
+    everywhere = False
 
 
 class Checkpoints:
@@ -42,30 +47,33 @@ class Checkpoints:
     Args:
       folder: made when absent.
       read_only: for evaluation and export; the folder must exist.
+      keep: how many of the last ones stay, beside the best one.
 
     Raises:
       UserError: read_only, and there is no checkpoint.
+      Damaged: what there is cannot be used, and there is no other.
     """
 
-    def __init__(self, folder: str | Path, *, read_only: bool = False):
-        self.folder = Path(folder).absolute()
+    def __init__(self, folder: str | Path, *, read_only: bool = False, keep: int = 1):
+        self.folder, self._keep = Path(folder).absolute(), keep
         if read_only and not self.folder.is_dir():
             raise UserError(f"{self.folder} holds no checkpoints: train first, or give the workdir of a run.")
         self._read_only = read_only
-        self._open()
+        self._whole: set[int] = set()  # steps all of whose files were compared
         self._writing: Any = None
+        self._saving = 0  # the step
+        self._open()
 
     def _open(self) -> None:
-        for step in _steps(self.folder):
-            try:
-                with self._reading(step):  # Orbax reads these of all checkpoints at once, and stops at one that is none
-                    metrics = self.folder / str(step) / "metrics" / "metrics"
-                    json.loads(metrics.read_text(encoding="utf-8") if metrics.is_file() else "0")
-            except Damaged as damaged:
+        for step in sorted(_steps(self.folder)):  # Orbax reads some of each at once, and stops at one that is none
+            if what := _agreed(checksums.glance(self.folder / str(step))):
+                damaged = self._damaged(step, what, everywhere=True)
                 if self._read_only:
-                    raise
+                    raise damaged
                 self._move(step, damaged)
         context = ocp.Context()
+        # The first process's, when all is there. Orbax copies its options deeply, and a method with what it is of.
+        context.async_options.post_finalization_callback = lambda: self._sum()
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         context.pytree.loading.partial_load = True  # what trains, without the optimizer's state
@@ -74,7 +82,7 @@ class Checkpoints:
         self._orbax = ocp.training.Checkpointer(
             self.folder,
             context=context,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(self._keep), best]),
             # What a killed run left half-written is no checkpoint.
             cleanup_tmp_directories=not self._read_only,
         )
@@ -118,11 +126,17 @@ class Checkpoints:
           UserError: the checkpoint before this one could not be written (a full disk).
         """
         self.wait()
-        items = {"state": _nested(_leaves(state, _escaped)), "meta": meta}
+        items = {"state": tree_lib.nested(tree_lib.leaves(state, tree_lib.escaped)), "meta": meta}
         metrics = None if loss is None else {"loss": loss}
+        self._saving = step
         self._writing = self._guarded(
-            lambda: self._orbax.save_checkpointables_async(step, items, force=True, metrics=metrics)
+            lambda: self._orbax.save_checkpointables_async(
+                step, items, force=True, metrics=metrics, custom_metadata=checksums.MARK
+            )
         )
+
+    def _sum(self) -> None:
+        checksums.write(self.folder / f"{self._saving}.orbax-checkpoint-tmp")
 
     def wait(self) -> None:
         """Until the last save is whole.
@@ -145,6 +159,7 @@ class Checkpoints:
         Raises:
           Damaged: it cannot be read.
         """
+        self._check(step)
         with self._reading(step):
             found: dict[str, Any] = self._orbax.load_checkpointables(step, {"meta": None})["meta"]
         return found
@@ -164,14 +179,15 @@ class Checkpoints:
           UserError: the checkpoint's arrays are others.
           Damaged: it cannot be read.
         """
-        parts = {names[0] for names in _leaves(state, _escaped)}
+        self._check(step)
+        parts = {names[0] for names in tree_lib.leaves(state, tree_lib.escaped)}
         with self._reading(step):  # what it says of its arrays need not be what it should be, either
             stored = self._orbax.checkpointables_metadata(step).metadata
             old = "state" not in stored
             tree = {part: leaves for part, leaves in (stored if old else stored["state"]).items() if part in parts}
-            saved = {names: leaf.shape for names, leaf in _leaves(tree, _as_is).items()}
-        wanted = _leaves(state, _dotted if old else _escaped)
-        if reason := _difference({names: leaf.shape for names, leaf in wanted.items()}, saved):
+            saved = {names: leaf.shape for names, leaf in tree_lib.leaves(tree, tree_lib.as_is).items()}
+        wanted = tree_lib.leaves(state, tree_lib.dotted if old else tree_lib.escaped)
+        if reason := tree_lib.difference({names: leaf.shape for names, leaf in wanted.items()}, saved):
             writer = "was written by specjax 0.1 and " if old else ""
             raise UserError(
                 f"{self.folder / str(step)}: {writer}does not fit this model and optimizer ({reason}): go on with what "
@@ -194,17 +210,39 @@ class Checkpoints:
         self._open()
 
     def _move(self, step: int, damaged: Damaged) -> None:
-        older = [one for one in _steps(self.folder) if one < step]
-        aside = self.folder.parent / "damaged" / str(step)
-        if not older or aside.exists() or jax.process_count() > 1:
+        others = [one for one in _steps(self.folder) if one != step]
+        if not others or (jax.process_count() > 1 and not damaged.everywhere):
             raise damaged
-        aside.parent.mkdir(exist_ok=True)
-        (self.folder / str(step)).rename(aside)
-        warnings.warn(
-            f"{self.folder / str(step)} {damaged.what}: it is moved to {aside}, and the run goes on from the "
-            f"checkpoint of step {max(older)}.",
-            stacklevel=2,
-        )
+        if jax.process_index() == 0:
+            aside = self.folder.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            names = [str(step), *(f"{step}.{number}" for number in range(1, 1 + len(list(aside.iterdir()))))]
+            aside /= next(name for name in names if not (aside / name).exists())
+            (self.folder / str(step)).rename(aside)
+            newest = max(others)
+            goes = f"goes on from the checkpoint of step {newest}" if newest < step else "has lost it"
+            warnings.warn(
+                f"{self.folder / str(step)} {damaged.what}: it is moved to {aside}, and the run {goes}.", stacklevel=2
+            )
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"specjax_damaged_{step}")
+
+    def _check(self, step: int) -> None:
+        """Compares every file of a checkpoint, once; of several processes each compares a part."""
+        if step in self._whole:
+            return
+        folder = self.folder / str(step)
+        what = checksums.glance(folder) or checksums.compare(folder, jax.process_index(), jax.process_count())
+        if what := _agreed(what):
+            raise self._damaged(step, what, everywhere=True)
+        self._whole.add(step)
+
+    def _damaged(self, step: int, what: str, *, everywhere: bool = False) -> Damaged:
+        others = [one for one in _steps(self.folder) if one != step]
+        way = f"take it away to use that of step {max(others)}" if others else "start in a new workdir"
+        damaged = Damaged(f"{self.folder / str(step)} is damaged ({what}): {way}.")
+        damaged.what, damaged.everywhere = f"is damaged ({what})", everywhere
+        return damaged
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -213,12 +251,7 @@ class Checkpoints:
         except _DAMAGE as error:
             if _disk_error(error) or "PERMISSION_DENIED" in str(error):
                 raise
-            what = f"is damaged and cannot be read ({type(error).__name__})"
-            others = [one for one in _steps(self.folder) if one != step]
-            way = f"take it away to use that of step {max(others)}" if others else "start in a new workdir"
-            damaged = Damaged(f"{self.folder / str(step)} {what}: {way}.")
-            damaged.what = what
-            raise damaged from error
+            raise self._damaged(step, f"it cannot be read: {type(error).__name__}") from error
 
     def close(self) -> None:
         """Waits and lets go."""
@@ -248,53 +281,14 @@ def _loss(metrics: Any) -> float:
     return metrics["loss"]
 
 
-def _leaves(tree: Any, spelt: Callable[[Any], Names]) -> dict[Names, Any]:
-    """A pytree's leaves, in its order, by the names that lead to them; `spelt`: those of a key."""
-    found = {}
-    for path, leaf in jtu.tree_flatten_with_path(tree)[0]:
-        # The key of a dict, the field of a tuple with names, the index in another.
-        keys = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path)
-        found[tuple(name for key in keys for name in spelt(key))] = leaf
-    return found
-
-
-def _as_is(key: Any) -> Names:
-    return (str(key),)
-
-
-def _escaped(key: Any) -> Names:
-    """A tuple is several names; Orbax joins names by dots, and files' names end at a slash."""
-    parts = key if isinstance(key, tuple) else (key,)
-    return tuple(str(part).replace("%", "%25").replace(".", "%2E").replace("/", "%2F") for part in parts)
-
-
-def _dotted(key: Any) -> Names:
-    """As specjax 0.1 wrote it: a tuple is one name, and all layers were what the first segment's are now."""
-    name = ".".join(map(str, key)) if isinstance(key, tuple) else str(key)
-    return (name.replace("layers.0.", "layers.", 1),)
-
-
-def _nested(leaves: Mapping[Names, Any]) -> dict[str, Any]:
-    """The leaves as dicts of dicts."""
-    tree: dict[str, Any] = {}
-    for (*folders, last), leaf in leaves.items():
-        inner = tree
-        for name in folders:
-            inner = inner.setdefault(name, {})
-        inner[last] = leaf
-    return tree
-
-
-def _difference(wanted: Mapping[Names, Any], saved: Mapping[Names, Any]) -> str:
-    """In what the arrays asked for differ from those that there are, in words, or ""."""
-    for names in wanted.keys() - saved.keys():
-        return f"it has no {'.'.join(names)}"
-    for names in saved.keys() - wanted.keys():
-        return f"it has {'.'.join(names)} too"
-    for names, shape in wanted.items():
-        if shape != tuple(saved[names]):
-            return f"{'.'.join(names)} is {list(saved[names])} there and {list(shape)} here"
-    return ""
+def _agreed(what: str) -> str:
+    """The first process's words that are any, the same on all of them."""
+    if jax.process_count() == 1:
+        return what
+    mine = np.frombuffer(what.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+    every = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, _LONGEST)
+    found = (bytes(words).rstrip(b"\0").decode(errors="ignore") for words in every)
+    return next((words for words in found if words), "")
 
 
 def _abstract(array: Any) -> jax.ShapeDtypeStruct:

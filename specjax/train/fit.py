@@ -43,6 +43,7 @@ def fit(
     patience: int = 0,
     best: str = "",
     save_every: int = 0,
+    keep: int = 1,
     log_every: int = 10,
     seed: int = 0,
     sample: Callable[[Decoder], Sequence[tuple[str, str]]] | None = None,
@@ -70,6 +71,7 @@ def fit(
       patience: evaluations in a row without a better loss after which the run stops; 0: never.
       best: the set whose loss chooses the best checkpoint; default the first.
       save_every: steps, beside the evaluations and the end; 0: those alone.
+      keep: how many of the last checkpoints stay, beside the best one.
       log_every: steps.
       seed: of LoRA's dropout.
       sample: at each evaluation, model -> [(prompt, text)] to show.
@@ -108,6 +110,7 @@ def fit(
             trainable=trainable,
             eval_data=eval_data,
             workdir=workdir,
+            keep=keep,
             accumulate=accumulate,
             seed=seed,
         ) as run,

@@ -6,7 +6,6 @@ dropped first, so every step stands there once.
 
 import json
 import math
-import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from specjax.errors import UserError, argument
-from specjax.files import read_rows
+from specjax.files import read_rows, write_text
 
 
 class Log:
@@ -171,9 +170,7 @@ def _open_lines(path: Path, start: int) -> TextIO:
     kept: list[str] = []
     if start and path.exists():
         kept = [line for line, row in read_rows(path) if row["step"] <= start]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, "".join(kept))
     return path.open("a", encoding="utf-8")
 
 

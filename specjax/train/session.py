@@ -48,6 +48,7 @@ class Session:
         trainable: Any,
         eval_data: Mapping[str, Any],
         workdir: str | Path | None,
+        keep: int,
         accumulate: int,
         seed: int,
     ):
@@ -64,7 +65,7 @@ class Session:
         self._platform = device.platform
         steps_lib.check_host_memory(self._platform, model.remat, optimizer)
         jax.eval_shape(optimizer.init, self._trainable)  # it refuses before the model's buffers are donated
-        self.checkpoints = Checkpoints(Path(workdir) / "checkpoints") if workdir else None
+        self.checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=keep) if workdir else None
         self.selection, self.tokens, self.result = Selection(), 0, Result()
         self.result.trainable_parameters = sum(value.size for value in self._trainable.values())
         documents = getattr(data, "most_documents", None)
