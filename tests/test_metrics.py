@@ -134,3 +134,50 @@ def test_wandb_continues_the_page_of_a_resumed_run(tmp_path, monkeypatch):
     assert calls[0]["project"] == "project"
     assert calls[0]["config"] == {"seed": 0}
     assert logged == [(1, {"loss": 1.0}), "end", (2, {"loss": 1.0}), "end"]
+
+
+class Filling(io.BufferedWriter):
+    """A file that takes some bytes, and then is on a full disk."""
+
+    def __init__(self, left):
+        super().__init__(io.FileIO("/dev/full", "w"))
+        self.left = left
+
+    def write(self, content):
+        self.left -= len(content)
+        return super().write(content) if self.left < 0 else len(content)
+
+
+@pytest.mark.parametrize("breaks", ["a file in its place", "a full disk", "a disk that gets full"])
+def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, breaks):
+    if breaks == "a file in its place":
+        (tmp_path / "tensorboard").write_text("mine")
+    else:
+        left = 500 if "gets" in breaks else 0
+        monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda path: Filling(left))
+    out = run(tmp_path, 1, 40, console=console())
+    assert out.count("TensorBoard failed and is told nothing more; the run goes on (") == 1
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")][-1] == 40
+
+
+def test_wandb_that_is_down_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch):
+    def down(*given, **how):
+        raise ConnectionError("no route to host")
+
+    for init in (down, lambda **how: SimpleNamespace(log=down, finish=down)):
+        monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+        out = run(tmp_path, 1, 4, wandb="project", tensorboard=False, console=console())
+        assert out.count("W&B failed and is told nothing more") == 1 and "no route to host" in out
+
+
+@pytest.mark.parametrize("row", ["[1]", '{"loss": 1}', '{"step": "1"}', "\0\0\0", "\udcff"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_line_that_no_run_wrote_is_one_sentence_at_resume(tmp_path, name, row):
+    run(tmp_path, 1, 2, tensorboard=False)
+    path = tmp_path / name
+    path.write_bytes(row.encode(errors="surrogateescape") + b"\n" + path.read_bytes())
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    said = rf"{name}:1 (has no step|cannot be read \(.*\)): restore the file, or delete it\.$"
+    with pytest.raises(UserError, match=said):
+        run(tmp_path, 3, 4, start=2, tensorboard=False)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -169,6 +169,7 @@ def fit(
                 pending = None
                 run.check_weights(done)
                 loss = evaluate_all(done) if evals else None
+                log.sync()
                 run.save(done, loss)
             if stopping and done < steps:
                 result.stopped = "signal"

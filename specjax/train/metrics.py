@@ -4,11 +4,12 @@ A resumed run continues its files as if it had never stopped: what was logged af
 dropped first, so every step stands there once.
 """
 
+import contextlib
 import json
 import math
+import os
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -16,8 +17,9 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from specjax.errors import UserError, argument
+from specjax.errors import UserError
 from specjax.files import read_rows, write_text
+from specjax.train.trackers import TensorBoard, Tracker, WandB
 
 
 class Log:
@@ -53,13 +55,19 @@ class Log:
             None  # when, and at which step, the first step of this process was logged
         )
         self._files: dict[str, TextIO] = {}
-        self._tensorboard = self._wandb = self._bar = None
+        self._trackers: dict[str, Tracker] = {}
+        self._bar: Progress | None = None
         if workdir is not None:
-            workdir = Path(workdir)
-            workdir.mkdir(parents=True, exist_ok=True)
-            self._wandb = _open_wandb(wandb, workdir, config) if wandb else None
-            self._files = {name: _open_lines(workdir / name, start) for name in ("metrics.jsonl", "samples.jsonl")}
-            self._tensorboard = _open_tensorboard(workdir / "tensorboard", start) if tensorboard else None
+            where = Path(workdir)
+            where.mkdir(parents=True, exist_ok=True)
+            if wandb:
+                self._track("W&B", lambda: WandB(wandb, where, config))
+            kept = {
+                name: _kept(where / name, start) for name in ("metrics.jsonl", "samples.jsonl")
+            }  # before any changes
+            self._files = {name: _open_lines(where / name, lines) for name, lines in kept.items()}
+            if tensorboard:
+                self._track("TensorBoard", lambda: TensorBoard(where / "tensorboard", start))
         if self._console.is_terminal:
             self._bar = _bar(self._console)
             self._task = self._bar.add_task("compiling the first step", total=steps, completed=start)
@@ -84,8 +92,7 @@ class Log:
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Logs what the model answered to a prompt: printed, in `samples.jsonl`, and as a text in TensorBoard."""
         self._write("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
-        if self._tensorboard:
-            self._tensorboard.add_text(f"sample/{prompt}", text, step)
+        self._tell(lambda tracker: tracker.text(step, f"sample/{prompt}", text))
         self._print(f"step {step}/{self._steps}  {prompt}\n    {text.strip()}".replace("\n", "\n    "))
 
     def note(self, message: str) -> None:
@@ -98,12 +105,13 @@ class Log:
             self._bar.stop()
         for file in self._files.values():
             file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
-        self._bar = self._tensorboard = self._wandb = None
-        self._files = {}
+        self._tell(lambda tracker: tracker.close())
+        self._bar, self._files, self._trackers = None, {}, {}
+
+    def sync(self) -> None:
+        """Puts what was logged on the disk: what a checkpoint made next stands for is not lost with the power."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -116,11 +124,29 @@ class Log:
     def _record(self, step: int, values: dict[str, Any]) -> None:
         self._write("metrics.jsonl", {"step": step, **values})
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
-        if self._tensorboard:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, step)
-        if self._wandb:
-            self._wandb.log(numbers, step=step)
+        self._tell(lambda tracker: tracker.numbers(step, numbers))
+
+    def _track(self, name: str, opened: Callable[[], Tracker]) -> None:
+        with self._told(name):
+            self._trackers[name] = opened()
+
+    def _tell(self, what: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            with self._told(name):
+                what(tracker)
+
+    @contextlib.contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        """A tracker's failure, whatever it is, is none of the run's: it is said once, and the tracker let go."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if tracker := self._trackers.pop(name, None):
+                with contextlib.suppress(Exception):  # of the same
+                    tracker.close()
+            self.note(f"{name} failed and is told nothing more; the run goes on ({type(error).__name__}: {error})")
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         if name in self._files:
@@ -162,44 +188,21 @@ def _line(values: Mapping[str, Any]) -> str:
     return "  ".join(parts + ([f"MFU {values['mfu']:.0%}"] if "mfu" in values else []))
 
 
-def _open_lines(path: Path, start: int) -> TextIO:
-    """`path` for appending, after its rows later than `start`, and a last line torn by a kill, are gone from it.
+def _kept(path: Path, start: int) -> str:
+    """The lines of a file up to a step: without later ones, and without a last one that a kill tore."""
+    if not start or not path.exists():
+        return ""
+    rows = read_rows(path)
+    for number, (_, row) in enumerate(rows, 1):
+        if not isinstance(row.get("step"), int):
+            raise UserError(f"{path}:{number} has no step: restore the file, or delete it.")
+    return "".join(line for line, row in rows if row["step"] <= start)
 
-    The file is replaced in one move, so a kill at this very moment loses nothing either.
-    """
-    kept: list[str] = []
-    if start and path.exists():
-        kept = [line for line, row in read_rows(path) if row["step"] <= start]
-    write_text(path, "".join(kept))
+
+def _open_lines(path: Path, kept: str) -> TextIO:
+    """`path` for appending to the lines that are kept; it is replaced in one move, so that a kill loses none."""
+    write_text(path, kept)
     return path.open("a", encoding="utf-8")
-
-
-def _open_tensorboard(folder: Path, start: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    # TensorBoard itself hides the events of earlier files from `purge_step` on. A file is named by its second alone.
-    purge = start + 1 if start else 0
-    return SummaryWriter(str(folder), purge_step=purge, flush_secs=10, filename_suffix=f".{start}")
-
-
-def _open_wandb(project: str, workdir: Path, config: Mapping[str, Any] | None) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            f"{argument('wandb')} is {project!r}, but W&B is not installed: run `pip install wandb`, or set it to ''."
-        ) from None
-    name = workdir / "wandb_id"  # kept, so that a resumed run continues its own page
-    if not name.exists():
-        name.write_text(uuid.uuid4().hex, encoding="utf-8")
-    return wandb.init(
-        project=project,
-        name=workdir.name,
-        dir=str(workdir),
-        id=name.read_text(encoding="utf-8"),
-        resume="allow",
-        config=dict(config or {}),
-    )
 
 
 def _bar(console: Console) -> Progress:
