@@ -71,7 +71,7 @@ def _weights_per_token(c: ModelConfig) -> float:
     """Weights that one token is multiplied by: those of its experts alone, and the output layer's."""
     heads = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     blocks = {
-        "dense": 3 * c.embed_dim * c.mlp_dim,
+        "dense": (3 if c.gate else 2) * c.embed_dim * c.mlp_dim,
         "experts": 3 * c.embed_dim * c.expert_dim * c.experts_per_token + c.embed_dim * c.num_experts,
     }
     layers = sum(layers * (heads + blocks[block]) for block, layers in c.segments)

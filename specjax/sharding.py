@@ -206,8 +206,8 @@ def seed_name(path: tuple[Any, ...]) -> str:
 
 
 def of_module(module: nnx.Module, mesh: Mesh) -> dict[tuple[Any, ...], NamedSharding]:
-    """The sharding of every parameter of a (possibly abstract) module, by NNX path."""
-    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    """The sharding of every parameter and constant of a (possibly abstract) module, by NNX path."""
+    state = nnx.to_flat_state(nnx.state(module))
     return {
         path: named_sharding(mesh, param.get_metadata("axes"), param.shape, path_name(path)) for path, param in state
     }

@@ -86,6 +86,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "OLMo 2": ("olmo2", {}),
     "OLMo 3": ("olmo3", {}),
     "Granite 3": ("granite", {}),
+    "Granite 4, dense": ("granitemoehybrid", {}),
+    "GLM-4": ("glm4", {}),
+    "Apertus": ("apertus", {}),
     "Mixtral": ("mixtral", {}),
     "Qwen 3 MoE": ("qwen3_moe", {}),
 }
@@ -149,8 +152,8 @@ def gradients(pair: Pair) -> dict[str, float]:
     positions = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
     batch = dict(tokens=tokens, targets=targets, loss_mask=ones, positions=positions, segment_ids=ones)
     ours = pair.ours()
-    graph, params, _ = split(ours, nnx.Param)
-    found = jax.jit(jax.grad(lambda params: token_sums(merge(graph, params), batch)["nll"]))(params)
+    graph, params, rest = split(ours, nnx.Param)
+    found = jax.jit(jax.grad(lambda params: token_sums(merge(graph, params, rest), batch)["nll"]))(params)
     pair.theirs.zero_grad()
     theirs = pair.theirs(torch.tensor(tokens, dtype=torch.long)).logits
     torch.nn.functional.cross_entropy(

@@ -224,7 +224,11 @@ def configs(draw, family):
     heads = changes["num_attention_heads"]
     # Where a family has no head_dim of its own, or refuses odd sizes, the model's size follows from the heads.
     changes["hidden_size"] = heads * head_dim
-    if family in ("ministral3", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"):
+    if family == "granitemoehybrid":
+        changes["shared_intermediate_size"] = changes["intermediate_size"] + 16
+        changes["layer_types"] = ["full_attention"] * changes["num_hidden_layers"]
+        changes["position_embedding_type"] = draw(st.sampled_from(["rope", None]))
+    if family in ("glm4", "ministral3", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"):
         changes["hidden_size"] = heads * 4 * draw(st.integers(3, 8))
         changes["head_dim"] = head_dim
     if family in ("mistral", "olmo3", "phi3", "gemma2", "gemma3_text", "mixtral"):

@@ -1,6 +1,6 @@
 """What the JSON files of a Hugging Face folder say of a model: its sizes and switches, and where it came from."""
 
-import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "relu": "relu",
+    "xielu": "xielu",
 }
 
 
@@ -101,6 +102,8 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
             f"{file}: hidden_act {fields['activation']!r} is not supported for {family.name}; supported are "
             f"{', '.join(ACTIVATIONS)}."
         )
+    if fields["activation"] == "xielu" and fields.get("gate", "apart"):
+        raise UserError(f"{file}: hidden_act 'xielu' is supported for an MLP without a gate alone, as Apertus has.")
     fields["activation"] = ACTIVATIONS[fields["activation"]]
     if getattr(c, "use_bidirectional_attention", False):
         raise UserError(f"{file}: use_bidirectional_attention is not supported: specjax trains causal models.")
@@ -109,7 +112,6 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
         family=family.name,
         vocab_size=c.vocab_size,
         embed_dim=c.hidden_size,
-        mlp_dim=c.intermediate_size,
         num_heads=heads,
         num_kv_heads=c.num_key_value_heads,
         head_dim=head_dim,
@@ -118,7 +120,12 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
         ropes=found,
         tied=bool(c.tie_word_embeddings),
         multimodal=inside,
-        **{"query_scale": head_dim**-0.5, "segments": (Segment(block, c.num_hidden_layers),)} | fields,
+        **{
+            "mlp_dim": c.intermediate_size,
+            "query_scale": head_dim**-0.5,
+            "segments": (Segment(block, c.num_hidden_layers),),
+        }
+        | fields,
     )
 
 
@@ -130,7 +137,9 @@ def _transformers_config(hf: dict[str, Any], model_type: str, file: str) -> Any:
     told = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)  # advice on how to write a config, of no use here
     try:
-        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(hf))
+        # A copy, in which what JSON cannot say is the number that transformers wrote: {"__float__": "Infinity"}.
+        plain = json.loads(json.dumps(hf), object_hook=lambda o: float(o["__float__"]) if "__float__" in o else o)
+        return CONFIG_MAPPING[model_type].from_dict(plain)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file}: transformers refuses it: {' '.join(str(error).split())}.") from error
     finally:

@@ -26,6 +26,7 @@ from specjax.hf.strided import copy, pieces, runs
 from specjax.hf.tensors import DTYPES
 from specjax.hf.tokenizer import save_tokenizer
 from specjax.models import Decoder
+from specjax.models.stack import Constant
 
 SHARD_BYTES = 5 * 10**9  # transformers' own default size of a weights file
 
@@ -114,7 +115,8 @@ def tensors(model: Decoder, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _arrays(model: Decoder) -> dict[names.Path, jax.Array]:
-    return {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    held = nnx.state(model, nnx.Any(nnx.Param, Constant))  # of a model without adapters: what its files hold
+    return {path: leaf[...] for path, leaf in nnx.to_flat_state(held)}
 
 
 def _layout(model: Decoder, dtype: Any, shard_bytes: int) -> dict[str, list[_Slot]]:
@@ -202,10 +204,11 @@ def _held(slot: _Slot, model: Decoder, arrays: dict[names.Path, jax.Array]) -> t
     parts = []
     for shard in array.addressable_shards:
         bounds = [index.indices(size)[:2] for index, size in zip(shard.index, array.shape, strict=True)]
-        stack, inner = bounds[:stacked], tuple(slice(*b) for b in bounds[stacked:])
+        stack = bounds[:stacked]
+        inner: tuple[Any, ...] = (*(slice(*b) for b in bounds[stacked:]), ...)
         if shard.replica_id or not all(a <= i < b for i, (a, b) in zip(slot.place, stack, strict=True)):
             continue
-        within = tuple(i - start for i, (start, _) in zip(slot.place, stack, strict=True))
+        within = (*(i - start for i, (start, _) in zip(slot.place, stack, strict=True)), ...)
         # An array of the CPU's is memory of ours already.
         on_cpu = jax.default_backend() == "cpu"
         values = np.asarray(shard.data)[within] if on_cpu else np.asarray(shard.data[within])

@@ -93,7 +93,15 @@ def _gemma3(c: Any) -> Fields:
 
 
 def _phi3(c: Any) -> Fields:
-    return {"fused": True, "windows": (c.sliding_window,)}
+    return {"fused_qkv": True, "gate": "fused", "windows": (c.sliding_window,)}
+
+
+def _glm4(c: Any) -> Fields:
+    return {"norms": "sandwich", "gate": "fused", "interleaved": True, "qkv_bias": c.attention_bias}
+
+
+def _apertus(c: Any) -> Fields:
+    return {"gate": "", "qk_norm": "head", "qkv_bias": c.attention_bias, "o_bias": c.attention_bias}
 
 
 def _olmo2(c: Any) -> Fields:
@@ -118,8 +126,15 @@ def _granite(c: Any) -> Fields:
         "logits_divisor": c.logits_scaling,
         "qkv_bias": c.attention_bias,
         "o_bias": c.attention_bias,
-        "mlp_bias": c.mlp_bias,
+        "mlp_bias": getattr(c, "mlp_bias", False),  # which Granite 4 does not have
     }
+
+
+def _granite4(c: Any) -> Fields:
+    if set(c.layer_types) != {"full_attention"} or c.num_local_experts:
+        raise UserError("Granite 4 is supported where it is dense: no layers of Mamba and no experts.")
+    rotated = {} if c.position_embedding_type == "rope" else {"rope_kinds": (None,)}
+    return _granite(c) | {"gate": "fused", "mlp_dim": c.shared_intermediate_size} | rotated
 
 
 def _mixtral(c: Any) -> Fields:
@@ -170,6 +185,9 @@ FAMILIES = {
     "Olmo2ForCausalLM": Family("olmo2", "olmo2", _olmo2),
     "Olmo3ForCausalLM": Family("olmo3", "olmo3", _olmo3),
     "GraniteForCausalLM": Family("granite", "granite", _granite),
+    "GraniteMoeHybridForCausalLM": Family("granite4", "granitemoehybrid", _granite4),
+    "Glm4ForCausalLM": Family("glm4", "glm4", _glm4),
+    "ApertusForCausalLM": Family("apertus", "apertus", _apertus),
     "MixtralForCausalLM": Family("mixtral", "mixtral", _mixtral),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", "qwen3_moe", _qwen3_moe),
 }
@@ -219,7 +237,7 @@ def _rope(c: Any, p: dict[str, Any], head_dim: int) -> Rope:
     kind = {"su": "longrope"}.get(p["rope_type"], p["rope_type"])
     if kind not in rope.KINDS:
         raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(rope.KINDS)}.")
-    if c.model_type != "phi3" and (p.get("partial_rotary_factor") or 1.0) != 1.0:
+    if c.model_type not in ("phi3", "glm4") and (p.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("partial_rotary_factor is not supported for this architecture.")
     dim = int(head_dim * (p.get("partial_rotary_factor") or 1.0))
     common: dict[str, Any] = {"dim": dim, "theta": float(p["rope_theta"]), "kind": kind}

@@ -28,16 +28,21 @@ Rows = tuple[tuple[str, str, str], ...]
 Path = tuple[str | int, ...]  # of NNX: ("layers", segment, "mlp", "up_proj", "kernel")
 
 
-def _maps(block: str, names: str, kind: str = "kernel/1") -> Rows:
-    """The rows of linear maps of each layer, with a bias where the config has them."""
-    at = [(f"layers.{block}.{name}", f"model.layers.{{}}.{block}.{name}") for name in names.split()]
-    kernels = tuple((f"{ours}.kernel", f"{hf}.weight", kind) for ours, hf in at)
-    return kernels + tuple((f"{ours}.bias", f"{hf}.bias", "flat") for ours, hf in at)
+def _maps(block: str, names: str, kind: str = "kernel/1", hf: str = "") -> Rows:
+    """The rows of linear maps of each layer, with a bias where the config has them; `hf`: the file's names."""
+    theirs, *called = hf.split() or (block, *names.split())
+    at = [
+        (f"layers.{block}.{name}", f"model.layers.{{}}.{theirs}.{other}")
+        for name, other in zip(names.split(), called, strict=True)
+    ]
+    kernels = tuple((f"{ours}.kernel", f"{there}.weight", kind) for ours, there in at)
+    return kernels + tuple((f"{ours}.bias", f"{there}.bias", "flat") for ours, there in at)
 
 
-def _norms(names: str) -> Rows:
-    """The rows of norms of each layer."""
-    return tuple((f"layers.{name}.scale", f"model.layers.{{}}.{name}.weight", "flat") for name in names.split())
+def _norms(names: str, hf: str = "") -> Rows:
+    """The rows of norms of each layer; `hf`: their names in the file where they are others."""
+    pairs = zip(names.split(), (hf or names).split(), strict=True)
+    return tuple((f"layers.{name}.scale", f"model.layers.{{}}.{there}.weight", "flat") for name, there in pairs)
 
 
 _ENDS: Rows = (
@@ -50,7 +55,9 @@ _MLP = _maps("mlp", "gate_proj up_proj down_proj")
 _QK_NORMS = _norms("self_attn.q_norm self_attn.k_norm")
 _PRE = _norms("input_layernorm post_attention_layernorm")
 _POST = _norms("post_attention_layernorm post_feedforward_layernorm")
-_SANDWICH = _PRE + _norms("pre_feedforward_layernorm post_feedforward_layernorm")
+_FOUR = "input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm"
+_SANDWICH = _norms(_FOUR)
+_XIELU = (("alpha_p", "flat"), ("alpha_n", "flat"), ("beta", "table"), ("eps", "table"))
 
 
 def _experts(router: str, expert: str) -> Rows:
@@ -84,6 +91,20 @@ TABLES = {
     "olmo2": _ENDS + _POST + _ATTENTION + _QK_NORMS + _MLP,
     "olmo3": _ENDS + _POST + _ATTENTION + _QK_NORMS + _MLP,
     "granite": _LLAMA,
+    "granite4": _ENDS
+    + _PRE
+    + _ATTENTION
+    + _maps("mlp", "gate_up_proj down_proj", hf="shared_mlp input_linear output_linear"),
+    "glm4": _ENDS
+    + _norms(_FOUR, hf="input_layernorm post_self_attn_layernorm post_attention_layernorm post_mlp_layernorm")
+    + _ATTENTION
+    + _maps("mlp", "gate_up_proj down_proj"),
+    "apertus": _ENDS
+    + _norms("input_layernorm post_attention_layernorm", hf="attention_layernorm feedforward_layernorm")
+    + _ATTENTION
+    + _QK_NORMS
+    + _maps("mlp", "up_proj down_proj")
+    + tuple((f"layers.mlp.act_fn.{name}", f"model.layers.{{}}.mlp.act_fn.{name}", kind) for name, kind in _XIELU),
     "mixtral": _ENDS + _PRE + _ATTENTION + _experts("block_sparse_moe", "w1 w3 w2"),
     "qwen3_moe": _ENDS + _PRE + _ATTENTION + _QK_NORMS + _MLP + _experts("mlp", "gate_proj up_proj down_proj"),
 }

@@ -113,7 +113,7 @@ def _stream(
     shape: list[int],
     dtype: Any,
     devices: list[Any],
-    sources: Iterator[tuple[tuple[int, ...], np.ndarray]],
+    sources: Iterator[tuple[tuple[Any, ...], np.ndarray]],
     pool: ThreadPoolExecutor,
 ) -> list[jax.Array]:
     """One shard on each of some accelerators, stacked there: the host holds two tensors of the stack at most."""
@@ -124,7 +124,7 @@ def _stream(
         finish([pool.submit(copy, *pair) for pair in pieces(buffer, source)])
         jax.block_until_ready(sent)  # the buffer before this one
         sent = [jax.device_put(buffer, device) for device in devices]
-        stacks = [_insert(stack, part, within) for stack, part in zip(stacks, sent, strict=True)]
+        stacks = [_insert(stack, part, within[:-1]) for stack, part in zip(stacks, sent, strict=True)]
     return stacks
 
 
@@ -136,12 +136,14 @@ def _insert(stack: jax.Array, part: jax.Array, within: tuple[int, ...]) -> jax.A
 
 def _sources(
     entry: names.Entry, shape: tuple[int, ...], bounds: Bounds, tensors: dict[str, np.ndarray]
-) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
     """For every tensor of the stack within a shard's bounds: its place in the shard, and its part as a view."""
-    stack, inner = bounds[: entry.stacked], tuple(slice(*b) for b in bounds[entry.stacked :])
+    stack = bounds[: entry.stacked]
+    # With an ellipsis a part is an array, also where it is one number.
+    inner: tuple[Any, ...] = (*(slice(*b) for b in bounds[entry.stacked :]), ...)
     for place, name in entry.tensors(shape):
         if all(start <= i < stop for i, (start, stop) in zip(place, stack, strict=True)):
-            within = tuple(i - start for i, (start, _) in zip(place, stack, strict=True))
+            within = (*(i - start for i, (start, _) in zip(place, stack, strict=True)), ...)
             yield within, names.view(tensors[name], shape[entry.stacked :])[inner]
 
 

@@ -32,7 +32,9 @@ class ModelConfig:
       norms: where a layer's norms stand: "pre" (before each block), "post" (after it, OLMo-2) or "sandwich" (both).
       norm_style: "llama" (w * cast(x)), "olmo2" (cast(w * x)) or "gemma" (cast((1 + w) * x)).
       qk_norm: "" (none), "head" (each head of q and k is normed, Qwen3) or "all" (all heads as one vector, OLMo-2).
-      fused: q, k, v are one linear map, and gate, up are another (Phi-3).
+      fused_qkv: q, k, v are one linear map (Phi-3).
+      gate: of the MLP: "apart" (beside up), "fused" (gate and up are one map) or "" (none: down(act(up(x))), Apertus).
+      interleaved: neighbouring dimensions of a head rotate together (GLM-4), instead of its halves.
       multimodal: it is the language model of a checkpoint that has more, which names its modules otherwise.
       query_scale: of the attention scores.
       query_growth: (beta, n): a query at position p is multiplied by 1 + beta ln(1 + floor(p / n)) too (Llama 4,
@@ -64,7 +66,9 @@ class ModelConfig:
     norms: str = "pre"
     norm_style: str = "llama"
     qk_norm: str = ""
-    fused: bool = False
+    fused_qkv: bool = False
+    gate: str = "apart"
+    interleaved: bool = False
     tied: bool = False
     multimodal: bool = False
     qkv_bias: bool = False

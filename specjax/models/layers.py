@@ -23,8 +23,8 @@ from specjax.models.attention import Cache, attend, store
 from specjax.models.config import ModelConfig
 from specjax.models.products import contract
 from specjax.models.quantised import Quantised
-from specjax.models.rope import Tables, growth, rotate
-from specjax.models.stack import Call
+from specjax.models.rope import Tables, growth, rotate, rotate_neighbours
+from specjax.models.stack import Call, Constant
 
 Axes = tuple[str | None, ...]
 Kind = tuple[Any, Tables]  # window (None, an integer, or OneOf), (cosines, sines)
@@ -32,14 +32,20 @@ Keys = tuple[jax.Array | None, ...]  # one dropout key a linear map
 
 
 def parameter(
-    init: Any, shape: tuple[int, ...], axes: Axes, layers: int | None, rngs: nnx.Rngs | None, dtype: Any = jnp.float32
-) -> nnx.Param:
-    """A Param of `shape`, stacked `layers` times when given, bearing its logical axes; without `rngs` no values."""
+    init: Any,
+    shape: tuple[int, ...],
+    axes: Axes,
+    layers: int | None,
+    rngs: nnx.Rngs | None,
+    dtype: Any = jnp.float32,
+    kind: Any = nnx.Param,
+) -> Any:
+    """A `kind` of `shape`, stacked `layers` times when given, bearing its logical axes; without `rngs` no values."""
     if layers is not None:
         shape, axes = (layers, *shape), ("layers", *axes)
     if rngs is None:
-        return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
-    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+        return kind(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
+    return kind(init(rngs.params(), shape, dtype), axes=axes)
 
 
 def kernel_init(stddev: float, in_dims: int, lead: int) -> Any:
@@ -199,7 +205,7 @@ class Attention(nnx.Module):
             made = RMSNorm(shape, axes, config.norm_eps, style=config.norm_style, layers=layers, rngs=rngs)
             return made if config.qk_norm else None
 
-        if config.fused:
+        if config.fused_qkv:
             self.qkv_proj = into(n + 2 * k, "heads")
         else:
             self.q_proj, self.k_proj, self.v_proj = into(n, "heads"), into(k, "kv_heads"), into(k, "kv_heads")
@@ -208,7 +214,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear((n, h), (d,), *out_axes, bias=config.o_bias, layers=layers, rngs=rngs, stddev=out_stddev)
 
     def _qkv(self, x: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array, jax.Array]:
-        if self.config.fused:
+        if self.config.fused_qkv:
             last_q, last_k = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
             fused = self.qkv_proj(x, keys[0])
             q, k, v = fused[:, :, :last_q], fused[:, :, last_q:last_k], fused[:, :, last_k:]
@@ -236,7 +242,8 @@ class Attention(nnx.Module):
         """
         window, (cos, sin) = kind
         q, k, v = self._qkv(x, keys)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        turn = rotate_neighbours if self.config.interleaved else rotate
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
         if self.config.query_growth:
             q = q * growth(where["q_positions"], *self.config.query_growth).astype(q.dtype)
         sees = {name: value for name, value in where.items() if name not in ("slot", "layer")}
@@ -259,25 +266,58 @@ def activate(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
     return jax.nn.silu(x) if name == "silu" else jax.nn.relu(x)
 
 
+class XIELU(nnx.Module):
+    """alpha_p x^2 + beta x above 0, alpha_n (e^x - 1 - x) + beta x below (Huang & Schlag 2024, arXiv:2411.13010).
+
+    `alpha_p` and `alpha_n` [(L,) 1] train, under a softplus; `beta` and `eps` [(L)] are the file's, as in transformers'
+    `XIELUActivation`, which takes min(x, eps) below 0.
+    """
+
+    def __init__(self, *, layers: int | None, rngs: nnx.Rngs | None):
+        def alpha(start: float) -> nnx.Param:
+            init = nnx.initializers.constant(math.log(math.expm1(start)))
+            return parameter(init, (1,), (None,), layers, rngs)
+
+        def fixed(value: float) -> Constant:
+            return parameter(nnx.initializers.constant(value), (), (), layers, rngs, kind=Constant)
+
+        self.alpha_p, self.alpha_n = alpha(0.8), alpha(0.3)
+        self.beta, self.eps = fixed(0.5), fixed(-1e-6)
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Of each element, computed in float32, in x's dtype."""
+        alphas = (self.alpha_p, self.alpha_n)
+        above, below = (jax.nn.softplus(a[0].astype(x.dtype).astype(jnp.float32)) for a in alphas)
+        beta, eps = (c[...].astype(jnp.float32) for c in (self.beta, self.eps))
+        y = x.astype(jnp.float32)
+        curved = jnp.where(y > 0, above * y * y, (beta + below) * (jnp.expm1(jnp.minimum(y, eps)) - y))
+        return (curved + beta * y).astype(x.dtype)
+
+
 class MLP(nnx.Module):
-    """Gated MLP, down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+    """Gated MLP, down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or down(act(up(x))) without a gate."""
 
     def __init__(self, config: ModelConfig, *, layers: int | None, rngs: nnx.Rngs | None):
         d, f, bias = config.embed_dim, config.mlp_dim, config.mlp_bias
         out_stddev = 0.02 / math.sqrt(2 * config.num_layers)
-        self.activation, self.fused = config.activation, config.fused
-        if self.fused:
+        self.activation, self.gate = config.activation, config.gate
+        if self.gate == "fused":
             self.gate_up_proj = Linear((d,), (2, f), ("embed",), (None, "mlp"), bias=bias, layers=layers, rngs=rngs)
         else:
-            self.gate_proj = Linear((d,), (f,), ("embed",), ("mlp",), bias=bias, layers=layers, rngs=rngs)
+            if self.gate:
+                self.gate_proj = Linear((d,), (f,), ("embed",), ("mlp",), bias=bias, layers=layers, rngs=rngs)
             self.up_proj = Linear((d,), (f,), ("embed",), ("mlp",), bias=bias, layers=layers, rngs=rngs)
+        self.act_fn = XIELU(layers=layers, rngs=rngs) if self.activation == "xielu" else None
         self.down_proj = Linear(
             (f,), (d,), ("mlp",), ("embed",), bias=bias, layers=layers, rngs=rngs, stddev=out_stddev
         )
 
     def __call__(self, x: Float[Array, "B T D"], keys: Keys = (None,) * 3) -> Float[Array, "B T D"]:
         """The block's output; `keys` are dropout keys for gate, up, down; a fused map has gate's."""
-        if self.fused:
+        if not self.gate:
+            up = self.up_proj(x, keys[1])
+            return self.down_proj(self.act_fn(up) if self.act_fn else activate(up, self.activation), keys[2])
+        if self.gate == "fused":
             both = self.gate_up_proj(x, keys[0])
             gate, up = both[:, :, 0], both[:, :, 1]
         else:

@@ -129,6 +129,17 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
+def rotate_neighbours(
+    x: Float[Array, "B T N H"], cos: Float32[Array, "B T 1 half"], sin: Float32[Array, "B T 1 half"]
+) -> Float[Array, "B T N H"]:
+    """`rotate`, of which each two dimensions that stand side by side are a pair (GLM-4)."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2], x[..., 2 * half :]
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.reshape(*x.shape[:-1], 2 * half), rest], axis=-1)
+
+
 def growth(positions: Int32[Array, "B T"], beta: float, length: int) -> Float32[Array, "B T 1 1"]:
     """What queries at positions p are multiplied by: 1 + beta ln(1 + floor(p / length)), at least 1.
 

@@ -24,7 +24,7 @@ Arrays = dict[str, Float[Array, "..."]]
 
 
 class Constant(nnx.Variable):
-    """An adapter's numbers that do not train, float32 [(L,) (A)]: part of the state, because layers are scanned."""
+    """Numbers that do not train, an adapter's (float32 [(L,) (A)]) or a layer's; state, because layers are scanned."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,14 +121,14 @@ def schedule(
 
 
 def decays(params: Any) -> Any:
-    """Weight decay's mask, a tree like `params`: matrices and LoRA factors decay, norm scales and biases do not.
+    """Weight decay's mask, a tree like `params`: matrices and LoRA factors decay, other weights do not.
 
     They are told by the parameter's own name, the last of its path.
     """
 
     def decays_at(path: tuple[Any, ...], _: Any) -> bool:
         key = getattr(path[-1], "key", getattr(path[-1], "name", None))
-        return (key[-1] if isinstance(key, tuple) else key) not in ("scale", "bias")
+        return (key[-1] if isinstance(key, tuple) else key) not in ("scale", "bias", "alpha_p", "alpha_n")
 
     return jax.tree.map_with_path(decays_at, params)
 
