@@ -73,6 +73,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "glm4": {"pad_token_id": 0, "head_dim": 16},
     "apertus": {"pad_token_id": 0},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 70,
+        "swiglu_limit": 1.0,
+        "rope_parameters": YARN | {"truncate": False},
+    },
     "qwen3_moe": {
         "head_dim": 16,
         "moe_intermediate_size": 48,

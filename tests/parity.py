@@ -91,6 +91,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "Apertus": ("apertus", {}),
     "Mixtral": ("mixtral", {}),
     "Qwen 3 MoE": ("qwen3_moe", {}),
+    "gpt-oss": ("gpt_oss", {}),
 }
 
 TOLERANCE = 1e-4  # of every float32 figure
@@ -178,7 +179,8 @@ def hf_gradients(model: Any) -> dict[str, np.ndarray]:
     }
     # transformers keeps experts in one tensor a layer, and its files one an expert.
     expert = {"mixtral": "block_sparse_moe.experts.{}.w2", "qwen3_moe": "mlp.experts.{}.down_proj"}
-    for name in [name for name in found if name.endswith("mlp.experts.down_proj")]:
+    apart = model.config.model_type in expert  # gpt-oss' files have them together too
+    for name in [name for name in found if apart and name.endswith("mlp.experts.down_proj")]:
         for number, value in enumerate(found.pop(name)):
             at = expert[model.config.model_type].format(number)
             found[name.replace("mlp.experts.down_proj", at) + ".weight"] = value
@@ -186,7 +188,7 @@ def hf_gradients(model: Any) -> dict[str, np.ndarray]:
 
 
 def five_weights(paths: list[names.Path]) -> list[names.Path]:
-    """The embedding, a query map, an output map, an MLP's last map and a norm, those of every segment."""
+    """The embedding, a query map, an output map, an MLP's last map, a norm, and sinks, those of every segment."""
     ends = {
         ("embed_tokens", "embedding"),
         ("q_proj", "kernel"),
@@ -194,8 +196,9 @@ def five_weights(paths: list[names.Path]) -> list[names.Path]:
         ("o_proj", "kernel"),
         ("down_proj", "kernel"),
         ("post_attention_layernorm", "scale"),
+        ("self_attn", "sinks"),
     }
-    assert len({path[-2:] for path in paths if path[-2:] in ends}) == 5
+    assert len({path[-2:] for path in paths if path[-2:] in ends}) >= 5
     return [path for path in paths if path[-2:] in ends]
 
 

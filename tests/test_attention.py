@@ -50,7 +50,7 @@ def plain(inputs, **how):
     return lambda q, k, v: attention.attend(q, k, v, scale=0.3, **where, **how)
 
 
-def by_definition(inputs, *, window=None, softcap=None):
+def by_definition(inputs, *, window=None, softcap=None, sinks=None):
     """All scores at once, and JAX's own gradients of them."""
     _, _, segments, positions = inputs
     distance = positions[:, :, None] - positions[:, None, :]
@@ -60,7 +60,11 @@ def by_definition(inputs, *, window=None, softcap=None):
         k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) * 0.3
         scores = scores if softcap is None else jnp.tanh(scores / softcap) * softcap
-        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+        if sinks is not None:  # a key of its own for every query of a head
+            column = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+            scores = jnp.concatenate([scores, column], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., :T]
         return jnp.einsum("bnts,bsnh->btnh", weights, v)
 
     return attend
@@ -94,6 +98,18 @@ def test_the_splash_kernel_equals_the_plain_attention(inputs, how, mesh):
     )
     found, wanted = both(kernel, qkv, dy, mesh), both(plain(inputs, **how), qkv, dy)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, wanted)
+
+
+def test_sinks_take_weight_from_the_keys_in_either_implementation(inputs):
+    qkv, dy, segments, _ = inputs
+    sinks = jnp.linspace(-1.0, 2.0, N)
+    given = {"q_segments": segments, "k_segments": segments, "scale": 0.3, "window": 50, "softcap": None}
+    wanted = both(lambda *qkvs: by_definition(inputs, window=50, sinks=qkvs[3])(*qkvs[:3]), (*qkv, sinks), dy)
+    kernel = lambda q, k, v, s: splash.attend(q, k, v, sinks=s, interpret=True, **given)  # noqa: E731
+    ours = lambda *x: plain(inputs, window=50, sinks=x[3])(*x[:3])  # noqa: E731
+    for function, mesh in ((ours, None), (kernel, list(MESHES.values())[-1])):
+        found = both(function, (*qkv, sinks), dy, mesh)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), found, wanted)
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)

@@ -24,6 +24,7 @@ MARKS = {
     "glm4": {"norms": "sandwich", "gate": "fused", "interleaved": True},
     "apertus": {"gate": "", "activation": "xielu", "qk_norm": "head"},
     "mixtral": {"num_experts": 4, "experts_per_token": 2},
+    "gpt_oss": {"sinks": True, "clamp": (1.702, 1.0), "norm_style": "olmo2", "windows": (None, 70)},
     "qwen3_moe": {"num_experts": 6, "experts_per_token": 3, "expert_dim": 48, "qk_norm": "head"},
 }
 

@@ -32,6 +32,7 @@ from specjax.hf import families, multimodal
 from specjax.hf.load import load
 from specjax.lora.variants import LoRA
 from specjax.models import attention, decoder, layers, rope
+from specjax.parity import PUBLISHED
 from specjax.parity import rows as shipped_rows
 
 pytestmark = [
@@ -118,6 +119,7 @@ def test_the_table_that_is_shipped_has_every_row_within_the_tolerances(capsys, m
     assert [(row["models"], row["architecture"]) for row in shipped] == [
         (name, architecture(family)) for name, (family, _) in ROWS.items()
     ]
+    assert all(f"{name} " in printed for name in (*PUBLISHED.values(), "not run")) and set(PUBLISHED) <= set(ROWS)
     document = (ROOT / "docs" / "parity.md").read_text()
     for row in shipped:
         for figure in ("logits", "kl", "gradients", "packed", "adapter", "merge"):
@@ -228,15 +230,15 @@ def configs(draw, family):
         changes["shared_intermediate_size"] = changes["intermediate_size"] + 16
         changes["layer_types"] = ["full_attention"] * changes["num_hidden_layers"]
         changes["position_embedding_type"] = draw(st.sampled_from(["rope", None]))
-    if family in ("glm4", "ministral3", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"):
+    if family in ("glm4", "ministral3", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gpt_oss"):
         changes["hidden_size"] = heads * 4 * draw(st.integers(3, 8))
         changes["head_dim"] = head_dim
-    if family in ("mistral", "olmo3", "phi3", "gemma2", "gemma3_text", "mixtral"):
+    if family in ("mistral", "olmo3", "phi3", "gemma2", "gemma3_text", "mixtral", "gpt_oss"):
         changes["sliding_window"] = draw(st.integers(3, 60))
     if family == "smollm3":
         count = changes["num_hidden_layers"]
         changes["no_rope_layers"] = draw(st.lists(st.sampled_from([0, 1]), min_size=count, max_size=count))
-    if family in ("gemma2", "gemma3_text", "olmo3"):
+    if family in ("gemma2", "gemma3_text", "olmo3", "gpt_oss"):
         changes["layer_types"] = draw(
             st.lists(
                 st.sampled_from(["full_attention", "sliding_attention"]),
@@ -249,7 +251,7 @@ def configs(draw, family):
         kinds = ("full_attention", "sliding_attention")
         ropes = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in zip(kinds, bases, strict=True)}
         changes["rope_parameters"] = ropes
-    if family in ("mixtral", "qwen3_moe"):
+    if family in ("mixtral", "qwen3_moe", "gpt_oss"):
         changes["num_local_experts"] = draw(st.integers(2, 6))
         changes["num_experts_per_tok"] = draw(st.integers(1, changes["num_local_experts"]))
     if family == "llama":

@@ -15,8 +15,9 @@ import specjax as sj
 from specjax.errors import UserError
 from specjax.hf.config import from_hf
 from specjax.models import Segment
+from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Linear
-from specjax.models.moe import ExpertLinear, Router, load_balancing_loss
+from specjax.models.moe import Router, load_balancing_loss
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # peft's own

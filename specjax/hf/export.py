@@ -221,5 +221,6 @@ def _held(slot: _Slot, model: Decoder, arrays: dict[names.Path, jax.Array]) -> t
 def _of_files(config: dict[str, Any], dtype: Any) -> dict[str, Any]:
     """`config.json` of weights in files of this dtype."""
     told = {**config, "torch_dtype" if "torch_dtype" in config else "dtype": str(dtype)}
+    told.pop("quantization_config", None)  # of a base that was read into floats
     told.pop("transformers_weights", None)  # the base's name for its files, which are called as usual here
     return told

@@ -150,6 +150,22 @@ def _mixtral(c: Any) -> Fields:
     }
 
 
+def _gpt_oss(c: Any) -> Fields:
+    return {
+        "norm_style": "olmo2",
+        "qkv_bias": c.attention_bias,
+        "o_bias": c.attention_bias,
+        "sinks": True,
+        "num_experts": c.num_local_experts,
+        "experts_per_token": c.num_experts_per_tok,
+        "expert_dim": c.intermediate_size,
+        "clamp": (float(c.swiglu_alpha), float(c.swiglu_limit)),
+        "normalise_experts": True,
+        "round_expert_weights": True,
+        "router_aux_coef": c.router_aux_loss_coef if c.output_router_logits else 0.0,
+    } | _kinds(c)
+
+
 def _qwen3_moe(c: Any) -> Fields:
     dense = {n for n in range(c.num_hidden_layers) if n in c.mlp_only_layers or (n + 1) % c.decoder_sparse_step}
     if len(dense) == c.num_hidden_layers:
@@ -189,6 +205,7 @@ FAMILIES = {
     "Glm4ForCausalLM": Family("glm4", "glm4", _glm4),
     "ApertusForCausalLM": Family("apertus", "apertus", _apertus),
     "MixtralForCausalLM": Family("mixtral", "mixtral", _mixtral),
+    "GptOssForCausalLM": Family("gpt_oss", "gpt_oss", _gpt_oss),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", "qwen3_moe", _qwen3_moe),
 }
 

@@ -40,12 +40,12 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    # Mistral's repositories hold the same weights a second time, as "consolidated".
+    # Mistral's repositories hold the same weights a second time, as "consolidated", and gpt-oss' in "original".
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"] if weights else ["*.json"]
     try:
         folder = Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["consolidated*"]
+                name, revision=revision or None, allow_patterns=wanted, ignore_patterns=["consolidated*", "original/*"]
             )
         )
         if not weights or any(folder.glob("*.safetensors")):

@@ -10,6 +10,7 @@ says how one tensor of the stack lies in the file:
     kernel/1, kernel/2   ours [*out, *in] with 1 or 2 input axes  <->  HF [prod(out), prod(in)]
     flat                 ours [*shape]                            <->  HF [prod(shape)]
     table                the same shape on both sides
+    pairs                ours [*shape, n, 2]  <->  HF [*shape, 2 n]
 
 So a tensor of the file, in another shape, is ours (`view`): any slice of ours is a slice of that view.
 """
@@ -70,6 +71,14 @@ def _experts(router: str, expert: str) -> Rows:
     return (("layers.mlp.gate.kernel", f"{hf}.{router}.gate.weight", "kernel/1"), *kernels)
 
 
+_CLAMPED_EXPERTS: Rows = (
+    ("layers.mlp.gate.kernel", "model.layers.{}.mlp.router.weight", "kernel/1"),
+    ("layers.mlp.gate.bias", "model.layers.{}.mlp.router.bias", "flat"),
+    ("layers.mlp.experts.gate_up_proj.kernel", "model.layers.{}.mlp.experts.gate_up_proj", "pairs"),
+    ("layers.mlp.experts.gate_up_proj.bias", "model.layers.{}.mlp.experts.gate_up_proj_bias", "pairs"),
+    ("layers.mlp.experts.down_proj.kernel", "model.layers.{}.mlp.experts.down_proj", "table"),
+    ("layers.mlp.experts.down_proj.bias", "model.layers.{}.mlp.experts.down_proj_bias", "table"),
+)
 _LLAMA = _ENDS + _PRE + _ATTENTION + _MLP
 _GEMMA2 = _ENDS + _SANDWICH + _ATTENTION + _MLP
 
@@ -106,6 +115,11 @@ TABLES = {
     + _maps("mlp", "up_proj down_proj")
     + tuple((f"layers.mlp.act_fn.{name}", f"model.layers.{{}}.mlp.act_fn.{name}", kind) for name, kind in _XIELU),
     "mixtral": _ENDS + _PRE + _ATTENTION + _experts("block_sparse_moe", "w1 w3 w2"),
+    "gpt_oss": _ENDS
+    + _PRE
+    + _ATTENTION
+    + (("layers.self_attn.sinks", "model.layers.{}.self_attn.sinks", "flat"),)
+    + _CLAMPED_EXPERTS,
     "qwen3_moe": _ENDS + _PRE + _ATTENTION + _QK_NORMS + _MLP + _experts("mlp", "gate_proj up_proj down_proj"),
 }
 
@@ -174,6 +188,8 @@ def hf_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:
     """
     if kind == "table":
         return tuple(shape)
+    if kind == "pairs":
+        return (*shape[:-2], 2 * shape[-2])
     if kind == "flat":
         return (math.prod(shape),)
     split = len(shape) - int(kind.removeprefix("kernel/"))

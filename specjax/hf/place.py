@@ -44,7 +44,7 @@ def place(
     shape: tuple[int, ...],
     dtype: Any,
     where: jax.sharding.Sharding,
-    tensors: dict[str, np.ndarray],
+    tensors: dict[str, Any],
     pool: ThreadPoolExecutor,
 ) -> jax.Array:
     """One parameter in its place.
@@ -66,12 +66,13 @@ def place(
     if all(_in_host_memory(device) for devices in holders.values() for device in devices):
         # The array may be the buffer itself, if it is aligned: what is read is placed.
         buffers = _aligned([[stop - start for start, stop in bounds] for bounds in holders], dtype)
-        pairs = [
-            pair
-            for bounds, buffer in zip(holders, buffers, strict=True)
-            for within, source in _sources(entry, shape, bounds, tensors)
-            for pair in pieces(buffer[within], source)
-        ]
+        pairs: list[Pair] = []
+        for bounds, buffer in zip(holders, buffers, strict=True):
+            for within, source in _sources(entry, shape, bounds, tensors):
+                pairs += pieces(buffer[within], source)
+                if source.flags.owndata:  # made here (MXFP4), and no view of a file: not kept until all are there
+                    finish([pool.submit(_copy_all, batch) for batch in _batches(pairs)])
+                    pairs = []
         finish([pool.submit(_copy_all, batch) for batch in _batches(pairs)])
         shards = jax.device_put(
             [buffer for buffer, devices in zip(buffers, holders.values(), strict=True) for _ in devices],
@@ -135,7 +136,7 @@ def _insert(stack: jax.Array, part: jax.Array, within: tuple[int, ...]) -> jax.A
 
 
 def _sources(
-    entry: names.Entry, shape: tuple[int, ...], bounds: Bounds, tensors: dict[str, np.ndarray]
+    entry: names.Entry, shape: tuple[int, ...], bounds: Bounds, tensors: dict[str, Any]
 ) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
     """For every tensor of the stack within a shard's bounds: its place in the shard, and its part as a view."""
     stack = bounds[: entry.stacked]

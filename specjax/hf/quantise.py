@@ -13,12 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from specjax import sharding
+from specjax.errors import UserError, argument
 from specjax.hf import names
 from specjax.hf.place import place
 from specjax.hf.tensors import Tensors
 from specjax.models import Decoder
+from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Linear
-from specjax.models.moe import ExpertLinear, Router
+from specjax.models.moe import Router
 from specjax.models.quantised import Leaves, Quantised, Report, check, dequantise, lead_of, quantise
 
 
@@ -39,8 +41,13 @@ def convert(model: Decoder, kind: str) -> None:
     They stand for kernels of the model's compute dtype.
 
     Raises:
-      UserError: a map's inputs are no multiple of nf4's block.
+      UserError: a map's inputs are no multiple of nf4's block, or the experts are gpt-oss'.
     """
+    if model.config.clamp is not None:
+        raise UserError(
+            "gpt-oss' experts, nearly all of its weights, are not stored in few bits here: leave "
+            f"{argument('quantise')} out."
+        )
     for path, linear in maps(model).items():
         kernel, in_dims = linear.kernel, linear.in_dims
         axes = kernel.get_metadata("axes")

@@ -14,13 +14,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from specjax.errors import UserError
+from specjax.hf import mxfp4
 
 # What weights are stored in; anything else is a quantised checkpoint.
 DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
-class Tensors(dict[str, np.ndarray]):
-    """Every tensor of some files by name: read-only, C-contiguous, memory-mapped, of the file's dtype."""
+class Tensors(dict[str, Any]):
+    """Every tensor of some files by name: read-only, C-contiguous, memory-mapped, of the file's dtype.
+
+    Where two tensors are one in MXFP4 (gpt-oss), that one is there, a `mxfp4.Packed`.
+    """
 
     def __init__(self, files: list[Path]):
         """Maps the files.
@@ -30,6 +34,7 @@ class Tensors(dict[str, np.ndarray]):
         """
         super().__init__()
         self._maps = [self._map(file) for file in files]
+        mxfp4.join(self, str(files[0].parent))
 
     def _map(self, file: Path) -> mmap.mmap:
         try:
@@ -44,14 +49,15 @@ class Tensors(dict[str, np.ndarray]):
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            if entry["dtype"] not in DTYPES:
+            packed = entry["dtype"] == "U8" and name.endswith((mxfp4.BLOCKS, mxfp4.SCALES))
+            if entry["dtype"] not in DTYPES and not packed:
                 raise UserError(
                     f"{file}: tensor {name} is stored as {entry['dtype']}, and only {', '.join(DTYPES)} are read: give "
                     "the checkpoint that it was quantised from."
                 )
             begin, end = entry["data_offsets"]
             data = np.frombuffer(mapped, np.uint8, end - begin, 8 + size + begin)
-            self[name] = data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            self[name] = data.view(DTYPES.get(entry["dtype"], np.uint8)).reshape(entry["shape"])
         return mapped
 
     def release(self) -> None:

@@ -20,8 +20,8 @@ from specjax.lora.targets import TIED_HEAD, Layers, is_stacked, linears, parts
 from specjax.lora.variants import LoRA
 from specjax.models import Decoder
 from specjax.models.adapter import Adaptable, AdaptableMap, Own, Path
+from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Axes, Linear
-from specjax.models.moe import ExpertLinear
 from specjax.models.stack import Constant, Member, Stack
 
 DEFAULT = "default"

@@ -25,7 +25,8 @@ from specjax.lora.targets import Layers, linears, modules
 from specjax.lora.variants import ExpertLoRA, variant_of
 from specjax.models import Decoder
 from specjax.models.adapter import Path
-from specjax.models.moe import ExpertLinear, Router
+from specjax.models.experts import ExpertLinear
+from specjax.models.moe import Router
 
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -84,6 +85,11 @@ def parameters(model: Decoder, wanted: list[str]) -> set[str]:
     """
     found = set()
     layers = _layers(model)
+    if wanted and model.config.clamp is not None:
+        raise UserError(
+            f"target_parameters {wanted[0]!r}: no adapter goes on gpt-oss' experts or router here; target its "
+            "attention's maps, as PEFT's 'all-linear' does."
+        )
     for one in wanted:
         hits = {known: [_names(one, _name(layer, known)) for layer in layers] for known in FUSED}
         if not (matrices(model, [one]) or any(map(any, hits.values()))) or any(

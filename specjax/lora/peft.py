@@ -29,8 +29,9 @@ from specjax.lora.targets import TIED_HEAD, TIED_PATH
 from specjax.lora.variants import variant_of
 from specjax.models import Decoder
 from specjax.models.adapter import Path as ModulePath
+from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Linear
-from specjax.models.moe import ExpertLinear, Router
+from specjax.models.moe import Router
 
 _PREFIX = "base_model.model."
 

@@ -17,7 +17,7 @@ from specjax.lora.adapters import Adapter
 from specjax.lora.targets import TIED_HEAD
 from specjax.lora.variants import VARIANTS
 from specjax.models import Decoder
-from specjax.models.moe import ExpertLinear
+from specjax.models.experts import ExpertLinear
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

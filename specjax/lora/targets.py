@@ -15,8 +15,9 @@ from specjax.hf import multimodal
 from specjax.hf import names as hf_names
 from specjax.models import Decoder
 from specjax.models.adapter import Adaptable, Path, adaptables
+from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Embed, Linear
-from specjax.models.moe import ExpertLinear, Router
+from specjax.models.moe import Router
 
 Layers = tuple[bool, ...]
 TIED_HEAD = "lm_head"  # the name of a tied output layer among the copies of the embedding

@@ -49,6 +49,7 @@ def attend(
     scale: float,
     window: int | OneOf | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
     cached: bool = False,
     documents: int | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -65,6 +66,7 @@ def attend(
       scale: of the scores, mostly 1/sqrt(H).
       window: a key is seen if q_position - k_position < window (Mistral's sliding window); None: all.
       softcap: c of c * tanh(scores / c) before the mask (Gemma 2, arXiv:2408.00118); None: none.
+      sinks: of each head, the score of a key that every query sees and whose value is nothing (gpt-oss); None: none.
       cached: k and v are one layer's part of a cache.
       documents: of a row that sees itself, at most so many segments, numbered from 1 with the padding behind them;
         None: any. cuDNN is quicker where it knows.
@@ -77,8 +79,9 @@ def attend(
         from specjax.models import splash  # here, because it takes a quarter of a second that only a TPU's user owes
 
         given: dict[str, Any] = {"q_segments": q_segments, "k_segments": k_segments, "scale": scale, "softcap": softcap}
+        given["sinks"] = sinks
         return _of_width(window, functools.partial(splash.attend, **given), q, k, v)
-    if not cached and cudnn.takes(q, k, softcap):
+    if not cached and sinks is None and cudnn.takes(q, k, softcap):
         if isinstance(window, OneOf) and documents != 1:
             documents = None  # packed rows were not seen to run in a branch
         given = {"segments": q_segments, "scale": scale, "documents": documents}
@@ -87,14 +90,18 @@ def attend(
     if isinstance(window, OneOf):
         width = jnp.array([NO_WINDOW if w is None else w for w in window.widths], jnp.int32)[window.which]
     seen = _Seen(q_positions, k_positions, q_segments, k_segments, width)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(k.shape[1] if cached else k.shape[2], -1)
     if cached:
-        return _from_cache(q, k, v, seen, scale, softcap)
+        return _from_cache(q, k, v, seen, scale, softcap, sinks)
     # Queries may be split by length; each device then needs the keys of its rows whole.
     k, v = (sharding.constrain(x, "batch", None, "kv_heads", None).swapaxes(1, 2) for x in (k, v))
     grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[3]).transpose(0, 2, 3, 1, 4)
     if sharding.platform() == "cpu":  # which knows no product of bfloat16 that accumulates in float32 in every layout
         grouped, k, v = (x.astype(jnp.float32) for x in (grouped, k, v))
-    return _attention(scale, softcap, grouped, k, v, seen).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return (
+        _attention(scale, softcap, grouped, k, v, seen, sinks).astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    )
 
 
 class _Seen(NamedTuple):
@@ -128,19 +135,37 @@ def _scores(q: jax.Array, k: jax.Array, k_axes: str, seen: _Seen, scale: float, 
 
 
 def _from_cache(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen, scale: float, softcap: float | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: _Seen,
+    scale: float,
+    softcap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """`attend` for a cache's layout. There XLA:CPU knows no product of bfloat16 that accumulates in float32."""
     grouped = q.reshape(*q.shape[:2], k.shape[1], -1, q.shape[3]).transpose(0, 2, 3, 1, 4).astype(jnp.float32)
     scores = _scores(grouped, k.astype(jnp.float32), "BKHS", seen, scale, softcap)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    else:
+        column = jnp.broadcast_to(sinks[None, :, :, None, None], (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1].astype(v.dtype)
     return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(q.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen) -> jax.Array:
-    """[B,K,G,T,H], [B,K,S,H] twice -> [B,K,G,T,H] in q's dtype."""
-    return _forward(scale, softcap, q, k, v, seen)[0]
+def _attention(
+    scale: float,
+    softcap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: _Seen,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """[B,K,G,T,H], [B,K,S,H] twice, sinks float32 [K,G] -> [B,K,G,T,H] in q's dtype."""
+    return _forward(scale, softcap, q, k, v, seen, sinks)[0]
 
 
 def _pieces(q: jax.Array, k: jax.Array) -> list[slice]:
@@ -154,33 +179,52 @@ def _pieces(q: jax.Array, k: jax.Array) -> list[slice]:
 
 
 def _forward(
-    scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen
+    scale: float,
+    softcap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: _Seen,
+    sinks: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     """The output, and what the backward pass needs."""
     pieces = _pieces(q, k)
     if len(pieces) == 1:
-        out, lse = _forward_piece(scale, softcap, q, k, v, seen)
+        out, lse = _forward_piece(scale, softcap, q, k, v, seen, sinks)
     else:
         found = [
-            _forward_piece(scale, softcap, q[:, :, :, at], k[:, :, : at.stop], v[:, :, : at.stop], seen.piece(at))
+            _forward_piece(
+                scale, softcap, q[:, :, :, at], k[:, :, : at.stop], v[:, :, : at.stop], seen.piece(at), sinks
+            )
             for at in pieces
         ]
         out, lse = (jnp.concatenate(parts, axis=3) for parts in zip(*found, strict=True))
     out, lse = checkpoint_name(out, NAME), checkpoint_name(lse, NAME)
-    return out, (q, k, v, seen, out, lse)
+    return out, (q, k, v, seen, sinks, out, lse)
 
 
 def _forward_piece(
-    scale: float, softcap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, seen: _Seen
+    scale: float,
+    softcap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: _Seen,
+    sinks: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output, and each query's log-sum-exp, float32 [B,K,G,T]."""
+    """The output, and each query's log-sum-exp, its sink included, float32 [B,K,G,T]."""
+    sink = None if sinks is None else sinks[None, :, :, None, None]
 
     def block(part: Any) -> tuple[jax.Array, jax.Array]:
         (q,), where = part
         scores = _scores(q, k, "BKSH", seen._replace(**where), scale, softcap)
         highest = jnp.max(scores, axis=-1, keepdims=True)
+        if sink is not None:
+            highest = jnp.maximum(highest, sink)
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        if sink is not None:
+            total += jnp.exp(sink - highest)
         out = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (out / total).astype(q.dtype), (highest + jnp.log(total))[..., 0]
 
@@ -191,9 +235,12 @@ def _forward_piece(
 
 
 def _backward(scale: float, softcap: float | None, kept: Any, dout: jax.Array) -> tuple[Any, ...]:
-    """The gradients of q, k and v."""
-    q, k, v, seen, out, lse = kept
+    """The gradients of q, k, v and the sinks."""
+    q, k, v, seen, sinks, out, lse = kept
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    dsinks = None
+    if sinks is not None:  # its value is nothing: it takes weight from what the keys give
+        dsinks = -jnp.sum(jnp.exp(sinks[None, :, :, None] - lse) * delta, axis=(0, 3))
     parts, pieces = (q, dout, lse, delta), _pieces(q, k)
     if len(pieces) == 1:
         dq, dk, dv = _backward_piece(scale, softcap, parts, k, v, seen)
@@ -204,7 +251,7 @@ def _backward(scale: float, softcap: float | None, kept: Any, dout: jax.Array) -
             found.append(_backward_piece(scale, softcap, mine, k[:, :, : at.stop], v[:, :, : at.stop], seen.piece(at)))
         dqs, dks, dvs = zip(*found, strict=True)
         dq, dk, dv = jnp.concatenate(dqs, axis=3), *(functools.reduce(_add_first, x[::-1]) for x in (dks, dvs))
-    return dq, dk.swapaxes(2, 3).astype(k.dtype), dv.swapaxes(2, 3).astype(v.dtype), None
+    return dq, dk.swapaxes(2, 3).astype(k.dtype), dv.swapaxes(2, 3).astype(v.dtype), None, dsinks
 
 
 def _add_first(sums: jax.Array, part: jax.Array) -> jax.Array:

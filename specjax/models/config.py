@@ -39,11 +39,12 @@ class ModelConfig:
       query_scale: of the attention scores.
       query_growth: (beta, n): a query at position p is multiplied by 1 + beta ln(1 + floor(p / n)) too (Llama 4,
         Ministral 3); None: it is not.
+      sinks: each head has a score that stands beside those of the keys, and no value (gpt-oss).
       attention_softcap: c of c * tanh(scores / c); None: none. So is `logits_softcap`.
       embed_scale: multiplies embeddings, in the compute dtype; `residual_scale` what each block adds; the logits are
         divided by `logits_divisor`.
       num_experts: of a layer that has experts, 0 where none has; `expert_dim` is an expert's inner size, and the next
-        two are those of `MoE`.
+        two and `clamp` are those of `MoE`.
       router_aux_coef: of the balancing loss, 0 unless the config's `output_router_logits` asks for it, as transformers.
     """
 
@@ -74,6 +75,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    sinks: bool = False
     attention_softcap: float | None = None
     logits_softcap: float | None = None
     embed_scale: float = 1.0
@@ -84,6 +86,7 @@ class ModelConfig:
     expert_dim: int = 0
     normalise_experts: bool = True
     round_expert_weights: bool = False
+    clamp: tuple[float, float] | None = None
     router_aux_coef: float = 0.0
 
     @property

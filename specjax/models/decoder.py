@@ -92,6 +92,7 @@ def _experts(config: ModelConfig, layers: int | None, rngs: nnx.Rngs | None) -> 
         normalise=config.normalise_experts,
         round_weights=config.round_expert_weights,
         activation=config.activation,
+        clamp=config.clamp,
         layers=layers,
         rngs=rngs,
         out_stddev=0.02 / math.sqrt(2 * config.num_layers),

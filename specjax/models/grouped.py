@@ -50,6 +50,26 @@ def _backward(saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array) -> t
 grouped_matmul.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def grouped_matmul_in_out(
+    x: Float[Array, "M K"], kernel: Float[Array, "E K N"], sizes: Int32[Array, " E"]
+) -> Float[Array, "M N"]:
+    """`grouped_matmul` by matrices [in, out]: y[m] = x[m] @ kernel[group of row m]."""
+    return _rows(x, kernel, sizes, transposed=True)
+
+
+def _forward_in_out(x: jax.Array, kernel: jax.Array, sizes: jax.Array) -> tuple[jax.Array, Any]:
+    return _rows(x, kernel, sizes, transposed=True), (x, kernel, sizes)
+
+
+def _backward_in_out(saved: tuple[jax.Array, jax.Array, jax.Array], dy: jax.Array) -> tuple[Any, ...]:
+    x, kernel, sizes = saved
+    return _rows(dy, kernel, sizes, transposed=False), _kernels(x, dy, sizes), np.zeros(sizes.shape, jax.dtypes.float0)
+
+
+grouped_matmul_in_out.defvjp(_forward_in_out, _backward_in_out)
+
+
 def _rows(x: jax.Array, kernel: jax.Array, sizes: jax.Array, *, transposed: bool) -> jax.Array:
     """[M,K] -> [M,N]; transposed: [M,N] -> [M,K], by the transposed matrices."""
     contracted = 1 if transposed else 2

@@ -210,6 +210,8 @@ class Attention(nnx.Module):
         else:
             self.q_proj, self.k_proj, self.v_proj = into(n, "heads"), into(k, "kv_heads"), into(k, "kv_heads")
         self.q_norm, self.k_norm = norm(n, "heads"), norm(k, "kv_heads")
+        sink = nnx.initializers.normal(0.02)
+        self.sinks = parameter(sink, (n,), ("heads",), layers, rngs) if config.sinks else None
         out_axes = (("heads", "head_dim"), ("embed",))
         self.o_proj = Linear((n, h), (d,), *out_axes, bias=config.o_bias, layers=layers, rngs=rngs, stddev=out_stddev)
 
@@ -255,7 +257,8 @@ class Attention(nnx.Module):
                 k, v = (jax.lax.dynamic_index_in_dim(part, where["layer"], keepdims=False) for part in cache)
                 sees["cached"] = True
         scale, softcap = self.config.query_scale, self.config.attention_softcap
-        heads = attend(q, k, v, window=window, scale=scale, softcap=softcap, **sees)
+        sinks = None if self.sinks is None else self.sinks[...].astype(q.dtype)
+        heads = attend(q, k, v, window=window, scale=scale, softcap=softcap, sinks=sinks, **sees)
         return self.o_proj(heads, keys[3]), cache
 
 

@@ -1,9 +1,9 @@
-"""Mixture of experts: routing, the experts' MLPs over tokens sorted by expert, the balancing loss.
+"""Mixture of experts: routing, where the experts compute, the balancing loss.
 
 Every token is computed by its k experts and no other: tokens are sorted by expert and go through grouped matrix
 products (`specjax.models.grouped`). There is no capacity and no token is dropped.
 
-B batch, T length, D embed, E experts, k experts a token, F mlp, M rows (of a token for an expert), L layers.
+B batch, T length, D embed, E experts, k experts a token, F mlp, L layers.
 """
 
 import math
@@ -11,18 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Bool, Float, Float32
 
 from specjax import sharding
-from specjax.models.adapter import AdaptableMap
-from specjax.models.grouped import grouped_matmul
-from specjax.models.layers import Axes, Linear, activate, kernel_init, parameter
-from specjax.models.quantised import Quantised
-from specjax.models.stack import Call, group_of_rows
+from specjax.models.clamped import BiasedRouter, ClampedExperts
+from specjax.models.experts import Experts
+from specjax.models.layers import Axes, Linear
+from specjax.models.stack import group_of_rows
 
 Stats = dict[str, Float32[Array, "..."]]
 
@@ -31,127 +29,11 @@ class Router(Linear):
     """A token's score of each expert: its output stays whole on every device, because a token compares all experts."""
 
 
-class ExpertLinear(AdaptableMap):
-    """y = x W_e^T (+ the updates in use, of expert e): one linear map per expert, W [(L,) E, out, in]."""
-
-    def __init__(
-        self,
-        num_experts: int,
-        in_size: int,
-        out_size: int,
-        in_axis: str,
-        out_axis: str,
-        *,
-        layers: int | None,
-        rngs: nnx.Rngs | None,
-        stddev: float = 0.02,
-    ):
-        super().__init__()
-        shape, axes = (num_experts, out_size, in_size), ("expert", out_axis, in_axis)
-        init = kernel_init(stddev, 1, 1 + int(layers is not None))
-        self.kernel: nnx.Param | Quantised = parameter(init, shape, axes, layers, rngs)
-        self.in_dims = 1
-
-    def __call__(self, x: Float[Array, "M in"], sizes: Int32[Array, " E *G"]) -> Float[Array, "M out"]:
-        """Rows of expert 0, then of expert 1, ..., in x's dtype; `sizes` counts them.
-
-        Where the rows of an expert are sorted by their groups of adapters, `sizes` is [E,G].
-        """
-        y = grouped_matmul(x, self.kernel[...].astype(x.dtype), sizes if sizes.ndim == 1 else jnp.sum(sizes, axis=1))
-        for update in self.active_updates():  # not `update` itself: its groups are parts of `sizes`, not of the rows
-            y += update.variant.apply(update.factors, update.scale, update.dropout, Call(x, sizes=sizes))
-        return y
-
-
-class Experts(nnx.Module):
-    """E gated MLPs, down(activation(gate(x)) * up(x)) each."""
-
-    def __init__(
-        self,
-        *,
-        embed_dim: int,
-        mlp_dim: int,
-        num_experts: int,
-        activation: str,
-        layers: int | None,
-        rngs: nnx.Rngs | None,
-        out_stddev: float,
-    ):
-        def linear(in_size: int, out_size: int, in_axis: str, out_axis: str, stddev: float) -> ExpertLinear:
-            return ExpertLinear(
-                num_experts, in_size, out_size, in_axis, out_axis, layers=layers, rngs=rngs, stddev=stddev
-            )
-
-        self.gate_proj = linear(embed_dim, mlp_dim, "embed", "mlp", 0.02)
-        self.up_proj = linear(embed_dim, mlp_dim, "embed", "mlp", 0.02)
-        self.down_proj = linear(mlp_dim, embed_dim, "mlp", "embed", out_stddev)
-        self.activation = activation
-
-    @property
-    def groups(self) -> int | None:
-        """Into how many groups adapters divide the rows; None: one answers all of them, or none."""
-        maps = (self.gate_proj, self.up_proj, self.down_proj)
-        return next((update.groups for linear in maps for update in linear.active_updates()), None)
-
-    def __call__(
-        self,
-        x: Float[Array, "N D"],
-        chosen: Int32[Array, "N k"],
-        weights: Float[Array, "N k"],
-        first: Int32[Array, ""] | int = 0,
-        group: Int32[Array, " N"] | None = None,
-    ) -> Float[Array, "N D"]:
-        """The weighted sum of each token's experts.
-
-        Args:
-          x: the tokens.
-          chosen: the experts of each token; those outside of first..first+E-1 add nothing.
-          weights: of the experts.
-          first: the number of this module's first expert (a device may hold some of them only).
-          group: each token's group of adapters, where there are `groups`.
-
-        Returns:
-          In x's dtype, summed in float32.
-        """
-        num_experts = self.gate_proj.kernel.shape[0]
-        local = chosen.reshape(-1) - first
-        local = jnp.where((local >= 0) & (local < num_experts), local, num_experts)  # the others sort to the end
-        shape: tuple[int, ...] = (num_experts,)
-        if group is not None:  # sorted by it within an expert
-            shape = (num_experts, self.groups or 1)
-            local = local * shape[1] + jnp.repeat(group, chosen.shape[1])
-        order = jnp.argsort(local, stable=True)
-        place = jnp.argsort(order)
-        sizes = jnp.sum(local[:, None] == jnp.arange(math.prod(shape))[None], axis=0, dtype=jnp.int32).reshape(shape)
-        rows = _permute(jnp.repeat(x, chosen.shape[1], axis=0), order, place)
-        hidden = activate(self.gate_proj(rows, sizes), self.activation) * self.up_proj(rows, sizes)
-        y = _permute(self.down_proj(hidden, sizes), place, order).reshape(*chosen.shape, -1)
-        return jnp.sum(y.astype(jnp.float32) * weights[..., None].astype(jnp.float32), axis=1).astype(x.dtype)
-
-
-@jax.custom_vjp
-def _permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x[order]; its transpose is the inverse's gather, where JAX, which knows of no inverse, would scatter."""
-    return x[order]
-
-
-def _permute_forward(x: jax.Array, order: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return x[order], inverse
-
-
-def _permute_backward(inverse: jax.Array, dy: jax.Array) -> tuple[Any, ...]:
-    nothing = np.zeros(inverse.shape, jax.dtypes.float0)
-    return dy[inverse], nothing, nothing
-
-
-_permute.defvjp(_permute_forward, _permute_backward)
-
-
 class MoE(nnx.Module):
     """Sparse MLP: a router, and for each token the k experts that it chooses (Mixtral, arXiv:2401.04088; Qwen3).
 
-    Equal to transformers' `MixtralSparseMoeBlock` (normalise) and `Qwen3MoeSparseMoeBlock` (normalise as the config's
-    `norm_topk_prob`, round_weights).
+    Equal to transformers' `MixtralSparseMoeBlock` (normalise), `Qwen3MoeSparseMoeBlock` (normalise as the config's
+    `norm_topk_prob`, round_weights) and `GptOssMLP` (normalise, round_weights, clamp).
 
     Args:
       embed_dim: D.
@@ -161,6 +43,7 @@ class MoE(nnx.Module):
       normalise: whether a token's k weights are divided by their sum.
       round_weights: whether the weights are rounded to the compute dtype, as Qwen3's are and Mixtral's are not.
       activation: of the gate, one that `layers.activate` knows.
+      clamp: (alpha, limit) of gpt-oss' experts, `ClampedExperts`, which no adapter touches; None: `Experts`.
       layers: L, or None for one layer.
       rngs: for the initial values.
       out_stddev: of the initial down projections.
@@ -179,22 +62,23 @@ class MoE(nnx.Module):
         normalise: bool,
         round_weights: bool = False,
         activation: str = "silu",
+        clamp: tuple[float, float] | None = None,
         layers: int | None,
         rngs: nnx.Rngs | None,
         out_stddev: float = 0.02,
     ):
         if not 1 <= experts_per_token <= num_experts:
             raise ValueError(f"{experts_per_token} experts a token of {num_experts}: give 1 to {num_experts}.")
-        self.gate = Router((embed_dim,), (num_experts,), ("embed",), (None,), layers=layers, rngs=rngs)
-        self.experts = Experts(
-            embed_dim=embed_dim,
-            mlp_dim=mlp_dim,
-            num_experts=num_experts,
-            activation=activation,
-            layers=layers,
-            rngs=rngs,
-            out_stddev=out_stddev,
-        )
+        sizes: dict[str, Any] = {"embed_dim": embed_dim, "mlp_dim": mlp_dim, "num_experts": num_experts}
+        given: dict[str, Any] = {"layers": layers, "rngs": rngs}
+        self.gate: Router | BiasedRouter
+        self.experts: Experts
+        if clamp is None:
+            self.gate = Router((embed_dim,), (num_experts,), ("embed",), (None,), **given)
+            self.experts = Experts(**sizes, activation=activation, out_stddev=out_stddev, **given)
+        else:
+            self.gate = BiasedRouter(embed_dim, num_experts, **given)
+            self.experts = ClampedExperts(**sizes, clamp=clamp, out_stddev=out_stddev, **given)
         self.num_experts, self.experts_per_token = num_experts, experts_per_token
         self.normalise, self.round_weights = normalise, round_weights
 
@@ -232,7 +116,7 @@ class MoE(nnx.Module):
 
     def _compute(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """`_routed` through the experts; a quantised base's are dequantised here, and again in the backward pass."""
-        if not isinstance(self.experts.gate_proj.kernel, Quantised):
+        if not self.experts.quantised:
             return self._routed(self.experts, x, chosen, weights)
         graph, state = nnx.split(self.experts)
 
@@ -273,11 +157,16 @@ class MoE(nnx.Module):
         (expert,), mlp = sharding.RULES["expert"], sharding.RULES["mlp"]
         gathers = expert in rows and mesh.shape[expert] > 1
         specs = {path: _expert_spec(leaf.get_metadata("axes")) for path, leaf in nnx.to_flat_state(state)}
+        biases = [(path, leaf) for path, leaf in nnx.to_flat_state(state) if path[-1] == "bias"]
+        once = [path for path, leaf in biases if "mlp" not in leaf.get_metadata("axes")]
         tokens = PartitionSpec(rows, columns, None)
 
         def local(params: Any, *given: jax.Array) -> jax.Array:
             # Everything is made to vary over the same axes, so that gradients are summed here and nowhere within.
             params = {path: _vary(leaf, specs[path], (*rows, *columns, expert, *mlp)) for path, leaf in params.items()}
+            first_part = sum((jax.lax.axis_index(axis) for axis in mlp), jnp.int32(0)) == 0
+            for path in once:  # what the sum over the parts of an MLP would count in each of them
+                params[path] = jnp.where(first_part, params[path], jnp.zeros_like(params[path]))
             inputs = tuple(_vary(part, tokens, (expert, *mlp)) for part in given)
             if gathers:
                 inputs = tuple(jax.lax.all_gather(part, expert, axis=0, tiled=True) for part in inputs)

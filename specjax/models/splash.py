@@ -7,6 +7,7 @@ grouped queries they are small). Off a TPU it runs in Pallas' interpreter, for t
 B batch, T queries, S keys, N heads, K kv heads, H head_dim.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -34,6 +35,7 @@ def attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Float[Array, " N"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q k^T) v over the keys of the same segment that are not later and inside the window.
@@ -48,6 +50,7 @@ def attend(
       scale: of the scores.
       window: a key is seen if it is less than so many places before the query; None: all.
       softcap: c of c * tanh(scores / c); None: none.
+      sinks: of each head, the score of a key that every query sees and whose value is nothing; None: none.
       interpret: run it on any platform, slowly.
 
     Returns:
@@ -65,19 +68,24 @@ def attend(
     local_heads = q.shape[2] // (1 if heads is None else sharding.ways(mesh, heads))
     kernel = _kernel(local_heads, length + spare, ways, window, softcap, interpret)
 
-    def local(kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_seg: jax.Array, k_seg: jax.Array) -> jax.Array:
+    def local(
+        kernel: Any, q: jax.Array, k: jax.Array, v: jax.Array, q_seg: jax.Array, k_seg: jax.Array, *sinks: Any
+    ) -> jax.Array:
         first = (x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
-        out = jax.vmap(kernel)(*first, kernel_lib.SegmentIds(q_seg, k_seg))
+        run = functools.partial(kernel, sinks=sinks[0]) if sinks else kernel
+        out = jax.vmap(run)(*first, kernel_lib.SegmentIds(q_seg, k_seg))
         return out.swapaxes(1, 2).astype(q.dtype)
 
+    more = () if sinks is None else (sinks.astype(jnp.float32),)
     if mesh.empty or mesh.size == 1:
-        return local(kernel, q, k, v, q_segments, k_segments)[:, :length]
+        return local(kernel, q, k, v, q_segments, k_segments, *more)[:, :length]
     seq = context if ways > 1 else None
     queries, keys = PartitionSpec(batch, seq, heads, None), PartitionSpec(batch, None, heads, None)
     of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, seq)))
-    specs = (of_kernel, queries, keys, keys, PartitionSpec(batch, seq), PartitionSpec(batch, None))
+    specs: tuple[Any, ...] = (of_kernel, queries, keys, keys, PartitionSpec(batch, seq), PartitionSpec(batch, None))
+    specs += (PartitionSpec(heads),) * len(more)
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)
-    return sharded(kernel, q, k, v, q_segments, k_segments)[:, :length]
+    return sharded(kernel, q, k, v, q_segments, k_segments, *more)[:, :length]
 
 
 def _kernel(heads: int, length: int, shards: int, window: int | None, softcap: float | None, interpret: bool) -> Any:

@@ -120,6 +120,9 @@ def schedule(
     return rate
 
 
+_UNDECAYED = ("scale", "bias", "sinks", "alpha_p", "alpha_n")
+
+
 def decays(params: Any) -> Any:
     """Weight decay's mask, a tree like `params`: matrices and LoRA factors decay, other weights do not.
 
@@ -128,7 +131,7 @@ def decays(params: Any) -> Any:
 
     def decays_at(path: tuple[Any, ...], _: Any) -> bool:
         key = getattr(path[-1], "key", getattr(path[-1], "name", None))
-        return (key[-1] if isinstance(key, tuple) else key) not in ("scale", "bias", "alpha_p", "alpha_n")
+        return (key[-1] if isinstance(key, tuple) else key) not in _UNDECAYED
 
     return jax.tree.map_with_path(decays_at, params)
 

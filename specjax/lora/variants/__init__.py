@@ -9,8 +9,8 @@ from typing import Any
 from specjax.lora.variants.dora import DoRA
 from specjax.lora.variants.experts import ExpertLoRA
 from specjax.lora.variants.lora import LoRA
+from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Linear
-from specjax.models.moe import ExpertLinear
 
 VARIANTS: tuple[LoRA, ...] = (LoRA(), DoRA(), ExpertLoRA())
 

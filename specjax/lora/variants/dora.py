@@ -12,8 +12,8 @@ from jax import Array
 from jaxtyping import Float, Float32
 
 from specjax.lora.variants.lora import Draw, LoRA, Values, dropped
+from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Axes, Linear
-from specjax.models.moe import ExpertLinear
 from specjax.models.products import contract
 from specjax.models.stack import Arrays, Call
 

@@ -12,8 +12,8 @@ from jax import Array
 from jaxtyping import Float, Float32
 
 from specjax.lora.variants.lora import LoRA
+from specjax.models.experts import ExpertLinear
 from specjax.models.grouped import grouped_matmul
-from specjax.models.moe import ExpertLinear
 from specjax.models.stack import Arrays, Call
 
 

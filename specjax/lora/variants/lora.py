@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float32
 
+from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Axes, Linear
-from specjax.models.moe import ExpertLinear
 from specjax.models.products import contract, expand
 from specjax.models.stack import Arrays, Call
 
