@@ -169,7 +169,7 @@ def model(
         shape = (*leaf.shape[:lead], *leaf.shape[leaf.ndim - inputs :], *leaf.shape[lead : leaf.ndim - inputs])
         values = rng.normal(1.0 if name.endswith("scale") else 0.0, 0.08, shape)
         values = np.moveaxis(values, range(lead, lead + inputs), range(leaf.ndim - inputs, leaf.ndim))
-        leaves.append((path, jax.device_put(jnp.asarray(values, param_dtype), places.get(path, single))))
+        leaves.append((path, jax.device_put(np.asarray(values, jnp.dtype(param_dtype)), places.get(path, single))))
     return nnx.merge(nnx.graphdef(shapes), nnx.from_flat_state(leaves))
 
 
