@@ -109,11 +109,11 @@ def _stack(linear: AdaptableMap, variant: LoRA, rows: Sequence[tuple[Member, Map
         whole, names = (*shape[:at], len(rows), *shape[at:]), (*axes[:at], "adapter", *axes[at:])
         padded = [_padded(values[field], shape) for _, values in rows]
         value = padded[0].reshape(whole) if len(rows) == 1 else jnp.stack(padded, axis=at)
-        value = jnp.asarray(value, jnp.float32)
-        if mesh is not None:
-            value = jax.device_put(
-                value, sharding.named_sharding(mesh, names, whole, f"LoRA {field} of {variant.name}")
-            )
+        if mesh is None:
+            value = jnp.asarray(value, jnp.float32)
+        else:  # from the host each device takes its part; from another device that is a program for each shape
+            place = sharding.named_sharding(mesh, names, whole, f"LoRA {field} of {variant.name}")
+            value = jax.device_put(value.astype(np.float32), place)
         params[field] = nnx.LoRAParam(value, axes=names)
     members = tuple(member for member, _ in rows)
     scales = np.array([member.scales for member in members], np.float32).T  # [L, A]

@@ -77,6 +77,8 @@ class Checkpoints:
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         context.pytree.loading.partial_load = True  # what trains, without the optimizer's state
+        # Replicas write a part each, and a part is a program to compile for each shape: not of what is small.
+        context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
         policies = ocp.training.preservation_policies
         best = policies.BestN(n=1, get_metric_fn=_loss, reverse=True, keep_checkpoints_without_metrics=False)
         self._orbax = ocp.training.Checkpointer(
