@@ -82,7 +82,7 @@ def test_a_run_on_a_mesh_resumes_bit_for_bit(tmp_path):
 
 def test_optimizer_moments_lie_like_their_parameters(tmp_path):
     mesh = sj.make_mesh(fsdp=4, tensor=2)
-    options = {"trainable": sj.ALL, "eval_data": {}, "workdir": None, "accumulate": 1, "seed": 0}
+    options = {"trainable": sj.ALL, "eval_data": {}, "workdir": None, "keep": 1, "accumulate": 1, "seed": 0}
     with Session(model(mesh=mesh), data(), sj.adamw(1e-3), sj.next_token, **options) as session:
         state = session.state
         parts = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
