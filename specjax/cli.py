@@ -19,6 +19,14 @@ from specjax.config import get_config, load_config_file
 from specjax.errors import UserError, nearest
 from specjax.verbs import FLAGS, VERBS, help_of, help_of_all
 
+# What a file or a folder may be, and what to do; any other error of the system's is a bug of ours.
+SURROUNDINGS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give another place, or its permissions"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST), "give another path"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "look at the disk or the network"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+}
 INTERRUPTED = 130  # what a shell says of Ctrl-C
 
 
@@ -72,10 +80,11 @@ def main(argv: Sequence[str], *, own_process: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in SURROUNDINGS:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"specjax: The disk is full{where}: free some space and run the same command again.", file=sys.stderr)
+        said = os.strerror(error.errno)
+        print(f"specjax: {said}{where}: {SURROUNDINGS[error.errno]} and run the same command again.", file=sys.stderr)
         return 2
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -27,6 +29,8 @@ def claim(workdir: str | Path, names: Sequence[str] = ()) -> None:
       UserError: the folder is a file, or another's.
     """
     workdir = Path(workdir)
+    if workdir.is_symlink() and not workdir.exists():
+        raise UserError(f"{workdir} is a link to nothing: choose another workdir.")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: choose another workdir.")
     if not workdir.is_dir() or (workdir / MARK).is_file() or any(workdir.glob("checkpoints/[0-9]*/meta")):
@@ -124,16 +128,23 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         other files stay.
 
     Raises:
-      UserError: `out` exists and is not empty (and `overwrite` is False), or is a file.
+      UserError: `out` exists and is not empty (and `overwrite` is False), is a file, or the folder of a run.
     """
     out = Path(out)
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"{out} is a link to nothing: choose another output folder.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another output folder.")
+    if (out / MARK).is_file():
+        raise UserError(f"{out} is the folder of a run, whose files would be replaced: choose another output folder.")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} exists and is not empty: choose another output folder, or give overwrite.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    sweep(out)
+    staging = Path(tempfile.mkdtemp(prefix=_staging(out), dir=out.parent))
+    owned = os.open(staging, os.O_RDONLY)
     try:
+        _lock(owned)
         yield staging
         # mkdtemp and safetensors make private files; these are as open as any other of the user's.
         mask = os.umask(0)
@@ -148,6 +159,46 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         sync(out.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(owned)
+
+
+def sweep(out: Path) -> None:
+    """Removes what writers of a folder that were killed left beside it; not where the filesystem locks no folders."""
+    for left in out.parent.glob(f"{glob.escape(_staging(out))}*"):
+        with contextlib.suppress(OSError):  # another's, who is at work, or who removes it too
+            owned = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                if _lock(owned):
+                    shutil.rmtree(left)
+            finally:
+                os.close(owned)
+
+
+def _staging(out: Path) -> str:
+    return f".{out.name}.specjax-"
+
+
+def _lock(folder: int) -> bool:
+    """Whether this process now has the lock of an open folder, which goes with it; on NFS folders have none."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def refuse_base(out: str | Path, source: str) -> None:
+    """Refuses to write a model or an adapter over the folder that its base was read from.
+
+    Args:
+      out: the folder to write.
+      source: a folder, a hub name, or "".
+
+    Raises:
+      UserError: they are the same.
+    """
+    if source and Path(source).is_dir() and Path(out).exists() and Path(out).samefile(source):
+        raise UserError(f"{out} is the folder of the base, {source}: choose another output folder.")
 
 
 def _replace(out: Path, staging: Path) -> None:

@@ -4,6 +4,7 @@ A run that is called again goes on. It may then be computed otherwise: on anothe
 other rematerialisation. What would change its result is refused, the keys named.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def claim(workdir: Path, config: ConfigDict, settings: Mapping[str, Any]) -> dic
       UserError: as above.
     """
     for key, source, inside in _sources(config):
-        place, ours = Path(source).resolve(), workdir.resolve()
+        # Not Path.resolve: of a link that leads to itself it is no error of the system's.
+        place, ours = Path(os.path.realpath(source)), Path(os.path.realpath(workdir))
         if source and place.exists() and (place == ours or (inside and place in ours.parents)):
             lies = "is the folder" if place == ours else "lies in the folder"
             raise UserError(f"--workdir={workdir} {lies} that {key} reads: choose another workdir.")

@@ -19,6 +19,7 @@ from specjax.errors import UserError, keys
 from specjax.generation.generate import generate as generate_texts
 from specjax.hf import load as hf_load
 from specjax.hf.tokenizer import load_tokenizer
+from specjax.lock import Lock
 from specjax.train.evaluate import evaluate as evaluate_set
 from specjax.train.evaluate import most_documents
 from specjax.train.fit import fit
@@ -39,12 +40,17 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
       UserError: any of the above, or what `fit` raises.
       SystemExit: 143 after SIGTERM or Ctrl-C, once the checkpoint is saved.
     """
-    workdir = Path(workdir)
+    with Lock(workdir) as lock:
+        return _train(config, Path(workdir), lock, profile)
+
+
+def _train(config: ConfigDict, workdir: Path, lock: Lock, profile: bool) -> Result:
     with processes.agreement("nothing was trained"):
         validate(config, jax.device_count())
         config = settled(config, jax.default_backend(), jax.device_count())
         settings = resolved(config)
         changed = resume.claim(workdir, config, settings)
+        locked = not processes.first() or lock.take(make=False)
         finished = resume.finished(workdir, config)
     if finished is not None:
         _say(f"{workdir}: the run was complete after {finished.step} steps, nothing was trained")
@@ -66,6 +72,10 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         if processes.first():
             report = {"train": data.report | course} | {name: d.report for name, d in eval_data.items()}
             files.mark(workdir)
+            lock.take()
+            if not locked and (resume.claim(workdir, config, settings) != changed or resume.finished(workdir, config)):
+                raise UserError(f"{workdir}: another run was there in the meantime: run the same command again.")
+            files.sweep(workdir / "export")
             files.write_json(workdir / "config.json", settings)
             files.write_json(workdir / "data.json", report)
     with processes.agreement("nothing was trained"):
@@ -222,6 +232,9 @@ def export(
     """
     if dequantise and not merge:
         raise UserError("--dequantise is of a merge into a quantised base: add --merge, or leave it out.")
+    run_config = build.config_of(workdir)
+    for source in (run_config.model.path, run_config.lora.init_from or ""):
+        files.refuse_base(out, source)
     model, config = build.load_run(workdir, "best" if step is None else str(step), sharding.make_mesh())
     if merge and config.trainable != "lora":
         raise UserError(f"{workdir} trained every weight: there is no adapter to merge, leave --merge out.")

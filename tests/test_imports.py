@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "lock": {"errors"},
     "data": {"errors"},
     "sharding": {"errors"},
     "models": {"sharding", "errors"},
@@ -23,7 +24,7 @@ ALLOWED = {
     "flops": {"models"},
     "hf": {"models", "sharding", "errors", "files", "cluster", "data"},
     "lora": {"hf", "models", "sharding", "errors", "files", "cluster"},
-    "train": {"flops", "models", "process", "sharding", "errors", "files"},
+    "train": {"flops", "models", "process", "sharding", "errors", "files", "lock"},
     "generation": {"lora", "models", "sharding", "errors", "data"},
     "checks": {"errors", "sharding"},
     "config": {"checks", "errors", "files"},
@@ -43,6 +44,7 @@ ALLOWED = {
         "sharding",
         "errors",
         "files",
+        "lock",
         "cluster",
         "process",
     },
@@ -73,7 +75,7 @@ NARROWER = {
     "generation/decoding": {"generation", "models", "sharding"},
     "generation/prompts": {"data", "models", "errors"},
 }
-NO_JAX = {"data", "parity", "errors", "files", "config", "checks", "cli", "verbs", "__main__"}
+NO_JAX = {"data", "parity", "errors", "files", "lock", "config", "checks", "cli", "verbs", "__main__"}
 # foreign library -> the parts that may import it
 FOREIGN = {
     "ml_collections": {"config", "checks", "cli", "build", "plan", "resume", "run", "compare"},

@@ -1,7 +1,11 @@
 """A run's folder is its own: another's is left as it was, byte for byte; a broken file in it is one sentence."""
 
+import fcntl
 import json
+import os
+import socket
 import sys
+import threading
 
 import pytest
 from helpers import data, model
@@ -11,6 +15,8 @@ import specjax as sj
 from specjax import files
 from specjax.errors import UserError
 from specjax.hf.tokenizer import load_tokenizer
+from specjax.lock import NAME, Lock
+from specjax.models import Origin
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +197,90 @@ def test_code_that_a_folder_brings_along_is_never_run_nor_asked_about(base, tmp_
     else:
         assert not refuses
     assert not canary.exists()
+
+
+def test_a_second_run_is_refused_and_told_of_the_first(capfd, base, tmp_path):
+    files.mark(tmp_path)
+    held, done = threading.Event(), threading.Event()
+
+    def first():
+        with Lock(tmp_path) as lock:
+            lock.take()
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    held.wait()
+    try:
+        before = (tmp_path / NAME).read_bytes()
+        who = f"is in use by process {os.getpid()} on {socket.gethostname()}, since "
+        assert who in refused(capfd, base, tmp_path)
+        with pytest.raises(UserError, match=who):
+            sj.fit(model(), data(), sj.adamw(1e-3), steps=1, workdir=tmp_path)
+        assert (tmp_path / NAME).read_bytes() == before
+    finally:
+        done.set()
+        thread.join()
+    with Lock(tmp_path) as outer, Lock(tmp_path) as inner:  # `fit` in a run
+        assert outer.take(make=False) and inner.take()
+    with Lock(tmp_path / "none") as lock:
+        assert not lock.take(make=False) and not (tmp_path / "none").exists()
+
+
+def test_a_filesystem_without_locks_is_said(tmp_path, monkeypatch):
+    def none(file, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with Lock(tmp_path) as lock, pytest.warns(UserWarning, match="its filesystem has no locks"):
+        assert lock.take()
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_and_what_a_living_one_has_stays(tmp_path):
+    left, living, mine = (tmp_path / name for name in (".out.specjax-dead", ".out.specjax-alive", ".out.backup"))
+    for folder in (left, living, mine):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"")
+    owner = os.open(living, os.O_RDONLY)
+    fcntl.flock(owner, fcntl.LOCK_EX)
+    with files.new_folder(tmp_path / "out") as staging:
+        (staging / "file").write_text("x")
+        with files.new_folder(tmp_path / "out2"):
+            assert staging.is_dir()
+        files.sweep(tmp_path / "out")
+    os.close(owner)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.backup", ".out.specjax-alive", "out", "out2"]
+
+
+@pytest.mark.parametrize("save", [sj.export, sj.lora.save], ids=["export", "adapter"])
+def test_the_base_and_a_run_are_not_written_over(tmp_path, save):
+    of = model()
+    of.origin = Origin(source=str(tmp_path / "base"), config_json=of.origin.config_json)
+    if save is sj.lora.save:
+        sj.lora.inject(of, rank=2)
+    given = (None,) if save is sj.export else ()
+    written(tmp_path / "base", config_json={"model_type": "llama"})
+    files.mark(tmp_path / "run")
+    before = tree(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    for out, said in (
+        ("base", "is the folder of the base"),
+        ("link", "is the folder of the base"),
+        ("run", "of a run"),
+    ):
+        with pytest.raises(UserError, match=said):
+            save(of, *given, tmp_path / out, overwrite=True)
+        assert {name: content for name, content in tree(tmp_path).items() if "link" not in name} == before
+
+
+@pytest.mark.parametrize("kind", ["a dangling link", "a looping link", "below a file", "a name too long"])
+def test_a_workdir_that_cannot_be_is_one_sentence(capfd, base, tmp_path, kind):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "looping").symlink_to(tmp_path / "looping")
+    (tmp_path / "file").write_text("x")
+    name = {"below a file": "file/run", "a name too long": "x" * 300}.get(kind, kind.split()[1])
+    assert specjax("train", *flags(base, tmp_path / name)) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("specjax: ") and err.count("\n") == 1, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "looping"]

@@ -17,6 +17,7 @@ from flax import nnx
 
 from specjax.cluster import processes
 from specjax.errors import UserError, argument
+from specjax.files import refuse_base
 from specjax.hf import names
 from specjax.hf.ends import declared
 from specjax.hf.multimodal import wrapped
@@ -74,6 +75,7 @@ def export(
             "config.json is of a multimodal model, and there is no file to take all but its language model from: set "
             "model.origin.config_json to the language model's own."
         )
+    refuse_base(out, model.origin.source)
     dtype = jnp.dtype(dtype or model.origin.stored_dtype)
     if dtype not in map(np.dtype, DTYPES.values()):
         raise UserError(f"dtype {dtype}: weights are written as bfloat16, float16, float32 or float64.")

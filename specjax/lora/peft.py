@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from specjax import sharding
 from specjax.cluster import processes
 from specjax.errors import UserError, keys
+from specjax.files import refuse_base
 from specjax.hf import names as hf_names
 from specjax.hf.ends import declared
 from specjax.hf.tensors import Tensors
@@ -80,6 +81,7 @@ def save(
     name = name or adapters.active(model)
     if name is None:
         raise UserError("no adapter is in use: nothing to save.")
+    refuse_base(out, model.origin.source)
     adapter = _host(adapters.collect(model, name))
     source = base or model.origin.source or None
     config = write_config(model, adapter, source, revision or (None if base else model.origin.revision or None))

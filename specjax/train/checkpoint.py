@@ -66,7 +66,7 @@ class Checkpoints:
 
     def _open(self) -> None:
         for step in sorted(_steps(self.folder)):  # Orbax reads some of each at once, and stops at one that is none
-            if what := _agreed(checksums.glance(self.folder / str(step))):
+            if what := agreed(checksums.glance(self.folder / str(step))):
                 damaged = self._damaged(step, what, everywhere=True)
                 if self._read_only:
                     raise damaged
@@ -235,7 +235,7 @@ class Checkpoints:
             return
         folder = self.folder / str(step)
         what = checksums.glance(folder) or checksums.compare(folder, jax.process_index(), jax.process_count())
-        if what := _agreed(what):
+        if what := agreed(what):
             raise self._damaged(step, what, everywhere=True)
         self._whole.add(step)
 
@@ -283,8 +283,8 @@ def _loss(metrics: Any) -> float:
     return metrics["loss"]
 
 
-def _agreed(what: str) -> str:
-    """The first process's words that are any, the same on all of them."""
+def agreed(what: str) -> str:
+    """The words of the first process that has any, the same on all processes; all of them ask."""
     if jax.process_count() == 1:
         return what
     mine = np.frombuffer(what.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)

@@ -16,7 +16,9 @@ from rich.console import Console
 
 from specjax import files
 from specjax.errors import UserError
+from specjax.lock import Lock
 from specjax.models import Decoder
+from specjax.train.checkpoint import agreed
 from specjax.train.metrics import Log
 from specjax.train.objective import Objective, next_token
 from specjax.train.optim import as_optimizer
@@ -91,8 +93,6 @@ def fit(
     """
     if workdir:
         files.claim(workdir, WRITES)
-        if not jax.process_index():
-            files.mark(workdir)
     check_ids("the data", data, model.config.vocab_size)
     for name, one in (eval_data or {}).items():
         check_ids(f"the set {name!r}", one, model.config.vocab_size)
@@ -101,6 +101,7 @@ def fit(
     data, eval_data = sets.pop(""), sets
     best = best or next(iter(eval_data), "")
     with (
+        _own(workdir),
         _stop_signal() as stop,
         Session(
             model,
@@ -177,6 +178,22 @@ def fit(
                 break
         result.seconds = run.clock.seconds
     return result
+
+
+@contextmanager
+def _own(workdir: str | Path | None) -> Iterator[None]:
+    """The folder is marked as a run's, and no other run's while this one is in it: the first process sees to both."""
+    with Lock(workdir or ".") as lock:
+        said = ""
+        if workdir and not jax.process_index():
+            files.mark(workdir)
+            try:
+                lock.take()
+            except UserError as error:
+                said = str(error)
+        if said := agreed(said):
+            raise UserError(said)
+        yield
 
 
 def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int, run: Session) -> None:
