@@ -298,8 +298,10 @@ def end_of_answers(workdir: Path, tokenizer: Any, model: Decoder) -> str:
     """The token that ended a turn in what a run was trained on, where the base's files do not declare it; else ""."""
     path = workdir / "data.json"
     train = read_object(path).get("train") if path.is_file() else None
-    reports = [train, *train.get("sources", {}).values()] if isinstance(train, dict) else []  # of each that is mixed
-    token = next((one["end_of_turn"] for one in reports if one.get("end_of_turn")), None)
+    sources = train.get("sources") if isinstance(train, dict) else None  # of each that is mixed
+    every = (train, *(sources.values() if isinstance(sources, dict) else ()))
+    reports = [one for one in every if isinstance(one, dict)]
+    token = next((one["end_of_turn"] for one in reports if isinstance(one.get("end_of_turn"), str)), None)
     if token is None or tokenizer.convert_tokens_to_ids(token) in model.origin.eos_ids:
         return ""
     return token

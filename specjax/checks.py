@@ -47,6 +47,7 @@ ARGUMENTS = {
     "holdout": "config.data.eval_fraction",
     **{name: f"config.dpo.{name}" for name in ("beta", "loss", "label_smoothing")},
     "objective": "config.objective",
+    "accumulate": "config.accumulate",
     "keep": "config.checkpoint.keep",
     **{
         name: f"config.lora.{name}"

@@ -39,13 +39,17 @@ def entry() -> None:
             raise
         traceback.print_exc()
         status = 1
+    except SystemExit as stop:
+        if stop.code != process.STOPPED:
+            raise
+        status = process.STOPPED
     if status and "--distributed" in sys.argv:
         from specjax.cluster import processes
 
         # At a normal end all processes wait for each other; the others may be waiting for this one elsewhere.
         processes.leave()
         process.leave(status)
-    if status == INTERRUPTED:
+    if status in (INTERRUPTED, process.STOPPED):
         process.leave(status)  # threads of XLA's may be at work still, and crash in an interpreter that ends under them
     sys.exit(status)
 
@@ -67,6 +71,8 @@ def main(argv: Sequence[str], *, own_process: bool = False) -> int:
         if own_process and verb == "train":
             process.ask_for_huge_pages()
         arguments = parse(verb, argv[1:])  # runs the config file: the user's program, before anything is left out
+        if own_process and verb == "train" and not arguments["distributed"]:  # else JAX hears of SIGTERM
+            process.end_at_signals()
         if own_process and verb != "launch":
             process.prepare()
         return _call(verb, arguments, own_process)
@@ -83,7 +89,7 @@ def main(argv: Sequence[str], *, own_process: bool = False) -> int:
         if error.errno not in SURROUNDINGS:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        said = os.strerror(error.errno)
+        said = "The disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
         print(f"specjax: {said}{where}: {SURROUNDINGS[error.errno]} and run the same command again.", file=sys.stderr)
         return 2
 

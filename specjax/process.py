@@ -7,12 +7,14 @@ starts, call what is here. SPECJAX_DISABLE leaves any of it out.
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, cast
 
 from specjax.errors import UserError, nearest
 
+STOPPED = 143  # what a shell says of SIGTERM
 DISABLE = "SPECJAX_DISABLE"  # the environment variable: parts, with commas between them, or "all"
 PARTS = {
     "huge_pages": "`train` starts anew and asks Linux for huge pages (GLIBC_TUNABLES): steps on a CPU get shorter",
@@ -85,6 +87,22 @@ def hush() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
+
+
+def end_at_signals() -> None:
+    """SIGTERM and Ctrl-C end this process at once, with a word and the status of a stopped run.
+
+    While a run has something to save, `fit` hears of them. Before and after, what is whole lies in the folder, and what
+    is not is cleaned by the next run.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        os.write(2, f"specjax: stopped by {signal.Signals(number).name}: call again to go on\n".encode())
+        leave(STOPPED)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, end)
 
 
 def ask_for_no_device(cpus: int = 0) -> None:

@@ -1,5 +1,6 @@
 """The composition root, a function for each verb: it takes the parts that `build` makes of a config, and runs them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ def _train(config: ConfigDict, workdir: Path, lock: Lock, profile: bool) -> Resu
         profile=profile,
     )
     if result.stopped == "signal":
+        if not result.tokens:
+            _say(f"{workdir}: stopped by a signal before a step was done; nothing is lost, call again to go on")
         raise SystemExit(143)
     if config.export and not resume.exported(workdir):
         build.restore(model, config, workdir, "best")
@@ -250,19 +253,30 @@ def export(
     _say(f"wrote {out}{note and '; ' + note}")
 
 
-def data(config: ConfigDict) -> None:
-    """Prints what the model will see: counts, truncation, first rows decoded with the mask in colour."""
+def data(config: ConfigDict, *, rows: str = "") -> None:
+    """Prints what the model will see: counts, truncation, first rows decoded with the mask in colour.
+
+    `rows`: numbers of rows of the training data, with commas between them, as a run names them: these alone.
+    """
     validate(config, None)
+    if rows and not re.fullmatch(r"\d{1,18}(, ?\d{1,18})*", rows):
+        raise UserError(f"--rows={rows}: give numbers of rows with commas between them, such as --rows=3,14.")
     _, tokenizer = build.tokenizer_of(config)
     train_data, eval_data = build.data_of(config, tokenizer, Console())
+    if rows:
+        numbers = [int(number) for number in rows.split(",")]
+        if max(numbers) >= train_data.num_rows:
+            raise UserError(f"--rows={rows}: the rows are 0 to {train_data.num_rows - 1}.")
+        show({"format": train_data.report.get("format")}, train_data.preview(numbers), numbers=numbers)
+        return
     sets = {"train": train_data, **eval_data}
     course = train_data.course(config.steps or train_data.steps(config.epochs))
-    for name, rows in sets.items():
-        for source, part in rows.report.get("sources", {}).items():
+    for name, of in sets.items():
+        for source, part in of.report.get("sources", {}).items():
             Console().rule(f"{name}: {source}")
             show(part)
         Console().rule(name)
-        show(rows.report | (course if name == "train" else {}), rows.preview(2 if name == "train" else 0))
+        show(of.report | (course if name == "train" else {}), of.preview(2 if name == "train" else 0))
 
 
 def _say(text: str) -> None:

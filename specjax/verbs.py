@@ -99,6 +99,8 @@ def _flags() -> Iterator[Flag]:
     yield Flag("step", "N", "default: the best, or the last", int, least=0)
     yield Flag("overwrite", "", "replace what is in the folder", bool)
     yield Flag("dtype", "bfloat16|float32|float16", "default: that of the base's files")
+    # data
+    yield Flag("rows", "N,N", "rows of the training data by number, as a run names them, and nothing else")
     # plan
     yield Flag(
         "target",
@@ -165,7 +167,7 @@ VERBS = {
         ("workdir", "out"),
         ("merge", "dequantise", "step", "overwrite", "dtype", "distributed"),
     ),
-    "data": Verb("what the model will see: counts, losses, the mask in colour", ("config",)),
+    "data": Verb("what the model will see: counts, losses, the mask in colour", ("config",), ("rows",)),
     "compare": Verb("the methods of config.compare on the same data, in one table", ("config", "workdir")),
     "plan": Verb(
         "does it fit there, and how fast can it be, without the devices",

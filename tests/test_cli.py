@@ -127,7 +127,7 @@ def test_a_flags_value_may_be_the_next_argument(calls):
 
 def test_data_needs_no_workdir(calls):
     assert cli.main(["data", CONFIG]) == 0
-    assert set(calls[0][1]) == {"config"}
+    assert set(calls[0][1]) == {"config", "rows"}
 
 
 def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_path):
@@ -253,10 +253,12 @@ def test_what_a_verb_raises_becomes_the_exit_status(capsys, calls, monkeypatch):
     assert refused(capsys, *TRAIN) == "No such thing: do the other."
     raising(OSError(28, "No space left on device", "w/metrics.jsonl"))
     assert "The disk is full (w/metrics.jsonl)" in refused(capsys, *TRAIN)
+    raising(PermissionError(13, "Permission denied", "w/config.json"))
+    assert "Permission denied (w/config.json): give another place" in refused(capsys, *TRAIN)
     raising(KeyboardInterrupt())
     assert cli.main(TRAIN) == 130
-    raising(OSError(5, "Input/output error"))  # not the user's mistake: a traceback
-    with pytest.raises(OSError, match="Input/output"):
+    raising(OSError(9, "Bad file descriptor"))  # nothing that the user can mend: a traceback
+    with pytest.raises(OSError, match="Bad file"):
         cli.main(TRAIN)
 
 

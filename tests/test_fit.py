@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import specjax as sj
 from specjax import process, sharding
 from specjax.errors import UserError
 from specjax.models import layers
-from specjax.train import fit
+from specjax.train import fit, session
 from specjax.train.checkpoint import Checkpoints
 from specjax.train.evaluate import evaluate
 from specjax.train.session import Session
@@ -183,6 +185,48 @@ def test_a_second_ctrl_c_means_now_and_the_model_keeps_its_weights(tmp_path):
     assert signal.getsignal(signal.SIGINT) == before
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).latest() is not None
     assert np.isfinite(np.asarray(made(data().batch(0)["tokens"]))).all()
+
+
+@pytest.mark.parametrize("when", ["compiling", "evaluating"])
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, monkeypatch, when):
+    """It waits for no compiler, and the model has the weights that it had."""
+    forever, (of, before) = threading.Event(), (model(), weights(model()))
+
+    class Lowered:
+        def compile(self, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            forever.wait()
+
+    options = {"measure": lambda of: signal.raise_signal(signal.SIGTERM)}
+    if when == "compiling":
+        monkeypatch.setattr(session.steps_lib, "lower", lambda *given: Lowered())
+        options = {"eval_data": {}}
+    result, _ = quick(of, workdir=tmp_path, **options)
+    forever.set()
+    assert (result.stopped, result.step, result.tokens) == ("signal", 0, 0)
+    assert not list((tmp_path / "checkpoints").iterdir()) and not list(tmp_path.glob("*.partial"))
+    assert_same_bits(weights(of), before)
+
+
+def test_a_loss_far_above_the_ones_before_names_its_rows(capsys):
+    rows = data()
+
+    class Odd:
+        """At step 30 the labels are another's."""
+
+        def __getattr__(self, name):
+            return getattr(rows, name)
+
+        def micro_batches(self, step, *given):
+            batch = rows.micro_batches(step, *given)
+            return batch | {"targets": (batch["targets"] + 64) % 128} if step == 30 else batch
+
+    quick(rows=Odd(), steps=33, rate=2e-2, eval_data={}, log_every=100)
+    [said] = [line for line in capsys.readouterr().out.splitlines() if "--rows=" in line]
+    ids = ",".join(map(str, sorted(rows.row_ids(30).tolist())))
+    assert re.fullmatch(
+        rf"step 31: the loss is \d+\.\d+, and was .* before; its rows: `specjax data --rows={ids}`", said
+    )
 
 
 def test_the_step_compiles_once(tmp_path, caplog):
@@ -435,3 +479,36 @@ def test_a_token_beyond_the_embedding_is_refused_before_anything_trains(where):
     match = rf"^{where} has token 128.*embedding of 128 rows has none \(2 such tokens in all\)"
     with pytest.raises(UserError, match=match):
         sj.fit(model(), sets[0], sj.adamw(1e-3), steps=1, eval_data=sets[1])
+
+
+@pytest.mark.parametrize("when", ["compiling", "training", "evaluating"])
+def test_memory_that_does_not_do_is_answered_with_figures_and_what_to_change(tmp_path, monkeypatch, when):
+    """As XLA says it; no device here has a limit."""
+
+    def full(*given, **more):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nAll of it.")
+
+    if when == "training":
+        real = Session._compile
+        monkeypatch.setattr(Session, "_compile", lambda self, batch: Full(real(self, batch), full))
+    else:
+        monkeypatch.setattr(Session, "_compile" if when == "compiling" else "evaluate", full)
+    with pytest.raises(UserError) as raised:
+        quick(workdir=tmp_path)
+    needs = "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes"
+    if when == "training":
+        needs = (
+            r"a training step takes 0\.0\d GiB for weights, optimizer and batch and 0\.0\d GiB for the rest of the step"
+        )
+    assert re.search(rf"does not do: {needs}.*; take more micro-batches", str(raised.value))
+    assert "\n" not in str(raised.value)
+
+
+class Full:
+    """A compiled step that takes more memory than there is."""
+
+    def __init__(self, inner, do):
+        self.memory_analysis, self.do = inner.memory_analysis, do
+
+    def __call__(self, *given):
+        self.do()

@@ -273,7 +273,7 @@ def test_a_stopped_run_goes_on_with_its_own_base_alone_and_ends_as_if_never_stop
 def test_a_run_goes_on_with_the_same_batches_computed_otherwise(base, runs, tmp_path, capsys, monkeypatch):
     workdir, how = tmp_path / "run", {"mesh.tensor": 2, "accumulate": 2, "model.remat": "full"}
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "_stop_signal", lambda: nullcontext(lambda done: done == 3))
+        patch.setattr(fit._Stop, "__call__", lambda self, done: done == 3)
         assert specjax("train", *job(base, workdir, "lora")) == 143
     argv = [*job(base, workdir, "lora"), *(f"--config.{key}={value}" for key, value in how.items())]
     before = tree(workdir)
@@ -386,6 +386,21 @@ def test_data_prints_counts_and_what_is_trained(base, capsys):
     question, answer = "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n", "⟦{response}<|im_end|>\n⟧"
     assert any((question + answer).format(**row) in out for row in PAIRS[:-16])
     assert out.count("rows read") == 3
+
+
+def test_data_shows_the_rows_that_are_asked_for(base, capsys):
+    argv = [f"--config={ROOT}/configs/lora.py", f"--config.model.path={base}", "--config.data.length=64"]
+    argv.append(f"--config.data.train={base.parent / 'data' / 'pairs.jsonl'}")
+    assert specjax("data", *argv, "--rows=5,0") == 0
+    out = capsys.readouterr().out
+    assert [line.split(",")[0] for line in out.splitlines() if line.startswith("row ") and " 1 of" in line] == [
+        "row 5",
+        "row 0",
+    ]
+    assert "rows read" not in out and "⟦" in out
+    for rows, said in (("5;6", "--rows=5;6: give numbers"), ("99999", "--rows=99999: the rows are 0 to ")):
+        assert specjax("data", *argv, f"--rows={rows}") == 2
+        assert said in capsys.readouterr().err
 
 
 def test_compare_trains_each_method_as_train_does_and_prints_one_table(base, runs, tmp_path, capfd):

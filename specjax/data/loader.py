@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,10 +130,10 @@ class Data(Batches):
         flat[ranges(self.plan.starts, self.plan.sizes)] = rows[held]
         return flat
 
-    def preview(self, n: int) -> list[list[list[tuple[str, bool]]]]:
-        """The first `n` rows: each a list of documents, each a list of (text, whether it is trained) runs."""
+    def preview(self, which: int | Sequence[int]) -> list[list[list[tuple[str, bool]]]]:
+        """The first `which` rows, or those of these numbers: each a list of documents of (text, whether it trains)."""
         rows = []
-        for row in range(min(n, self.num_rows)):
+        for row in range(min(which, self.num_rows)) if isinstance(which, int) else which:
             pieces = slice(*self.plan.rows[row : row + 2])
             bounds = zip(self.plan.starts[pieces].tolist(), self.plan.sizes[pieces].tolist(), strict=True)
             rows.append([self._runs(start, start + size) for start, size in bounds])

@@ -111,9 +111,15 @@ class Mixture(Batches):
         pieces = np.split(rows, self._first[1:-1])
         return np.concatenate([part.per_token(piece) for part, piece in zip(self.parts, pieces, strict=True)])
 
-    def preview(self, n: int) -> list[list[list[tuple[str, bool]]]]:
-        """The first `n` rows of each source, see `Data.preview`."""
-        return [row for part in self.parts for row in part.preview(n)]
+    def preview(self, which: int | Sequence[int]) -> list[list[list[tuple[str, bool]]]]:
+        """The first `which` rows of each source, or those of these numbers, see `Data.preview`."""
+        if isinstance(which, int):
+            return [row for part in self.parts for row in part.preview(which)]
+        of = np.searchsorted(self._first, which, side="right") - 1
+        return [
+            self.parts[part].preview([number - int(self._first[part])])[0]
+            for part, number in zip(of.tolist(), which, strict=True)
+        ]
 
     def _seen(self, count: int) -> list[int]:
         """How many of the first `count` rows of the sequence are of each source."""

@@ -78,7 +78,12 @@ def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return result
 
 
-def show(report: Mapping[str, Any], previews: Sequence[Sequence[Runs]] = (), console: Console | None = None) -> None:
+def show(
+    report: Mapping[str, Any],
+    previews: Sequence[Sequence[Runs]] = (),
+    console: Console | None = None,
+    numbers: Sequence[int] = (),
+) -> None:
     """Prints a report and decoded rows (`Data.preview`).
 
     Trained text is green on a terminal, and stands between double brackets wherever colour would be lost.
@@ -87,6 +92,7 @@ def show(report: Mapping[str, Any], previews: Sequence[Sequence[Runs]] = (), con
         report: `Data.report`.
         previews: rows of documents of runs.
         console: where to; standard output by default.
+        numbers: of these rows in the data; default the first ones, from 1 on.
     """
     console = console or Console()
     counts = lines(report)
@@ -96,8 +102,9 @@ def show(report: Mapping[str, Any], previews: Sequence[Sequence[Runs]] = (), con
     colour = console.is_terminal and console.color_system is not None
     if previews:
         trained = Text("green", "bold green") if colour else Text("⟦in brackets⟧")
-        console.print(Text.assemble("\nFirst rows as the model sees them; what is trained is ", trained, "."))
-    for number, documents in enumerate(previews, 1):
+        which = "These" if numbers else "First"
+        console.print(Text.assemble(f"\n{which} rows as the model sees them; what is trained is ", trained, "."))
+    for number, documents in zip(numbers or range(1, 1 + len(previews)), previews, strict=True):
         for place, runs in enumerate(documents, 1):
             console.print(Text(f"\nrow {number}, {_place(place, len(documents), report)}", "bold"))
             console.print(_marked(runs, colour), soft_wrap=True)

@@ -100,6 +100,7 @@ def fit(
     objective, sets = objective.prepare(objective, model, trainable, {"": data, **(eval_data or {})}, rows)
     data, eval_data = sets.pop(""), sets
     best = best or next(iter(eval_data), "")
+    result = Result()
     with (
         _own(workdir),
         _stop_signal() as stop,
@@ -123,7 +124,7 @@ def fit(
             logging |= {"console": Console(quiet=True)}
         log = stack.enter_context(Log(None if jax.process_index() else workdir, steps=steps, **logging))
         if start:
-            log.note(f"resumed at step {start}")
+            log.note(f"resumed at step {start}{run.moved}")
         folder = Path(workdir) / "profile" if profile and workdir else None
         trace = stack.enter_context(Profile(folder, start=start, steps=steps))
 
@@ -154,7 +155,7 @@ def fit(
                 log.note(f"stopped at step {step}: {patience} evaluations without a better loss on {best!r}")
                 break
             trace.before(step)
-            metrics = run.step(step)
+            metrics = run.step(step, stop.begun)
             if trace.after(step, metrics):
                 log.note(f"traced up to step {step + 1}: {trace.folder}")
             # Metrics are read one step late, so that the device always has work queued.
@@ -177,6 +178,7 @@ def fit(
                 log.note(f"stopped by a signal at step {done}: the checkpoint is saved, call again to go on")
                 break
         result.seconds = run.clock.seconds
+    result.stopped = "signal" if stop.early else result.stopped
     return result
 
 
@@ -204,13 +206,18 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
             f"step {step}: the loss is {loss} and the gradient norm {norm}, on the rows {_listed(run.data, step - 1)} "
             f"of the packed data; {run.weights()}, and {run.last_good()}: "
             + ("lower the learning rate or look at" if step > 1 else "look at the model's weights and at")
-            + " the data of this step."
+            + " the data of this step (`specjax data --rows=...`)."
         )
     counted = float(metrics[f"loss_{run.objective.counts}"])
     if not counted:  # the loss is then 0 of nothing, and no measure of anything
         run.result.empty_steps += 1
         log.note(
             f"step {step}: nothing of its rows ({_listed(run.data, step - 1)} of the packed data) counts for the loss"
+        )
+    if counted and (usual := run.result.spike(loss)):
+        log.note(
+            f"step {step}: the loss is {loss:.3f}, and was {usual:.3f} before; its rows: `specjax data --rows="
+            f"{','.join(map(str, sorted(run.data.row_ids(step - 1).tolist())))}`"
         )
     if step % every == 0 or step == 1 or step == steps:
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
@@ -228,34 +235,65 @@ def _listed(data: Any, step: int, most: int = 16) -> str:
     return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")
 
 
-@contextmanager
-def _stop_signal() -> Iterator[Callable[[int], bool]]:
+class _Stopped(BaseException):
+    """A signal came before the first step: nothing is lost, so nothing is waited for."""
+
+
+class _Stop:
     """Whether to stop after a step, once SIGTERM (what a scheduler sends before it takes the machine) or Ctrl-C came.
 
-    A second Ctrl-C means now, and raises KeyboardInterrupt. Under several processes JAX has its own handler of SIGTERM,
-    and agrees with the others on the step: one signal stops all.
+    Attributes:
+      early: it came before the first step.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
 
-    def receive(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and number in received:
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.early, self._fresh = False, True
+
+    def __call__(self, step: int) -> bool:
+        return bool(self.received)
+
+    def begun(self) -> None:
+        """The first step is given to the devices: from here on there is something to save."""
+        self._fresh = False
+
+    def receive(self, number: int, frame: Any) -> None:
+        """A second Ctrl-C means now, and raises KeyboardInterrupt."""
+        if number == signal.SIGINT and number in self.received:
             raise KeyboardInterrupt
-        received.append(number)
+        self.received.append(number)
+        if self._fresh:
+            self.early = True
+            raise _Stopped
 
+
+class _StopTogether(_Stop):
+    """Under several processes JAX has its own handler of SIGTERM, and agrees with the others on the step."""
+
+    def __call__(self, step: int) -> bool:
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+    """Receives SIGTERM and Ctrl-C while a run goes on; one that comes before the first step ends the block."""
+    if jax.process_count() > 1:
+        yield _StopTogether()
+        return
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
     # A process that was started to ignore Ctrl-C (nohup, a shell's background) goes on doing so.
     before = {
-        number: signal.signal(number, receive)
+        number: signal.signal(number, stop.receive)
         for number in (signal.SIGTERM, signal.SIGINT)
         if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
-        yield lambda step: bool(received)
+        yield stop
+    except _Stopped:
+        pass
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,7 +1,11 @@
 """What a run did, and which of its evaluations was the best."""
 
+import collections
 import dataclasses
 import math
+import statistics
+
+_REMEMBERED, _KNOWN = 100, 20  # steps
 
 
 @dataclasses.dataclass
@@ -20,6 +24,7 @@ class Result:
       trainable_parameters: how many numbers train.
       data_seconds: of the training seconds, those spent waiting for batches.
       empty_steps: steps of whose batch nothing counted for the loss.
+      losses: of the last steps, by which a spike is told.
     """
 
     step: int = 0
@@ -33,6 +38,25 @@ class Result:
     trainable_parameters: int = 0
     data_seconds: float = 0.0
     empty_steps: int = 0
+    losses: collections.deque[float] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=_REMEMBERED), repr=False, compare=False
+    )
+
+    def spike(self, loss: float) -> float | None:
+        """The usual loss where a step's is far above it, else None; the step's then counts among the usual ones.
+
+        Far is six standard deviations of the last 100 steps, and a tenth of their mean; the first 20 tell nothing.
+
+        >>> result = Result()
+        >>> [result.spike(loss) for loss in [2.0, 2.1] * 20 + [9.0]][-2:]
+        [None, 2.05]
+        """
+        before = list(self.losses)
+        self.losses.append(loss)
+        if len(before) < _KNOWN:
+            return None
+        usual, spread = statistics.fmean(before), statistics.pstdev(before)
+        return usual if loss > usual + max(6 * spread, 0.1 * abs(usual)) else None
 
 
 @dataclasses.dataclass(frozen=True)

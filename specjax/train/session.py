@@ -1,10 +1,12 @@
 """What surrounds the state of a run: devices, the compiled step, the next batch, checkpoints, clocks."""
 
+import threading
 import time
 import warnings
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from specjax import flops, process, sharding
 from specjax.errors import UserError
 from specjax.models import Decoder
+from specjax.train import memory
 from specjax.train import step as steps_lib
 from specjax.train.checkpoint import Checkpoints, Damaged
 from specjax.train.evaluate import evaluate, most_documents
@@ -36,6 +39,7 @@ class Session:
       selection: the best evaluation so far.
       clock: of training time.
       result: what was done so far.
+      moved: on which other devices than before the run goes on, in words; "" where they are as many.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class Session:
             _check_columns(objective, name, rows)
         self.mesh = sharding.mesh_of(next(iter(self._trainable.values())))
         device = self.mesh.devices.flat[0] if self.mesh is not None else jax.devices()[0]
-        self._platform = device.platform
+        self._device, self._platform = device, device.platform
         steps_lib.check_host_memory(self._platform, model.remat, optimizer)
         jax.eval_shape(optimizer.init, self._trainable)  # it refuses before the model's buffers are donated
         self.checkpoints = Checkpoints(Path(workdir) / "checkpoints", keep=keep) if workdir else None
@@ -76,6 +80,7 @@ class Session:
         self._eval_step = jax.jit(steps_lib.make_eval_step(self.graph, objective, documents=most_documents(eval_data)))
         self._compiled: Any = None
         self._saved: int | None = None
+        self.moved = ""
         self._next: Any = None
         self.clock = Throughput(1 if self.mesh is None else self.mesh.size, device.device_kind)
 
@@ -86,14 +91,21 @@ class Session:
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
             if self.checkpoints:
                 stack.callback(self._close_checkpoints)
-            self.state = self._begin()
+            try:
+                self.state = self._begin()
+            except jax.errors.JaxRuntimeError as error:
+                if not memory.exhausted(error):
+                    raise
+                raise memory.too_much(error, self._device) from error
             # Whatever ends the run, the caller's model gets its weights back: its buffers are donated from here on.
             stack.callback(lambda: steps_lib.write_back(self.source, self.state.trainable))
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._stack.__exit__(kind, error, trace)
+        if error is not None and memory.exhausted(error):
+            raise memory.too_much(error, self._device, self._compiled) from error
 
     def _begin(self) -> TrainState:
         """Float32 masters of what trains, and the optimizer's state, where they belong."""
@@ -130,6 +142,8 @@ class Session:
         step = jax.device_put(np.int32(latest), self.state.step.sharding)
         self.state = TrainState(**restored, step=step)
         self.selection, self.tokens = Selection.of(meta), meta.get("tokens", 0)
+        before = meta.get("devices", self._devices())
+        self.moved = "" if before == self._devices() else f", on {self._devices()}; before it was {before}"
         self.clock.resume(self.tokens)
         self._saved = self.result.step = latest
         return latest
@@ -159,10 +173,18 @@ class Session:
         if self.checkpoints is None:
             return
         meta = {"step": step, "base": self.source.origin.source, "tokens": self.tokens}
-        meta |= self.selection.meta() | self._provenance()
+        meta |= self.selection.meta() | self._provenance() | {"devices": self._devices()}
         with self.clock.paused():
             self.checkpoints.save(step, self._saved_state(), meta, loss)
         self._saved = step
+
+    def _devices(self) -> str:
+        """The mesh and the processes, in words."""
+        axes = {} if self.mesh is None else {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+        mesh = f" ({', '.join(f'{axis}={size}' for axis, size in axes.items())})" if axes else ""
+        count, processes = 1 if self.mesh is None else self.mesh.size, jax.process_count()
+        shared = f" of {processes} processes" if processes > 1 else ""
+        return f"{count} device{'' if count == 1 else 's'}{mesh}{shared}"
 
     def _saved_state(self) -> dict[str, Any]:
         return {"trainable": self.state.trainable, "opt_state": self.state.opt_state}
@@ -193,14 +215,18 @@ class Session:
         read = {name: batch[name] for name in self._trains.columns}
         return sharding.put_batch(read, self.mesh, rows, lead=(None,)), self.data.tokens_in(step)
 
-    def step(self, step: int) -> dict[str, Any]:
-        """One optimizer step; returns device scalars, and `tokens`, those (not padding) of all steps so far."""
+    def step(self, step: int, begun: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """One optimizer step; returns device scalars, and `tokens`, those (not padding) of all steps so far.
+
+        `begun` is called once all is ready and the state is about to change.
+        """
         began = time.perf_counter()
         batch, tokens = self._next.result() if self._next is not None else self._batch(step)
         self.result.data_seconds += time.perf_counter() - began
         if self._compiled is None:
             with self.clock.paused():
                 self._compiled = self._compile(batch)
+        begun()
         self.state, metrics = self._compiled(self.state, self.frozen, batch, np.int32(step))
         self._next = self._pool.submit(self._batch, step + 1)
         self.result.step, self.result.tokens = step + 1, self.result.tokens + tokens
@@ -214,7 +240,7 @@ class Session:
         options = steps_lib.compiler_options(self._platform, self.source.dtype, self.source.config.num_experts)
         length = next(iter(batch.values())).shape[-1]
         self.clock.flops_per_token = flops.of_step(self.source, self.state.trainable, rows=1, length=length) / length
-        compiled = lowered.compile(compiler_options=options)
+        compiled = _aside(partial(lowered.compile, compiler_options=options))
         del lowered
         process.return_freed_memory()
         self.result.compile_seconds = time.perf_counter() - began
@@ -228,6 +254,20 @@ class Session:
     def model(self) -> Decoder:
         """The model with the weights of now."""
         return steps_lib.merge(self.graph, self.state.trainable, self.frozen)
+
+
+def _aside(do: Callable[[], Any]) -> Any:
+    """What a function returns, in a thread of its own: this one, where signals come to, can leave it to itself."""
+    done: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(do())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return done.result()
 
 
 def _check_trainable(model: Decoder, trainable: Any, selected: Mapping[Any, jax.Array]) -> None:
