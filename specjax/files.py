@@ -35,7 +35,10 @@ def claim(workdir: str | Path, names: Sequence[str] = ()) -> None:
         raise UserError(f"{workdir} is a file: choose another workdir.")
     if not workdir.is_dir() or (workdir / MARK).is_file() or any(workdir.glob("checkpoints/[0-9]*/meta")):
         return
-    held = sorted(entry.name for entry in workdir.iterdir() if not names or entry.name in names)
+    begun = f"{MARK}.partial"  # a run that was killed while it marked the folder
+    held = sorted(
+        entry.name for entry in workdir.iterdir() if entry.name != begun and (not names or entry.name in names)
+    )
     if held:
         raise UserError(
             f"{workdir} is not empty and holds no run: it has {held[0]} but no {MARK}, which each run writes: choose "

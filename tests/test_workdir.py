@@ -222,6 +222,7 @@ def test_a_second_run_is_refused_and_told_of_the_first(capfd, base, tmp_path):
     finally:
         done.set()
         thread.join()
+    files.claim(written(tmp_path / "killed", **{f"{files.MARK}.partial": {}}))  # while it marked the folder
     with Lock(tmp_path) as outer, Lock(tmp_path) as inner:  # `fit` in a run
         assert outer.take(make=False) and inner.take()
     with Lock(tmp_path / "none") as lock:
