@@ -203,13 +203,15 @@ def five_weights(paths: list[names.Path]) -> list[names.Path]:
 
 
 def packed(pair: Pair) -> dict[str, float]:
-    """Greatest difference between the logits of documents in one row and alone."""
+    """Greatest difference between the logits of documents in one row, with padding behind them, and alone."""
     ours = pair.ours()
     documents = [prompts(rows=1, length=length, seed=length)[0] for length in LENGTHS]
-    tokens = np.concatenate(documents)[None]
-    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in LENGTHS])[None]
-    segments = np.concatenate([np.full(n, i, np.int32) for i, n in enumerate(LENGTHS, 1)])[None]
+    padding = np.zeros(7, np.int32)
+    numbers = [np.full(n, i, np.int32) for i, n in enumerate(LENGTHS, 1)]
+    parts = documents, [np.arange(n, dtype=np.int32) for n in LENGTHS], numbers
+    tokens, positions, segments = (np.concatenate([*part, padding])[None] for part in parts)
     found, start, differs = np.asarray(ours(tokens, positions, segments)), 0, 0.0
+    assert np.isfinite(found).all()
     for document in documents:
         alone = torch_logits(pair.theirs, document[None])
         differs = max(differs, float(np.abs(found[:, start : start + len(document)] - alone).max()))

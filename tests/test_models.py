@@ -27,12 +27,9 @@ CASES = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     ),
     "another rope base": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
-    "tied": ("llama", {"tie_word_embeddings": True}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "a head_dim of its own": ("llama", {"head_dim": 24}),
     "a norm eps that shows": ("llama", {"rms_norm_eps": 1e-2}),
     "mistral, window shorter than the prompt": ("mistral", {"sliding_window": 50, "head_dim": 24}),
-    "mistral without window": ("mistral", {"sliding_window": None}),
 }
 
 
@@ -53,7 +50,17 @@ def folder(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("case", CASES)
+# What no row of parity.py has.
+ALONE = [
+    "llama, every head its own keys",
+    "linear rope scaling",
+    "another rope base",
+    "biases",
+    "a norm eps that shows",
+]
+
+
+@pytest.mark.parametrize("case", ALONE)
 def test_logits_equal_those_of_transformers(folder, case):
     path, wanted = folder(case)
     ours, tokenizer = load(path, dtype="float32")
@@ -77,20 +84,6 @@ def test_rotary_frequencies_are_those_of_transformers_to_the_last_bit(case, head
     found = rope.frequencies(ours.ropes[0])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, wanted)
-
-
-@pytest.mark.parametrize("case", ["llama3 rope scaling", "mistral, window shorter than the prompt", "tied"])
-def test_bfloat16_logits_are_within_two_percent(tmp_path, case):
-    family, changes = CASES[case]
-    reference = torch_model(family, attention=0.1, **changes)
-    reference.save_pretrained(tmp_path)
-    wanted = torch_logits(reference, prompts())
-    theirs = np.linalg.norm(torch_logits(reference.bfloat16(), prompts()) - wanted) / np.linalg.norm(wanted)
-    found = np.asarray(load(tmp_path, dtype="bfloat16")[0](prompts()))
-    assert found.dtype == np.float32
-    error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-    print(f"{case}: {error:.4f} off, transformers in bfloat16 {theirs:.4f}")
-    assert error < min(0.02, 1.1 * theirs)
 
 
 def test_a_config_in_the_dialect_of_transformers_4_is_the_same_model(folder, tmp_path):
@@ -193,29 +186,6 @@ def test_a_config_that_is_not_supported_says_what_and_what_is(changes, said):
         from_hf(sizes() | changes, file="there/config.json")
     for part in ("there/config.json", *said):
         assert part in str(refused.value)
-
-
-def packed(rows):
-    """Documents side by side in one row, and padding after them: what a packed batch gives the model."""
-    tokens = np.concatenate(rows)
-    positions = np.concatenate([np.arange(len(row)) for row in rows])
-    segments = np.concatenate([np.full(len(row), number) for number, row in enumerate(rows, 1)])
-    padding = np.zeros(7, int)
-    return [np.concatenate([x, padding])[None].astype(np.int32) for x in (tokens, positions, segments)]
-
-
-@pytest.mark.parametrize("case", ["llama3 rope scaling", "mistral, window shorter than the prompt"])
-def test_a_packed_row_gives_each_document_the_logits_it_has_alone(folder, case):
-    ours, _ = load(folder(case)[0], dtype="float32")
-    documents = [prompts(rows=1, length=length, seed=length)[0] for length in (120, 1, 63, 200)]
-    tokens, positions, segments = packed(documents)
-    found = np.asarray(ours(tokens, positions, segments))
-    assert np.isfinite(found).all()
-    start = 0
-    for document in documents:
-        alone = np.asarray(ours(document[None]))
-        np.testing.assert_allclose(found[:, start : start + len(document)], alone, rtol=0, atol=2e-5)
-        start += len(document)
 
 
 @pytest.mark.parametrize("case", ["llama3 rope scaling", "mistral, window shorter than the prompt"])
