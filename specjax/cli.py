@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,11 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
     for name in ("workdir", "out"):
         if "://" in (arguments.get(name) or ""):
             raise UserError(f"--{name}={arguments[name]} is no folder: mount the bucket, and give its path.")
-    if verb == "generate":
+    if verb in ("generate", "combine"):
         arguments["adapters"] = _adapters(arguments.pop("adapter"))
+    if verb == "combine":
+        arguments["weights"] = _weights(arguments.pop("weight"), arguments["adapters"])
+    if verb == "generate":
         arguments["prompts"] = _prompts(arguments.pop("prompt"), arguments.pop("prompt_file"))
     return arguments
 
@@ -210,6 +213,8 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
             run.generate(**arguments)
         case "export":
             run.export(**arguments)
+        case "combine":
+            run.combine(**arguments)
         case "data":
             run.data(**arguments)
     return 0
@@ -282,6 +287,24 @@ def _adapters(given: Sequence[str]) -> dict[str, str]:
             raise UserError(f"Two adapters are named '{name}': give one another name, --adapter=NAME={folder}.")
         adapters[name] = folder
     return adapters
+
+
+def _weights(given: Sequence[str], adapters: Mapping[str, str]) -> dict[str, float]:
+    """`NAME=X` of each adapter."""
+    weights: dict[str, float] = {}
+    for text in given:
+        name, equals, number = text.rpartition("=")
+        if not equals or name not in adapters or name in weights:
+            raise UserError(
+                f"--weight={text}: give each adapter one weight by its name, such as --weight={[*adapters][0]}=0.5."
+            )
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise UserError(f"--weight={text}: {number!r} is no number.") from None
+    if missing := [name for name in adapters if name not in weights]:
+        raise UserError(f"adapter {missing[0]} has no weight: give --weight={missing[0]}=0.5, or another number.")
+    return weights
 
 
 def _prompts(given: Sequence[str], file: str) -> list[str]:

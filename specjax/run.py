@@ -253,6 +253,30 @@ def export(
     _say(f"wrote {out}{note and '; ' + note}")
 
 
+@keys({name: f"--{name}" for name in ("how", "rank", "density", "majority_sign")})
+def combine(
+    model: str,
+    adapters: Mapping[str, str],
+    weights: Mapping[str, float],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    **how: Any,
+) -> None:
+    """Writes one PEFT adapter folder, made of several over one base; `how` is `specjax.lora.combine`'s.
+
+    The tokenizer is the adapters' own where they agree on its chat template; else none is written.
+    """
+    decoder, _ = hf_load.load(model, mesh=sharding.make_mesh())
+    for name, folder in adapters.items():
+        lora.load(decoder, folder, name=name)
+    lora.combine(decoder, weights, **how)
+    tokenizers = [load_tokenizer(folder) for folder in adapters.values()]
+    alike = all(tokenizers) and len({str(one.chat_template) for one in tokenizers}) == 1
+    lora.save(decoder, out, tokenizer=tokenizers[0] if alike else None, overwrite=overwrite)
+    _say(f"wrote {out}{'' if alike else ', without a tokenizer: the adapters have none, or templates that differ'}")
+
+
 def data(config: ConfigDict, *, rows: str = "") -> None:
     """Prints what the model will see: counts, truncation, first rows decoded with the mask in colour.
 

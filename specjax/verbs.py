@@ -101,6 +101,18 @@ def _flags() -> Iterator[Flag]:
     yield Flag("dtype", "bfloat16|float32|float16", "default: that of the base's files")
     # data
     yield Flag("rows", "N,N", "rows of the training data by number, as a run names them, and nothing else")
+    # combine
+    yield Flag("weight", "NAME=X", "of an adapter, such as --weight=hr=0.7", many=True)
+    yield Flag(
+        "how",
+        "WAY",
+        "svd, cat, linear, ties, dare_linear, dare_ties or magnitude_prune, the last four also with _svd behind; "
+        "default svd",
+        default="svd",
+    )
+    yield Flag("rank", "N", "of the new adapter, where the way is svd or ends in it; default the largest", int, least=1)
+    yield Flag("density", "X", "the share of numbers that ties, dare and magnitude_prune keep", float)
+    yield Flag("majority_sign", "total|frequency", "of ties: which sign wins; default total", default="total")
     # plan
     yield Flag(
         "target",
@@ -168,6 +180,11 @@ VERBS = {
         ("merge", "dequantise", "step", "overwrite", "dtype", "distributed"),
     ),
     "data": Verb("what the model will see: counts, losses, the mask in colour", ("config",), ("rows",)),
+    "combine": Verb(
+        "one PEFT adapter of several, each with its weight",
+        ("model", "adapter", "weight", "out"),
+        ("how", "rank", "density", "majority_sign", "seed", "overwrite", "distributed"),
+    ),
     "compare": Verb("the methods of config.compare on the same data, in one table", ("config", "workdir")),
     "plan": Verb(
         "does it fit there, and how fast can it be, without the devices",

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax import sharding
+from specjax.cluster import processes
 from specjax.errors import UserError, nearest
 from specjax.lora.targets import TIED_HEAD, Layers, is_stacked, linears, parts
 from specjax.lora.variants import LoRA
@@ -43,6 +44,10 @@ class Factors:
     values: Mapping[str, Array]
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
+
+    def scales(self, rslora: bool) -> tuple[float, ...]:
+        """What each layer's update is multiplied by, see `Member`."""
+        return Member(0, self.ranks, self.alphas, 0.0, rslora).scales
 
 
 @dataclasses.dataclass
@@ -164,6 +169,19 @@ def collect(model: Decoder, name: str) -> Adapter:
             values = {key: getattr(own, key)[...] for key in own.parameters}
             adapter.copies[path] = Copies(values, own.layers, own.tied)
     return adapter
+
+
+def on_host(adapter: Adapter) -> Adapter:
+    """The same with NumPy arrays, whole on every process."""
+    factors = {
+        path: dataclasses.replace(one, values={field: processes.gather(value) for field, value in one.values.items()})
+        for path, one in adapter.factors.items()
+    }
+    copies = {
+        path: dataclasses.replace(one, values={key: processes.gather(value) for key, value in one.values.items()})
+        for path, one in adapter.copies.items()
+    }
+    return dataclasses.replace(adapter, factors=factors, copies=copies)
 
 
 def _memberships(part: Adaptable, slot: int) -> Iterator[tuple[Stack, Member]]:

@@ -82,7 +82,7 @@ def save(
     if name is None:
         raise UserError("no adapter is in use: nothing to save.")
     refuse_base(out, model.origin.source)
-    adapter = _host(adapters.collect(model, name))
+    adapter = adapters.on_host(adapters.collect(model, name))
     source = base or model.origin.source or None
     config = write_config(model, adapter, source, revision or (None if base else model.origin.revision or None))
     tensors = {row.key: _to_file(model, adapter, row) for row in _table(model, adapter)}
@@ -306,19 +306,6 @@ def _is_the_bases(model: Decoder, folder: Path, key: str, held: Tensors) -> bool
         f"{folder}: {key} is another table than the base's, but {CONFIG} does not have {hit[2]} in modules_to_save: "
         "is this adapter of another base model, or of one whose vocabulary was resized?"
     )
-
-
-def _host(adapter: Adapter) -> Adapter:
-    """The same with NumPy arrays, whole on every process."""
-    factors = {
-        path: dataclasses.replace(one, values={field: processes.gather(value) for field, value in one.values.items()})
-        for path, one in adapter.factors.items()
-    }
-    copies = {
-        path: dataclasses.replace(one, values={key: processes.gather(value) for key, value in one.values.items()})
-        for path, one in adapter.copies.items()
-    }
-    return dataclasses.replace(adapter, factors=factors, copies=copies)
 
 
 def _differs(model: Decoder, wrote: Adapter, found: Adapter) -> str:
