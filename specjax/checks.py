@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from specjax.errors import UserError, keys, nearest
+from specjax.values import shown
 
 FREE = ("data.eval", "data.columns")  # groups whose names are the user's own; every value is a string
 CHOICES = {
@@ -36,6 +37,15 @@ AT_LEAST = {
     **dict.fromkeys(("accumulate", "eval.every", "eval.batches", "eval.patience", "checkpoint.every"), 0),
     "data.length": 2,
 }
+INT32 = 2**31 - 1
+SEED = 2**63 - 2  # JAX takes 64 bits, with a sign; LoRA's draws have the next one
+AT_MOST = {
+    **dict.fromkeys(("steps", "accumulate", "optimizer.warmup_steps"), INT32),
+    **dict.fromkeys(("eval.every", "eval.batches", "eval.patience", "eval.max_new_tokens"), INT32),
+    **dict.fromkeys(("checkpoint.every", "log.every"), INT32),
+    "seed": SEED,
+}
+RANK = 1 << 16
 # How the errors of library functions call what a config gives them: their argument -> the key.
 ARGUMENTS = {
     **{
@@ -157,6 +167,14 @@ def _check_values(config: ConfigDict) -> None:
     for key, least in AT_LEAST.items():
         if config[key] < least:
             raise UserError(f"config.{key} is {config[key]!r}: give it a value of at least {least}.")
+    for key, most in AT_MOST.items():
+        if config[key] > most:
+            raise UserError(f"config.{key} is {shown(config[key])}: give it a value of at most {most:,}.")
+    if config.batch_size * config.data.length > INT32:
+        raise UserError(
+            f"config.batch_size is {shown(config.batch_size)} and config.data.length is {shown(config.data.length)}: a "
+            f"step has at most {INT32:,} tokens, so make one of them smaller."
+        )
     for key in POSITIVE:
         if config[key] <= 0:
             raise UserError(f"config.{key} is {config[key]!r}: give it a value above 0.")
@@ -189,6 +207,8 @@ def _check_lora(config: ConfigDict) -> None:
         raise UserError("config.lora.rank is not set, but config.trainable is 'lora': set it, --config.lora.rank=16.")
     if lora.rank is not None and lora.rank < 1:
         raise UserError(f"config.lora.rank is {lora.rank}: give it a value of at least 1.")
+    if lora.rank is not None and lora.rank > RANK:
+        raise UserError(f"config.lora.rank is {shown(lora.rank)}: give it a value of at most {RANK:,}.")
     if lora.alpha is not None and lora.alpha <= 0:
         raise UserError(f"config.lora.alpha is {lora.alpha}: give it a value above 0.")
     if lora.dropout is not None and not 0 <= lora.dropout < 1:

@@ -17,6 +17,7 @@ from specjax.checks import FREE, TYPES, nearest_key
 from specjax.cluster.launch import launch
 from specjax.config import get_config, load_config_file
 from specjax.errors import UserError, nearest
+from specjax.values import shown
 from specjax.verbs import FLAGS, VERBS, help_of, help_of_all
 
 # What a file or a folder may be, and what to do; any other error of the system's is a bug of ours.
@@ -264,7 +265,7 @@ def _sentence(error: flags.Error, values: flags.FlagValues) -> str:
         kinds = {flags.IntegerParser: int, flags.FloatParser: float, flags.BooleanParser: bool}
         kind = next((kind for cls, kind in kinds.items() if isinstance(parser, cls)), None)
         if kind and "not a" not in text.removeprefix(wrong[0]):
-            return f"--{wrong[1]} takes {TYPES[kind]}, not {wrong[2]!r}."
+            return f"--{wrong[1]} takes {TYPES[kind]}, not {shown(wrong[2])}."
     return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 

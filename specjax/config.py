@@ -301,7 +301,7 @@ def load_config_file(path: str) -> ConfigDict:
     try:
         names = runpy.run_path(path)
         config = names["get_config"]() if "get_config" in names else None
-    except Exception as error:  # the file is the user's program: whatever it raises is a mistake in it
+    except (Exception, SystemExit) as error:  # the file is the user's program: whatever it raises is a mistake in it
         raise UserError(_failure(path, error)) from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path} has no get_config() that returns a config: start from one of configs/.")
@@ -329,7 +329,7 @@ def _update(config: ConfigDict, values: Mapping[str, Any], where: str, group: st
             raise UserError(f"{where}.{inner} is {value!r}: it takes {kind}.") from None
 
 
-def _failure(path: str, error: Exception) -> str:
+def _failure(path: str, error: BaseException) -> str:
     """One sentence for what a config file raised, at the line of the file that is to blame."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else (lines or [0])[-1]

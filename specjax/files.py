@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from specjax.errors import UserError
 
+JSON = 64 << 20  # bytes that a JSON file may have
 MARK = "specjax.json"  # what a run writes into its folder first
 # What makes a model's folder another model: left behind by an earlier export, they would be read beside the new one's.
 _STALE = ("*.safetensors*", "config.json", "generation_config.json", "adapter_config.json")
@@ -52,18 +54,20 @@ def mark(workdir: str | Path) -> None:
     write_json(Path(workdir) / MARK, {"this": "is the folder of a run of specjax, which may write here"})
 
 
-def read_object(path: str | Path, remedy: str = "restore the file") -> dict[str, Any]:
+def read_object(path: str | Path, remedy: str = "restore the file", *, most: int = JSON) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Args:
       path: the file.
       remedy: what to do if there is none, the end of the sentence.
+      most: bytes that it may have.
 
     Raises:
-      UserError: it cannot be read, is not JSON (UTF-8), or holds something else than an object.
+      UserError: it cannot be read, is no plain file or a larger one, is not JSON (UTF-8), or holds something else than
+        an object.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(read_bytes(path, most))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}.") from error
     except RecursionError as error:
@@ -73,6 +77,41 @@ def read_object(path: str | Path, remedy: str = "restore the file") -> dict[str,
     if not isinstance(found, dict):
         raise UserError(f"{path} does not hold a JSON object: {remedy}.")
     return found
+
+
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """All of a file.
+
+    Raises:
+      OSError: it cannot be read.
+      UserError: it is no plain file (a pipe would wait, a device may have no end), or has over `most` bytes.
+    """
+    held = os.stat(path)
+    if not stat.S_ISREG(held.st_mode) and not stat.S_ISDIR(held.st_mode):  # a folder has an error of its own
+        raise UserError(f"{path} is no plain file, but a pipe or a device: give a copy of what it holds.")
+    if held.st_size > most:
+        raise UserError(f"{path} has {held.st_size:,} bytes, and at most {most:,} are read of a file of its kind.")
+    return Path(path).read_bytes()
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a name that a file gives is that of a file in a folder, or deeper in it: no way leads out by it.
+
+    >>> [is_inside(name) for name in ("a.safetensors", "b/a.safetensors", "../a", "b/../../a", "/etc/passwd", "", 3)]
+    [True, True, False, False, False, False, False]
+    """
+    if not isinstance(name, str) or not name or len(name) > 1024 or "\0" in name or "\\" in name:
+        return False
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") and len(part.encode(errors="replace")) <= 255 for part in parts)
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether something lies at a path; nothing does at a name that is none, such as one that is too long."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:

@@ -36,7 +36,9 @@ def join() -> None:
             given = {"num_processes": int(os.environ[COUNT]), "process_id": int(os.environ[INDEX])}
         except (KeyError, ValueError):
             raise UserError(f"{COORDINATOR} is set: set {COUNT} and {INDEX} to whole numbers too.") from None
-        given["coordinator_address"] = os.environ[COORDINATOR]
+        given["coordinator_address"] = address = os.environ[COORDINATOR]
+        if address.startswith("127.0.0.1:"):
+            given["coordinator_bind_address"] = address  # JAX would listen on every network there is
     try:
         jax.distributed.initialize(**given)
     except (ValueError, TypeError) as error:

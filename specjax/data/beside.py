@@ -10,6 +10,7 @@ from specjax.data.example import Conversation
 from specjax.data.messages import REASONING, absent, from_json, value, without_none
 from specjax.data.read import Row
 from specjax.errors import UserError
+from specjax.values import shown
 
 # Role -> the columns that may have it, of any format but raw text.
 BESIDE = {
@@ -54,7 +55,9 @@ def history(where: str, row: Row, mapping: Mapping[str, str]) -> list[dict[str, 
     found = []
     for number, pair in enumerate(value(where, row, column, list) if column else (), 1):
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise UserError(f"{where}: turn {number} of '{column}' is no pair of texts, [question, answer]: {pair!r}.")
+            raise UserError(
+                f"{where}: turn {number} of '{column}' is no pair of texts, [question, answer]: {shown(pair)}."
+            )
         found += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
     return found
 
@@ -92,5 +95,5 @@ def _tools(where: str, row: Row, column: str) -> list[Any] | None:
     for tool in tools:
         inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-            raise UserError(f"{where}: a tool of '{column}' is no object with a 'name': {tool!r}.")
+            raise UserError(f"{where}: a tool of '{column}' is no object with a 'name': {shown(tool)}.")
     return tools

@@ -15,7 +15,7 @@ import numpy as np
 
 from specjax.data import windows
 from specjax.data.example import Conversation, Example, Pair, Preference, Text
-from specjax.data.turns import render, rows
+from specjax.data.turns import all_rows, render
 from specjax.data.turns import spans as spans
 from specjax.errors import UserError, argument, nearest
 
@@ -157,11 +157,9 @@ def _preferences(preferences: Sequence[Preference], tokenizer: Any, template: st
             ids = plain_ids(tokenizer, texts)
         else:
             template = template or resolve(tokenizer)
-            texts = [
-                render(tokenizer, template, chat._replace(messages=chat.messages[: chat.first]), prompt=True)
-                for chat in sides[0]
-            ]
-            texts += [render(tokenizer, template, chat) for chat in chain(*sides)]
+            asked = [chat._replace(messages=chat.messages[: chat.first]) for chat in sides[0]]
+            texts = render(tokenizer, template, asked, prompt=True)
+            texts += render(tokenizer, template, list(chain(*sides)))
             ids = [np.asarray(one, np.int32) for one in windows.ids(tokenizer, texts, add_special_tokens=False)]
         prompts, chosen, rejected = (ids[at : at + len(rows)] for at in range(0, len(ids), len(rows)))
         for prompt, *answers in zip(prompts, chosen, rejected, strict=True):
@@ -202,7 +200,7 @@ def _ended(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
 def _conversations(chats: Sequence[Conversation], tokenizer: Any, template: str, exact: bool) -> list[list[Document]]:
     if not tokenizer.is_fast:
         raise UserError(f"{type(tokenizer).__name__} gives no character offsets: load the tokenizer's fast version.")
-    rendered = [rows(tokenizer, template, chat, exact=exact) for chat in chats]
+    rendered = all_rows(tokenizer, template, chats, exact=exact)
     flat = list(chain.from_iterable(rendered))
     encoded = windows.encoded(tokenizer, [text for text, _ in flat])  # the template has written special tokens
     made = []

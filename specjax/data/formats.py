@@ -12,6 +12,7 @@ from specjax.data.example import Conversation, Example, Pair, Preference, Text
 from specjax.data.messages import TRAINS, reasoned, turns, value
 from specjax.data.read import Row
 from specjax.errors import UserError, argument, nearest
+from specjax.values import several
 
 # Format -> its columns: alternatives are separated by "|", optional ones end in "?". The order is that of recognition:
 # structured columns win over a flat `text` beside them (tatsu-lab/alpaca has both). For what else a row may say, see
@@ -66,7 +67,7 @@ def recognise(
         if column not in found:
             raise UserError(
                 f"{argument(f'columns.{role}')} is '{column}', a column that is not there; the data has "
-                f"{', '.join(found)}.{nearest(column, found)}"
+                f"{several(found)}.{nearest(column, found)}"
             )
     if format != "auto" and isinstance(format, str) and format not in FORMATS:
         raise UserError(
@@ -92,7 +93,7 @@ def recognise(
             return name, mapping
     known = "; ".join(f"{name} ({', '.join(FORMATS[name])})" for name in allowed)
     raise UserError(
-        f"the data's columns ({', '.join(found)}) make up no known format: {known}; "
+        f"the data's columns ({several(found)}) make up no known format: {known}; "
         f"map them with {argument('columns')}, a role to a column, such as response to answer."
     )
 

@@ -119,7 +119,7 @@ def _left_out(
     messages, tools, options = json.loads(shape)
     try:
         text = Template(template, Conversation("", messages, tools, options=options), dict(names)).render(len(messages))
-    except (jinja2.TemplateError, TypeError, ValueError):
+    except jinja2.TemplateError:
         return ""  # it wants the row's own words, and of these every line was looked for
     return next((what for word, what in wanted if word not in text), "")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from specjax.data.read import Row
 from specjax.errors import UserError, nearest
+from specjax.values import several, shown
 
 ROLES = {
     "human": "user",
@@ -80,7 +81,7 @@ def value(where: str, row: Row, column: str, kind: type) -> Any:
     """The value of a column that must be there; CSV and Arrow spell absence as None."""
     found = row.get(column)
     if found is None:
-        has = ", ".join(key for key, v in row.items() if v is not None)
+        has = several(key for key, v in row.items() if v is not None)
         raise UserError(f"{where} lacks '{column}' (it has {has or 'nothing'}).")
     if not isinstance(found, kind):
         raise UserError(f"{where}: '{column}' is a {type(found).__name__}, and must be a {kind.__name__}.")
@@ -108,7 +109,7 @@ def _turn(place: str, message: Any) -> tuple[dict[str, Any], bool]:
     if not isinstance(name, str):
         raise UserError(f"{place} has neither a 'role' nor a 'from'.")
     if name.lower() not in ROLES:
-        raise UserError(f"{place} has the unknown role '{name}'.{nearest(name, ROLES)}")
+        raise UserError(f"{place} has the unknown role {shown(name)}.{nearest(name, ROLES)}")
     own = ("role", "from", "content", "value", "tool_calls", "function_call", *TRAINS, *REASONING)
     kept = {key: without_none(one) for key, one in message.items() if one is not None and key not in own}
     turn: dict[str, Any] = {"role": ROLES[name.lower()]}
@@ -161,12 +162,12 @@ def _calls(place: str, calls: Any) -> list[dict[str, Any]]:
         call = without_none(from_json(place, "a tool call", call))
         inner = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
-            raise UserError(f"{place}: a tool call is an object with a 'name' and 'arguments', not {call!r}.")
+            raise UserError(f"{place}: a tool call is an object with a 'name' and 'arguments', not {shown(call)}.")
         arguments = inner.get("arguments", inner.get("parameters"))
-        what = f"the arguments of the call of '{inner['name']}'"
+        what = f"the arguments of the call of {shown(inner['name'])}"
         arguments = {} if absent(arguments) else from_json(place, what, arguments)
         if not isinstance(arguments, Mapping):
-            raise UserError(f"{place}: {what} are no JSON object: {arguments!r}.")
+            raise UserError(f"{place}: {what} are no JSON object: {shown(arguments)}.")
         beside = {key: one for key, one in call.items() if key in ("id", "type")}
         function = {"name": inner["name"], "arguments": dict(arguments)}
         made.append({"type": "function"} | beside | {"function": function})
@@ -180,9 +181,9 @@ def _trains(place: str, role: str, message: Mapping[str, Any]) -> bool:
     said = {key: message[key] for key in TRAINS if message.get(key) is not None}
     for key, flag in said.items():
         if not (isinstance(flag, bool | int | float) and flag in (0, 1)):
-            raise UserError(f"{place} has '{key}': {flag!r}, but a turn trains or it does not: use 1 or 0.")
+            raise UserError(f"{place} has '{key}': {shown(flag)}, but a turn trains or it does not: use 1 or 0.")
         if flag and role != "assistant":
-            raise UserError(f"{place} has '{key}': {flag!r}, but only the assistant's turns train: leave it out.")
+            raise UserError(f"{place} has '{key}': {shown(flag)}, but only the assistant's turns train: leave it out.")
     return all(said.values()) if role == "assistant" else True
 
 

@@ -4,8 +4,10 @@ A source is opened first, which tells its files. Its rows are `(where, row)` pai
 user's own terms (`data/train.jsonl:7`), so that every later complaint about a row can say where it is.
 """
 
+import codecs
 import contextlib
 import csv
+import difflib
 import functools
 import io
 import json
@@ -17,13 +19,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from specjax.data import saved
 from specjax.data.remote import brought, is_address
 from specjax.errors import UserError, argument, nearest
+from specjax.files import is_there, read_bytes
+from specjax.values import shown
 
 Row = Mapping[str, Any]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz", ".jsonl.zst")
 
+ROW = 1 << 30  # characters that a row, or bytes that a file which is read whole, may have
+_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)  # of the hub's
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -66,18 +73,24 @@ def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Op
     if is_address(str(source)):
         return _remote(str(source), split)
     path = Path(source)
-    if path.is_dir():
-        return _folder(path, split)
-    if path.is_file():
-        return _files([path])
-    if path.exists():
+    if str(source) and is_there(path):
+        if path.is_dir():
+            return _folder(path, split)
+        if path.is_file():
+            return _files([path])
         raise UserError(f"{source} is neither a file nor a folder: data is read more than once, so no pipe will do.")
-    if _kind(path) in SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(source)):
-        raise UserError(f"no such data file or folder: {source}.")
+    if _kind(path) in SUFFIXES or len(str(source)) > 200 or not _NAME.fullmatch(str(source)):
+        name = str(source) if len(str(source)) < 1000 else shown(str(source))
+        raise UserError(f"no such data file or folder: {name}.")
     here = Path(str(source).partition("/")[0])
     if here.is_dir():  # and the source is none: it is a path, misspelt, and no name to ask the hub for
         near = nearest(str(source), [f"{here}/{one.name}" for one in here.iterdir()])
         raise UserError(f"no such data file or folder: {source}; the folder {here} is here.{near}")
+    likely = difflib.get_close_matches(here.name, [one.name for one in Path().iterdir()], 1, 0.8)
+    if likely:
+        raise UserError(
+            f"no such data file or folder: {source}; {likely[0]} is here, so the hub is not asked: did you mean that?"
+        )
     return _hub(str(source), split)
 
 
@@ -94,12 +107,12 @@ def _folder(path: Path, split: str) -> Opened:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         import datasets
 
-        dataset = datasets.load_from_disk(str(path))
+        dataset = saved.load(path)
         if isinstance(dataset, datasets.DatasetDict):
             if split not in dataset:
                 raise UserError(f"{path} has no split '{split}', only {', '.join(dataset)}: set {argument('split')}.")
             dataset = dataset[split]
-        return _dataset(dataset, f"{path} row")
+        return _dataset(dataset.with_format(None), f"{path} row")
     return _files(_chosen(path, split, sorted(f for f in path.rglob("*") if f.is_file())))
 
 
@@ -183,7 +196,24 @@ def _file(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+        raise UserError(f"{path} is not UTF-8 text: {error.reason}{_undecodable(path)}.") from error
+
+
+def _undecodable(path: Path) -> str:
+    """Where a file is no UTF-8, in words: what is raised counts from the last piece that was read."""
+    if path.suffix in _COMPRESSIONS:
+        return ""
+    decoder, done, line = codecs.getincrementaldecoder("utf-8")(), 0, 1
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(piece)
+            except UnicodeDecodeError as error:
+                line += piece[: max(0, error.start - pending)].count(b"\n")
+                return f" at byte {done - pending + error.start}, in line {line}"
+            done, line = done + len(piece), line + piece.count(b"\n")
+    return f" at byte {done - len(decoder.getstate()[0])}, in line {line}"
 
 
 @contextlib.contextmanager
@@ -204,9 +234,11 @@ def _lines(path: Path) -> Iterator[TextIO]:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     with _lines(path) as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(iter(lambda: lines.readline(ROW + 1), ""), 1):
+            where = f"{path}:{number}"
+            if len(line) > ROW:
+                raise UserError(f"{where} is longer than {ROW:,} characters, the most that a row may have: split it.")
             if line.strip():
-                where = f"{path}:{number}"
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
@@ -218,7 +250,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Row]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(_whole(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # several values: JSON lines under the name .json, as the hub often has it
             yield from _jsonl(path)
@@ -244,18 +276,20 @@ def _csv(path: Path) -> Iterator[tuple[str, Row]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         start = 2
-        while (row := _long_row(reader)) is not None:
+        while (row := _long_row(path, reader)) is not None:
             where, start = f"{path}:{start}", reader.line_num + 1
             if None in row or None in row.values():
                 raise UserError(f"{where} does not have the {len(reader.fieldnames or ())} fields of the header line.")
             yield where, row
 
 
-def _long_row(reader: "csv.DictReader[str]") -> dict[str | Any, str | Any] | None:
+def _long_row(path: Path, reader: "csv.DictReader[str]") -> dict[str | Any, str | Any] | None:
     """The next row, or None: its fields may be as long as documents are, where the module's default is 128 KiB."""
-    before = csv.field_size_limit(2**31 - 1)
+    before = csv.field_size_limit(ROW)
     try:
         return next(reader, None)
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num + 1} is not CSV that can be read: {error}.") from error
     finally:
         csv.field_size_limit(before)
 
@@ -272,7 +306,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _txt(path: Path) -> Iterator[tuple[str, Row]]:
-    yield str(path), {"text": path.read_text(encoding="utf-8-sig")}
+    yield str(path), {"text": io.StringIO(_whole(path), newline=None).read()}
+
+
+def _whole(path: Path) -> str:
+    """The text of a file that is read at once."""
+    return read_bytes(path, ROW).decode("utf-8-sig")
 
 
 def _numbered(rows: Iterable[Any], prefix: str) -> Iterator[tuple[str, Row]]:

@@ -6,6 +6,7 @@ that changed there is brought again. A file appears whole or not at all.
 
 import os
 import re
+import urllib.parse
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,12 @@ def brought(source: str, chosen: Callable[[Sequence[Path]], Sequence[Path]]) -> 
     """
     import fsspec
 
+    if urllib.parse.urlsplit(source).password is not None:
+        # It would stand in the run's config.json, in its logs and in errors.
+        raise UserError(
+            "a data source's address has a password in it, which a run would write down: take it out, and give it by "
+            "the environment or the store's own settings."
+        )
     scheme = source.partition("://")[0]
     try:
         store, root = fsspec.core.url_to_fs(source)

@@ -23,18 +23,43 @@ leaves something out (`specjax.data.held`).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from specjax.data import held, stops
 from specjax.data.example import Conversation
-from specjax.data.template import END, WORDS, Span, Template
+from specjax.data.template import END, WORDS, Made, Span, Template, Wanted, ahead
 from specjax.errors import UserError
 
+_AHEAD = 8  # answers of a conversation whose beginnings are rendered together with others': all of them are in memory
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-def rows(tokenizer: Any, template: str, chat: Conversation, *, exact: bool = True) -> list[tuple[str, list[Span]]]:
+def all_rows(
+    tokenizer: Any, template: str, chats: Sequence[Conversation], *, exact: bool = True
+) -> list[list[tuple[str, list[Span]]]]:
+    """`rows` of each of some conversations, most of what they ask of the template asked at once."""
+    marked = _MARKS.search(template) is not None
+    asked = []
+    for chat in chats:
+        count, answers = len(chat.messages), chat.answers()[:_AHEAD]
+        wanted = [Wanted(count, marks=marked)]
+        if not marked or (exact and len(answers) > 1):
+            wanted += [Wanted(turn + 1) for turn in answers if turn + 1 < count]
+        wanted += [Wanted(turn, prompt=True) for turn in answers if turn]
+        asked.append((chat, wanted))
+    ready = ahead(template, tokenizer.special_tokens_map, asked)
+    return [rows(tokenizer, template, chat, exact=exact, ready=one) for chat, one in zip(chats, ready, strict=True)]
+
+
+def rows(
+    tokenizer: Any,
+    template: str,
+    chat: Conversation,
+    *,
+    exact: bool = True,
+    ready: Mapping[Wanted, Made] | None = None,
+) -> list[tuple[str, list[Span]]]:
     """The conversation as rows: one, or one for each answer where the template rewrites what others follow.
 
     Args:
@@ -42,6 +67,7 @@ def rows(tokenizer: Any, template: str, chat: Conversation, *, exact: bool = Tru
         template: the text of a Jinja chat template.
         chat: the conversation; which of its turns train, it says itself.
         exact: whether each answer must follow what inference gives the model for it; False: one row in any case.
+        ready: see `Template`.
 
     Returns:
         Each row's text, and the [start, end) characters of it that train.
@@ -52,7 +78,7 @@ def rows(tokenizer: Any, template: str, chat: Conversation, *, exact: bool = Tru
     """
     import jinja2
 
-    run = Template(template, chat, tokenizer.special_tokens_map)
+    run = Template(template, chat, tokenizer.special_tokens_map, ready)
     answers = chat.answers()
     try:
         text, found = _spans(tokenizer, run, answers, exact)
@@ -66,7 +92,7 @@ def rows(tokenizer: Any, template: str, chat: Conversation, *, exact: bool = Tru
             held.check(branch, [turn], text, elsewhere=answers)
             made.append((text, found))
         return made
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except jinja2.TemplateError as error:
         raise UserError(f"{chat.where}: the chat template refuses the conversation: {error}.") from error
 
 
@@ -87,20 +113,26 @@ def check_stop(tokenizer: Any, template: str) -> None:
         stops.check(tokenizer, whole, found[-1], chat.where)
 
 
-def render(tokenizer: Any, template: str, chat: Conversation, *, prompt: bool = False) -> str:
-    """The conversation as text, with the generation prompt behind it where `prompt` is true.
+def render(tokenizer: Any, template: str, chats: Sequence[Conversation], *, prompt: bool = False) -> list[str]:
+    """The conversations as texts, with the generation prompt behind each where `prompt` is true.
 
     Raises:
-        UserError: the template refuses the conversation, or leaves something of it out.
+        UserError: the template refuses a conversation, or leaves something of it out.
     """
+    names = tokenizer.special_tokens_map
+    ready = ahead(template, names, [(chat, [Wanted(len(chat.messages), prompt)]) for chat in chats])
+    return [_render(Template(template, chat, names, one), prompt) for chat, one in zip(chats, ready, strict=True)]
+
+
+def _render(run: Template, prompt: bool) -> str:
     import jinja2
 
-    run = Template(template, chat, tokenizer.special_tokens_map)
+    chat = run.chat
     try:
         text = run.render(len(chat.messages), prompt=prompt)
         held.check(run, chat.answers()[-1:], text)
         return text
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except jinja2.TemplateError as error:
         raise UserError(f"{chat.where}: the chat template refuses the conversation: {error}.") from error
 
 
@@ -177,7 +209,7 @@ def _is_true(tokenizer: Any, run: Template, whole: str, turn: int) -> bool:
         if whole.startswith(upto):
             return True
         upto, marks = run.marked(turn + 1)
-    except (jinja2.TemplateError, TypeError, ValueError):
+    except jinja2.TemplateError:
         return True  # it wants no beginning of the conversation: its marks then say it all
     said = upto[: max((end for _, end in marks), default=0)]
     # The end-of-text token may close the conversation behind the token that ends the turn (Phi-3).
@@ -277,5 +309,5 @@ def _told(run: Template, whole: str, turn: int) -> Span | None:
 
     try:
         return _turn(run, whole, turn)[0]
-    except (jinja2.TemplateError, TypeError, ValueError):
+    except jinja2.TemplateError:
         return None

@@ -4,8 +4,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from specjax.data import ends
+from specjax.data import ends, template
 from specjax.data.chat import BUILT_IN
+from specjax.data.example import Conversation
 from specjax.errors import UserError, argument
 from specjax.models import Decoder
 
@@ -17,19 +18,14 @@ def end_tokens(model: Decoder, tokenizer: Any, *, chat: bool = False) -> list[in
 
 def render(tokenizer: Any, prompts: Sequence[str], system: str | None) -> list[list[int]]:
     """The ids of each prompt as a user's turn, ready for the answer; the template alone writes special tokens."""
-    import jinja2
-
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer has no chat template: continue plain text ({argument('chat=False')}), or train with a "
             f"template (built in are {', '.join(BUILT_IN)})."
         )
     before = [] if system is None else [{"role": "system", "content": system}]
-    chats = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
-    try:
-        texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the tokenizer's chat template refuses the prompt: {error}.") from error
+    asked = [Conversation("", [*before, {"role": "user", "content": prompt}]) for prompt in prompts]
+    texts = template.prompts(tokenizer.get_chat_template(), tokenizer.special_tokens_map, asked)
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 

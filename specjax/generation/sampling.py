@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Int32, Key
 
 from specjax.errors import UserError, argument
 
+_MOST = 2**31 - 1
 # What specjax reads of a generation_config.json, beside eos_token_id.
 _READ = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # Keys that change the text and are not done here, with the values that ask for nothing; None is always one of them.
@@ -79,9 +80,9 @@ class Sampling:
           UserError: a value is out of its range.
         """
         for name, fits, wanted in (
-            ("max_new_tokens", lambda n: n >= 1 and n == int(n), "a whole number of at least 1"),
+            ("max_new_tokens", lambda n: 1 <= n <= _MOST and n == int(n), "a whole number from 1 to 2^31 - 1"),
             ("temperature", lambda t: 0 <= t < math.inf, "0 (greedy) or more"),
-            ("top_k", lambda k: k >= 0 and k == int(k), "a whole number, 0 (off) or more"),
+            ("top_k", lambda k: 0 <= k <= _MOST and k == int(k), "a whole number, 0 (off) or more, below 2^31"),
             ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1 (off)"),
             ("min_p", lambda p: 0 <= p <= 1, "from 0 (off) to 1"),
             ("repetition_penalty", lambda r: 0 < r < math.inf, "above 0; 1 is off"),

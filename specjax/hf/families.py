@@ -12,6 +12,7 @@ from specjax.errors import UserError
 from specjax.models import rope
 from specjax.models.config import segments
 from specjax.models.rope import Rope
+from specjax.values import shown
 
 Fields = dict[str, Any]
 
@@ -224,7 +225,7 @@ def _kinds(c: Any) -> Fields:
 def _check_layer_types(kinds: Iterable[str]) -> None:
     unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     if unknown:
-        raise UserError(f"layer type {unknown[0]!r} is not supported: full_attention and sliding_attention are.")
+        raise UserError(f"layer type {shown(unknown[0])} is not supported: full_attention and sliding_attention are.")
 
 
 def ropes(c: Any, head_dim: int, kinds: tuple[str | None, ...]) -> tuple[Rope, ...]:
@@ -253,7 +254,7 @@ def ropes(c: Any, head_dim: int, kinds: tuple[str | None, ...]) -> tuple[Rope, .
 def _rope(c: Any, p: dict[str, Any], head_dim: int) -> Rope:
     kind = {"su": "longrope"}.get(p["rope_type"], p["rope_type"])
     if kind not in rope.KINDS:
-        raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(rope.KINDS)}.")
+        raise UserError(f"rope type {shown(kind)} is not supported; supported are {', '.join(rope.KINDS)}.")
     if c.model_type not in ("phi3", "glm4") and (p.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("partial_rotary_factor is not supported for this architecture.")
     dim = int(head_dim * (p.get("partial_rotary_factor") or 1.0))

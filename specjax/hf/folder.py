@@ -1,16 +1,20 @@
 """Which folder a name stands for, and which of its files are the model: as transformers chooses them."""
 
+import difflib
 import hashlib
 import json
+import re
 import shlex
 import struct
 from pathlib import Path
 
 from specjax.errors import UserError, nearest
-from specjax.files import read_object
+from specjax.files import is_inside, is_there, read_object
+from specjax.values import several, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+_HUB = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)  # org/name
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -22,18 +26,27 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
     Raises:
       UserError: neither exists, the hub can't be reached, or the folder is an adapter's.
     """
-    if Path(path).is_dir():
-        return _without_adapter(Path(path))
     name = str(path)
-    if not name or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"model {name!r}: no such folder, and not a hub name of the form org/name.")
+    if str(path) and is_there(path) and Path(path).is_dir():
+        return _without_adapter(Path(path))
+    if not _HUB.fullmatch(name):
+        raise UserError(f"model {name[:1000]!r}: no such folder, and not a hub name of the form org/name.")
     here = Path(name.partition("/")[0])
     if here.is_dir():
         near = nearest(name, [f"{here}/{one.name}" for one in here.iterdir() if one.is_dir()])
         raise UserError(
             f"model {name!r}: the folder {here} is here and has no such folder, so the hub is not asked for it.{near}"
         )
+    if near := _misspelt(name):
+        raise UserError(f"model {name!r}: no such folder; one like it is here, so the hub is not asked for it.{near}")
     return _without_adapter(_download(name, revision, weights))
+
+
+def _misspelt(name: str) -> str:
+    """A hint where a folder here has nearly the name's first part, and a folder in it nearly the second; or ""."""
+    first = name.partition("/")[0]
+    likely = difflib.get_close_matches(first, [one.name for one in Path().iterdir() if one.is_dir()], n=3, cutoff=0.7)
+    return nearest(name, [f"{here}/{one.name}" for here in likely for one in Path(here).iterdir() if one.is_dir()])
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
@@ -68,7 +81,7 @@ def _without_adapter(folder: Path) -> Path:
     if not (folder / ADAPTER_CONFIG).is_file():
         return folder
     base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    way = f"give its base model {base!r} and the folder as an adapter" if base else "give the folder as an adapter"
+    way = f"give its base model {shown(base)} and the folder as an adapter" if base else "give the folder as an adapter"
     more = f", or take {ADAPTER_CONFIG} out of it to use its own weights" if (folder / WEIGHTS).is_file() else ""
     raise UserError(f"model {str(folder)!r} is the folder of an adapter ({ADAPTER_CONFIG}): {way}{more}.")
 
@@ -98,24 +111,29 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _named_files(folder: Path, named: object) -> list[Path]:
-    file = folder / str(named)
-    inside = folder.resolve() in file.resolve().parents
-    if not inside or not file.is_file() or not file.name.endswith((".safetensors", ".safetensors.index.json")):
+    # By its name alone: in the hub's cache every file is a link that leads out of its folder.
+    file = folder / (named if isinstance(named, str) and is_inside(named) else "")
+    if not file.is_file() or not file.name.endswith((".safetensors", ".safetensors.index.json")):
         raise UserError(
-            f"{folder / 'config.json'}: transformers_weights is {named!r}, which is no safetensors file or index in "
-            "the folder: restore the file, or take the key out."
+            f"{folder / 'config.json'}: transformers_weights is {shown(named)}, which is no safetensors file or "
+            "index in the folder: restore the file, or take the key out."
         )
     return _shards(file) if file.suffix == ".json" else [file]
 
 
 def _shards(index: Path) -> list[Path]:
     table = read_object(index).get("weight_map")
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise UserError(f"{index} is not a safetensors index (it has no weight_map of names): restore the file.")
+    if outside := [name for name in table.values() if not is_inside(name)]:
+        raise UserError(
+            f"{index} names {shown(outside[0])}, which is no file of its folder, and none outside is read: restore the "
+            "index."
+        )
     files = [index.parent / name for name in sorted(set(table.values()))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
-        raise UserError(f"{index} names files that are not there: {', '.join(absent)}.")
+        raise UserError(f"{index} names files that are not there: {several(absent)}.")
     return files
 
 

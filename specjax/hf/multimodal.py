@@ -11,6 +11,7 @@ import numpy as np
 
 from specjax.errors import UserError
 from specjax.hf.tensors import Tensors
+from specjax.values import shown
 
 # Architecture -> transformers' `model_type` of the whole, and those of the language models that it may have.
 ARCHITECTURES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -102,8 +103,8 @@ def language_model(hf: dict[str, Any], whole: Any, file: str) -> dict[str, Any]:
     text = whole.text_config
     if text.model_type not in supported:
         raise UserError(
-            f"{file}: the language model of this {architecture} is of model_type {text.model_type!r}, which is not "
-            f"supported; supported are {', '.join(supported)}."
+            f"{file}: the language model of this {architecture} is of model_type {shown(text.model_type)}, which is "
+            f"not supported; supported are {', '.join(supported)}."
         )
     # Whether the embeddings are tied the whole says, else the language model: the whole's own default is no answer.
     tied = hf.get("tie_word_embeddings", text.tie_word_embeddings)

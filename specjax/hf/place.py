@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax.errors import UserError
 from specjax.hf import names
-from specjax.hf.strided import copy, pieces
+from specjax.hf.strided import blocks, copy, is_finite, pieces
 
 _ALIGNMENT = 64  # bytes; what XLA's CPU client asks of memory that it takes over without a copy
 
 _JOB = 1 << 24  # bytes that a thread copies before it looks for more work
 
-Pair = tuple[np.ndarray, np.ndarray]  # a target and its source
+Pair = tuple[np.ndarray, np.ndarray, str]  # a target, its source, and the tensor that this is of
 Bounds = tuple[tuple[int, int], ...]  # of a shard: where it starts and stops on every axis
 
 
@@ -58,6 +59,9 @@ def place(
       where: any sharding.
       tensors: those of the file by name, of the shapes that the row says.
       pool: whose threads copy.
+
+    Raises:
+      UserError: a tensor holds what is no finite number; it is named.
     """
     holders: dict[Bounds, list[Any]] = {}
     for device, index in where.addressable_devices_indices_map(shape).items():
@@ -68,8 +72,8 @@ def place(
         buffers = _aligned([[stop - start for start, stop in bounds] for bounds in holders], dtype)
         pairs: list[Pair] = []
         for bounds, buffer in zip(holders, buffers, strict=True):
-            for within, source in _sources(entry, shape, bounds, tensors):
-                pairs += pieces(buffer[within], source)
+            for within, source, name in _sources(entry, shape, bounds, tensors):
+                pairs += [(*pair, name) for pair in pieces(buffer[within], source)]
                 if source.flags.owndata:  # made here (MXFP4), and no view of a file: not kept until all are there
                     finish([pool.submit(_copy_all, batch) for batch in _batches(pairs)])
                     pairs = []
@@ -94,7 +98,7 @@ def _batches(pairs: list[Pair]) -> Iterator[list[Pair]]:
     batch: list[Pair] = []
     for pair in sorted(pairs, key=lambda pair: pair[1].ctypes.data):
         batch.append(pair)
-        if sum(target.nbytes for target, _ in batch) >= _JOB:
+        if sum(target.nbytes for target, *_ in batch) >= _JOB:
             yield batch
             batch = []
     if batch:
@@ -103,7 +107,23 @@ def _batches(pairs: list[Pair]) -> Iterator[list[Pair]]:
 
 def _copy_all(pairs: list[Pair]) -> None:
     for pair in pairs:
-        copy(*pair)
+        _copy(*pair)
+
+
+def _copy(target: np.ndarray, source: np.ndarray, name: str) -> None:
+    """Copies block by block, and looks at each while it is at hand: one number that is none spoils all of a model's."""
+    for part in blocks(source):
+        copy(target[part], source[part])
+        check(name, source[part])
+
+
+def check(name: str, tensor: np.ndarray) -> None:
+    """Raises `UserError` where a tensor holds NaN or an infinity."""
+    if not is_finite(tensor):
+        raise UserError(
+            f"tensor {name} holds NaN or an infinity: its file is damaged, or was written by a training that failed: "
+            "copy or download it again."
+        )
 
 
 def _in_host_memory(device: Any) -> bool:
@@ -114,15 +134,15 @@ def _stream(
     shape: list[int],
     dtype: Any,
     devices: list[Any],
-    sources: Iterator[tuple[tuple[Any, ...], np.ndarray]],
+    sources: Iterator[tuple[tuple[Any, ...], np.ndarray, str]],
     pool: ThreadPoolExecutor,
 ) -> list[jax.Array]:
     """One shard on each of some accelerators, stacked there: the host holds two tensors of the stack at most."""
     stacks = [jnp.empty(shape, dtype, device=device) for device in devices]
     sent: list[jax.Array] = []
-    for within, source in sources:
+    for within, source, name in sources:
         buffer = np.empty(source.shape, dtype)
-        finish([pool.submit(copy, *pair) for pair in pieces(buffer, source)])
+        finish([pool.submit(_copy, *pair, name) for pair in pieces(buffer, source)])
         jax.block_until_ready(sent)  # the buffer before this one
         sent = [jax.device_put(buffer, device) for device in devices]
         stacks = [_insert(stack, part, within[:-1]) for stack, part in zip(stacks, sent, strict=True)]
@@ -137,15 +157,15 @@ def _insert(stack: jax.Array, part: jax.Array, within: tuple[int, ...]) -> jax.A
 
 def _sources(
     entry: names.Entry, shape: tuple[int, ...], bounds: Bounds, tensors: dict[str, Any]
-) -> Iterator[tuple[tuple[Any, ...], np.ndarray]]:
-    """For every tensor of the stack within a shard's bounds: its place in the shard, and its part as a view."""
+) -> Iterator[tuple[tuple[Any, ...], np.ndarray, str]]:
+    """For every tensor of the stack within a shard's bounds: its place in the shard, its part as a view, its name."""
     stack = bounds[: entry.stacked]
     # With an ellipsis a part is an array, also where it is one number.
     inner: tuple[Any, ...] = (*(slice(*b) for b in bounds[entry.stacked :]), ...)
     for place, name in entry.tensors(shape):
         if all(start <= i < stop for i, (start, stop) in zip(place, stack, strict=True)):
             within = (*(i - start for i, (start, _) in zip(place, stack, strict=True)), ...)
-            yield within, names.view(tensors[name], shape[entry.stacked :])[inner]
+            yield within, names.view(tensors[name], shape[entry.stacked :])[inner], name
 
 
 def _aligned(shapes: list[list[int]], dtype: Any) -> list[np.ndarray]:

@@ -1,6 +1,7 @@
 """Copies between parts of arrays at the speed of memory: a shard is a part of a file's tensor."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,32 @@ def copy(target: np.ndarray, source: np.ndarray) -> None:
         plain = np.dtype(f"u{target.dtype.itemsize}")
         target, source = target.view(plain), source.view(plain)
     target[...] = source
+
+
+# Of an infinity's bits, without the sign: what has more is no number.
+_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF0000000000000}
+_BLOCK = 1 << 20  # bytes that are looked at while they lie in a core's cache
+
+
+def blocks(array: np.ndarray) -> Iterator[Any]:
+    """Parts of an array along its first axis, each of about `_BLOCK` bytes."""
+    if not array.ndim or not array.size:
+        yield ...
+        return
+    step = max(1, len(array) * _BLOCK // array.nbytes)
+    for start in range(0, len(array), step):
+        yield slice(start, start + step)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all of a small array's numbers are finite: as integers, which NumPy compares at the speed of memory."""
+    if not array.size or array.dtype.name not in _INFINITY:  # codes of a quantised tensor are all numbers
+        return True
+    least, bits = _INFINITY[array.dtype.name], 8 * array.itemsize
+    if int(array.view(f"i{array.itemsize}").max()) >= least:
+        return False
+    # Those below zero are the largest ones without a sign.
+    return int(array.view(f"u{array.itemsize}").max()) < least + (1 << bits - 1)
 
 
 def runs(parts: Sequence[np.ndarray], whole: np.ndarray) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from specjax.errors import UserError
 from specjax.hf import mxfp4
+from specjax.values import shown
 
 # What weights are stored in; anything else is a quantised checkpoint.
 DTYPES: dict[str, Any] = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -30,7 +31,8 @@ class Tensors(dict[str, Any]):
         """Maps the files.
 
         Raises:
-          UserError: a file is corrupt or cut short, or holds tensors of a dtype that is not in `DTYPES`; it is named.
+          UserError: a file is corrupt or cut short, or holds tensors of a dtype that is not in `DTYPES`, or one that
+            another file holds too; it is named.
         """
         super().__init__()
         self._maps = [self._map(file) for file in files]
@@ -41,7 +43,8 @@ class Tensors(dict[str, Any]):
             with safe_open(file, framework="np"):  # it checks the header against the file's size
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is corrupt or cut short ({error}): copy or download it again.") from error
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{file} is corrupt or cut short ({reason}): copy or download it again.") from error
         with file.open("rb") as stream:
             size = struct.unpack("<Q", stream.read(8))[0]
             header = json.loads(stream.read(size))
@@ -49,6 +52,11 @@ class Tensors(dict[str, Any]):
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
+            if name in self:
+                raise UserError(
+                    f"{file}: tensor {shown(name)} is in another of the model's files too, and which one counts is not "
+                    "said: copy or download them again."
+                )
             packed = entry["dtype"] == "U8" and name.endswith((mxfp4.BLOCKS, mxfp4.SCALES))
             if entry["dtype"] not in DTYPES and not packed:
                 raise UserError(

@@ -11,7 +11,29 @@ import transformers
 from specjax.errors import UserError
 from specjax.files import read_object, write_json
 from specjax.hf.folder import has_tokenizer
+from specjax.values import OBJECT, POSITIVE, TEXT, Kind, check, either, listed, optional
 
+_CONFIG, _FAST = "tokenizer_config.json", "tokenizer.json"
+_LARGEST = 1 << 28  # bytes of a tokenizer.json
+_TOKEN = optional(either(TEXT, Kind("an object with its content", lambda v: isinstance(v, dict) and _is_token(v))))
+_NAMED = Kind(
+    "an object", lambda v: isinstance(v, dict) and all(isinstance(v.get(k), str) for k in ("name", "template"))
+)
+# What tokenizer_config.json may say, of what is read of it.
+_KINDS: dict[str, Kind] = {
+    "chat_template": optional(either(TEXT, listed(_NAMED, "a list of objects, each with a name and a template"))),
+    "tokenizer_class": optional(TEXT),
+    "model_max_length": optional(POSITIVE),
+    "added_tokens_decoder": optional(
+        Kind(
+            "an object, token ids with an object of its content each",
+            lambda v: isinstance(v, dict) and all(key.isdecimal() and _is_token(one) for key, one in v.items()),
+        )
+    ),
+    "extra_special_tokens": optional(either(OBJECT, listed(_TOKEN, "a list of tokens"))),
+    "additional_special_tokens": optional(listed(_TOKEN, "a list of tokens")),
+    **dict.fromkeys((f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")), _TOKEN),
+}
 _SPECIAL, _TEMPLATES = "special_tokens_map.json", "additional_chat_templates"
 # Beside those that a tokenizer's class names.
 _FILES = (
@@ -26,6 +48,10 @@ _CHANGEABLE = {
 }
 
 
+def _is_token(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """The folder's tokenizer, or None where it has none. Code that a folder brings along is never run, nor asked about.
 
@@ -34,16 +60,31 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     if not has_tokenizer(folder):
         return None
+    held = Path(folder) / _CONFIG
+    if held.is_file():
+        check(read_object(held), _KINDS, str(held))
     try:
         # Not given, it asks on the terminal, and reads the answer from whatever is standard input.
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library that reads tokenizer.json knows but this one class
         if any("auto_map" in read_object(file) for file in Path(folder).glob("*config.json")):
             raise UserError(
                 f"{folder}: its tokenizer is code of its own (auto_map), which is not run here: give a folder whose "
                 "tokenizer transformers knows, with a tokenizer.json."
             ) from error
-        raise UserError(f"{folder}: its tokenizer does not load ({str(error).strip().splitlines()[0]}).") from error
+        raise UserError(f"{folder}: its tokenizer does not load ({_reason(Path(folder), error)}).") from error
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    """Why a tokenizer does not load, in words: which of its files is no JSON object, or what its library says."""
+    held = [folder / name for name in (_CONFIG, _FAST, _SPECIAL, "added_tokens.json") if (folder / name).is_file()]
+    for file in held:
+        try:
+            read_object(file, most=_LARGEST)
+        except UserError as more:
+            return str(more).rstrip(".")
+    said = " ".join(str(error).split()) or type(error).__name__
+    return f"{_FAST}: {said[:200]}" if folder / _FAST in held else said[:200]
 
 
 def save_tokenizer(tokenizer: Any, out: Path, *, eos_token: str = "") -> None:

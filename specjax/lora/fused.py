@@ -27,6 +27,7 @@ from specjax.models import Decoder
 from specjax.models.adapter import Path
 from specjax.models.experts import ExpertLinear
 from specjax.models.moe import Router
+from specjax.values import shown
 
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -87,7 +88,7 @@ def parameters(model: Decoder, wanted: list[str]) -> set[str]:
     layers = _layers(model)
     if wanted and model.config.clamp is not None:
         raise UserError(
-            f"target_parameters {wanted[0]!r}: no adapter goes on gpt-oss' experts or router here; target its "
+            f"target_parameters {shown(wanted[0])}: no adapter goes on gpt-oss' experts or router here; target its "
             "attention's maps, as PEFT's 'all-linear' does."
         )
     for one in wanted:
@@ -96,8 +97,8 @@ def parameters(model: Decoder, wanted: list[str]) -> set[str]:
             any(hit) and not all(hit) for hit in hits.values()
         ):
             raise UserError(
-                f"target_parameters {one!r} names no parameter of a mixture of experts in this model, or not in every "
-                "layer of it."
+                f"target_parameters {shown(one)} names no parameter of a mixture of experts in this model, or not in "
+                "every layer of it."
             )
         found |= {known for known, hit in hits.items() if any(hit)}
     return found

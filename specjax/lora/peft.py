@@ -21,6 +21,7 @@ from specjax.errors import UserError, keys
 from specjax.files import refuse_base
 from specjax.hf import names as hf_names
 from specjax.hf.ends import declared
+from specjax.hf.place import check
 from specjax.hf.tensors import Tensors
 from specjax.hf.tokenizer import save_tokenizer
 from specjax.lora import adapters, fused, targets
@@ -125,6 +126,7 @@ def read(model: Decoder, folder: Path) -> Adapter:
     held = Tensors([folder / WEIGHTS])
     if not held:
         raise UserError(f"{folder}: {WEIGHTS} is empty.")
+    _check_ranks(folder, config, held)
     try:
         with keys({"targets": "target_modules"}):
             adapter = _plan(model, config)
@@ -162,6 +164,8 @@ def read(model: Decoder, folder: Path) -> Adapter:
         if layer.shape != wanted:
             raise UserError(f"{folder}: tensor {row.key} is {list(layer.shape)} where {list(wanted)} is needed.")
         target[...] = hf_names.view(layer, target.shape)
+    for key, tensor in held.items():
+        check(f"{key} of {folder / WEIGHTS}", tensor)
     adapter.factors |= by_expert
     tied = adapter.copies.get(targets.embedding(model))
     if tied is not None and tied.tied:
@@ -169,6 +173,18 @@ def read(model: Decoder, folder: Path) -> Adapter:
         if not np.array_equal(head.astype(np.float32), tied.values["embedding"]):
             raise UserError(f"{folder}: ensure_weight_tying is true, but embed_tokens and lm_head are not the same.")
     return adapter
+
+
+def _check_ranks(folder: Path, config: dict[str, Any], held: Tensors) -> None:
+    """Raises `UserError` where a rank is larger than any tensor of the file: before memory is taken for it."""
+    most = max((size for tensor in held.values() for size in tensor.shape), default=0)
+    ranks = {"r": config["r"]} | {f"rank_pattern {key!r}": rank for key, rank in config.get("rank_pattern", {}).items()}
+    for key, rank in ranks.items():
+        if rank > most:
+            raise UserError(
+                f"{folder / CONFIG}: {key} is {rank}, but no tensor of {WEIGHTS} has over {most} rows or columns: are "
+                "these the files of one adapter?"
+            )
 
 
 def _plan(model: Decoder, config: dict[str, Any]) -> Adapter:

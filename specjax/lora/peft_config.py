@@ -18,32 +18,27 @@ from specjax.lora.targets import TIED_HEAD
 from specjax.lora.variants import VARIANTS
 from specjax.models import Decoder
 from specjax.models.experts import ExpertLinear
+from specjax.values import FLAG, NAMES, TEXT, Kind, either, listed, mapped, number, shown, whole
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
-# Keys that are read: what they may hold, in words and as a check.
-_READ: dict[str, tuple[str, Any]] = {
-    "r": ("a whole number of at least 1", lambda v: _is_rank(v)),
-    "lora_alpha": ("a number other than 0", lambda v: _is_number(v) and v != 0),
-    "lora_dropout": ("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
-    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
-    "use_dora": ("true or false", lambda v: isinstance(v, bool)),
-    "ensure_weight_tying": ("true or false", lambda v: isinstance(v, bool)),
-    "bias": ("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
-    "target_modules": ("a list of names or a pattern", lambda v: isinstance(v, str) or _is_names(v)),
-    "target_parameters": ("a list of names", lambda v: _is_names(v)),
-    "exclude_modules": ("a list of names or a pattern", lambda v: isinstance(v, str) or _is_names(v)),
-    "modules_to_save": ("a list of names", lambda v: _is_names(v)),
-    "layers_to_transform": ("layer numbers", lambda v: isinstance(v, int) or _is_list(v, int)),
-    "layers_pattern": ("a name or a list of names", lambda v: isinstance(v, str) or _is_names(v)),
-    "rank_pattern": (
-        "patterns with whole numbers of at least 1",
-        lambda v: isinstance(v, dict) and all(_is_rank(one) for one in v.values()),
-    ),
-    "alpha_pattern": (
-        "patterns with numbers other than 0",
-        lambda v: isinstance(v, dict) and all(_is_number(one) and one != 0 for one in v.values()),
-    ),
+_SCALE = number("a number other than 0", lambda v: v != 0)
+_MODULES = Kind("a list of names or a pattern", either(TEXT, NAMES).fits)
+# Keys that are read: what they may hold.
+_READ: dict[str, Kind] = {
+    "r": whole(1),
+    "lora_alpha": _SCALE,
+    "lora_dropout": number("a number from 0 to below 1", lambda v: 0 <= v < 1),
+    **dict.fromkeys(("use_rslora", "use_dora", "ensure_weight_tying"), FLAG),
+    "bias": Kind("'none', 'all' or 'lora_only'", lambda v: v in ("none", "all", "lora_only")),
+    "target_modules": _MODULES,
+    "target_parameters": NAMES,
+    "exclude_modules": _MODULES,
+    "modules_to_save": NAMES,
+    "layers_to_transform": either(Kind("a layer's number", whole().fits), listed(whole(), "a list of such")),
+    "layers_pattern": Kind("a name or a list of names", either(TEXT, NAMES).fits),
+    "rank_pattern": mapped(whole(1), "patterns with whole numbers of at least 1"),
+    "alpha_pattern": mapped(_SCALE, "patterns with numbers other than 0"),
 }
 _NEEDED = ("r", "target_modules")
 
@@ -101,7 +96,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     _check_files(folder)
     config = read_object(path)
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type {config.get('peft_type')!r} is not supported; supported is LORA.")
+        raise UserError(f"{path}: peft_type {shown(config.get('peft_type'))} is not supported; supported is LORA.")
     known = (*_READ, *_NEUTRAL, *_ANY)
     passed = [key for key, value in config.items() if key not in known and value in (None, False, "", [], {})]
     if passed:
@@ -111,13 +106,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         if key in passed:
             continue
         if key not in known:
-            raise UserError(f"{path}: {key!r} is no key of PEFT's LoRA that is known here.{nearest(key, known)}")
+            raise UserError(f"{path}: {shown(key)} is no key of PEFT's LoRA that is known here.{nearest(key, known)}")
         if key in _NEUTRAL and not any(
             value is one or (value == one and type(value) is type(one)) for one in _NEUTRAL[key]
         ):
-            raise UserError(f"{path}: {key} = {value!r} is not supported.")
-        if key in _READ and not (value is None and key not in _NEEDED) and not _READ[key][1](value):
-            raise UserError(f"{path}: {key} must be {_READ[key][0]}, not {value!r}.")
+            raise UserError(f"{path}: {key} = {shown(value)} is not supported.")
+        if key in _READ and not (value is None and key not in _NEEDED) and not _READ[key].fits(value):
+            raise UserError(f"{path}: {key} must be {_READ[key].words}, not {shown(value)}.")
     for key in _NEEDED:
         if key not in config:
             raise UserError(f"{path} has no {key}: restore the file.")
@@ -241,19 +236,3 @@ def _bias(adapter: Adapter) -> str:
         for path in biased
     )
     return "lora_only" if targeted else "all"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(one, kind) for one in value)
-
-
-def _is_names(value: Any) -> bool:
-    return _is_list(value, str)

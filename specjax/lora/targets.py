@@ -5,7 +5,6 @@ module that is not stacked). Source: `check_target_module_exists` in peft/tuners
 `get_pattern_key` in peft/utils/other.py, version 0.21.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,8 @@ from specjax.models.adapter import Adaptable, Path, adaptables
 from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Embed, Linear
 from specjax.models.moe import Router
+from specjax.sandbox import Pattern
+from specjax.values import shown
 
 Layers = tuple[bool, ...]
 TIED_HEAD = "lm_head"  # the name of a tied output layer among the copies of the embedding
@@ -107,17 +108,19 @@ def match(
     maps = linears(model)
     known = sorted({str(path[-1]) for path in maps})
     pattern = targets if isinstance(targets, str) and targets.lower() != "all-linear" else None
-    hit = _compiled(pattern, argument("targets")) if pattern is not None else None
+    hit = Pattern(pattern, argument("targets")) if pattern is not None else None
     names = {path: modules(model, path) for path in maps}
     everything = [name for found in names.values() for name in found]
+    for one in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or ():
+        Pattern(one, "layers_pattern")
     if strict:
         _check_layers(model, targets, layers)
         if not isinstance(targets, str):
             _check_each(targets, everything, argument("targets"), known)
         if exclude and not isinstance(exclude, str):
             _check_each(exclude, everything, argument("exclude_modules"), known)
-    left_out = _compiled(exclude, argument("exclude_modules")) if isinstance(exclude, str) else _ends(exclude or ())
-    whole = [_compiled(rf"(^|.*\.){name}($|\..*)", argument("modules_to_save")) for name in saved]
+    left_out = Pattern(exclude, argument("exclude_modules")) if isinstance(exclude, str) else _ends(exclude or ())
+    whole = [Pattern(rf"(^|.*\.){name}($|\..*)", argument("modules_to_save")) for name in saved]
 
     def chosen(path: Path, name: str) -> bool:
         if left_out(name) or any(inside(name) for inside in whole):
@@ -134,7 +137,7 @@ def match(
     found = {path: flags for path, flags in found.items() if any(flags)}
     if not found:
         raise UserError(
-            f"{argument('targets')} {targets!r} match no linear map; there are {', '.join(known)}: give names, "
+            f"{argument('targets')} {_shown(targets)} match no linear map; there are {', '.join(known)}: give names, "
             "'all-linear', or a regular expression that matches a full name such as model.layers.0.self_attn.q_proj."
         )
     return found
@@ -157,7 +160,7 @@ def match_saved(model: Decoder, wanted: Sequence[str], *, strict: bool = True) -
         for one in wanted:
             if not any(_inside(name, [one]) for found in names.values() for name in found):
                 raise UserError(
-                    f"{argument('modules_to_save')} {one!r} matches no module; there are {', '.join(known)}."
+                    f"{argument('modules_to_save')} {shown(one)} matches no module; there are {', '.join(known)}."
                     f"{nearest(one, known)}"
                 )
     found = {path: tuple(_inside(name, wanted) for name in names[path]) for path in names}
@@ -170,7 +173,7 @@ def by_pattern(patterns: Mapping[str, Any], default: Any, what: str) -> Callable
     Raises:
       UserError: a pattern is no regular expression.
     """
-    compiled = [(_compiled(rf"(.*\.)?({key})", what), value) for key, value in patterns.items()]
+    compiled = [(Pattern(rf"(.*\.)?({key})", what), value) for key, value in patterns.items()]
     return lambda name: next((value for hit, value in compiled if hit(name)), default)
 
 
@@ -178,11 +181,12 @@ def check_patterns(patterns: Mapping[str, Any], touched: Iterable[str], what: st
     """Raises `UserError` at a pattern that matches none of the targeted modules."""
     touched = list(touched)
     for key in patterns:
-        hit = _compiled(rf"(.*\.)?({key})", what)
+        hit = Pattern(rf"(.*\.)?({key})", what)
         if not any(hit(name) for name in touched):
             known = sorted({name.rsplit(".", 1)[-1] for name in touched})
             raise UserError(
-                f"{what} {key!r} matches no targeted linear map; there are {', '.join(known)}.{nearest(key, known)}"
+                f"{what} {shown(key)} matches no targeted linear map; there are {', '.join(known)}."
+                f"{nearest(key, known)}"
             )
 
 
@@ -205,12 +209,8 @@ def _inside(name: str, wanted: Sequence[str]) -> bool:
     return any(one.endswith(end) for one in around for end in wanted)
 
 
-def _compiled(pattern: str, what: str) -> Callable[[str], bool]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"{what} {pattern!r} is not a regular expression ({error}).") from error
-    return lambda name: compiled.fullmatch(name) is not None
+def _shown(targets: str | Sequence[str]) -> str:
+    return shown(targets) if isinstance(targets, str) else repr(targets)
 
 
 def _ends(wanted: Sequence[str]) -> Callable[[str], bool]:
@@ -224,9 +224,10 @@ def _some(layers: int | Sequence[int]) -> Sequence[int]:
 def _layer(name: str, pattern: str | Sequence[str] | None) -> int | None:
     """The layer's number in a module's name."""
     patterns = [pattern] if isinstance(pattern, str) and pattern else list(pattern or [])
-    tried = [rf"(?:^|.*?\.){one}\.(\d+)\." for one in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-    found = next((hit for one in tried if (hit := re.match(one, name))), None)
-    return int(found[1]) if found else None
+    tried = [rf"(?:^|.*?\.){one}\.(\d+)\..*" for one in patterns] or [r".*?\.[^.]*\.(\d+)\..*"]
+    found = (hit for one in tried if (hit := Pattern(one, "layers_pattern").groups(name)))
+    number = next((groups[-1] for groups in found), None)
+    return None if number is None else int(number)
 
 
 def _check_layers(model: Decoder, targets: str | Sequence[str], layers: int | Sequence[int] | None) -> None:
@@ -234,13 +235,13 @@ def _check_layers(model: Decoder, targets: str | Sequence[str], layers: int | Se
         return
     if isinstance(targets, str):
         raise UserError(
-            f"{argument('layers_to_transform')} = {layers!r} goes with a list of {argument('targets')}, not with "
+            f"{argument('layers_to_transform')} = {shown(layers)} goes with a list of {argument('targets')}, not with "
             f"{targets!r}: give names of linear maps."
         )
     wrong = [one for one in _some(layers) if not 0 <= one < model.config.num_layers]
     if wrong or not _some(layers):
         raise UserError(
-            f"{argument('layers_to_transform')} = {layers!r}: the model has layers 0 to "
+            f"{argument('layers_to_transform')} = {shown(layers)}: the model has layers 0 to "
             f"{model.config.num_layers - 1}: give some."
         )
 
@@ -249,4 +250,4 @@ def _check_each(wanted: Sequence[str], names: Sequence[str], what: str, known: S
     for one in wanted:
         if not any(_ends([one])(name) for name in names):
             hint = nearest(one, known)
-            raise UserError(f"{what} {one!r} matches no linear map; there are {', '.join(known)}.{hint}")
+            raise UserError(f"{what} {shown(one)} matches no linear map; there are {', '.join(known)}.{hint}")
