@@ -143,5 +143,6 @@ def test_a_value_in_a_sentence_is_short(value):
 
 @pytest.mark.parametrize("reader", sorted(set(fuzz.READERS) - {"template"}))
 def test_a_short_fuzz(reader, tmp_path):
-    found = fuzz.run(reader, tmp_path, executions=150, seed=0)
-    assert found.failures == [] and found.executions == 150 and found.lines > 10
+    executions = 40 if reader == "adapter" else 150  # each walks through a model
+    found = fuzz.run(reader, tmp_path, executions=executions, seed=0)
+    assert found.failures == [] and found.executions == executions and found.lines > 10
