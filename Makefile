@@ -12,7 +12,7 @@ FAST := $(patsubst %,tests/test_%.py,cli config docs errors helpers imports laun
 MODEL ?=
 DATA ?= python
 
-.PHONY: check test newest demo demo-real demo-base bench parity clean
+.PHONY: check test newest demo demo-real demo-base bench parity torture clean
 
 # Between two edits. Types and tests side by side; either's failure fails it.
 check: $(VENV)/.test
@@ -58,6 +58,10 @@ demo-base: $(VENV)/.run
 # How near to transformers and PEFT every family is: some minutes.
 parity: $(VENV)/.test
 	$(BIN)/python tests/parity.py --out docs/parity.md --json specjax/parity.json
+
+# The long versions of what docs/reliability.md promises: damages, kills, faults by name, other devices, a soak.
+torture: $(VENV)/.test
+	$(BIN)/python tests/torture.py --minutes=20
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/step.py
