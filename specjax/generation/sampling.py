@@ -80,7 +80,7 @@ class Sampling:
           UserError: a value is out of its range.
         """
         for name, fits, wanted in (
-            ("max_new_tokens", lambda n: 1 <= n <= _MOST and n == int(n), "a whole number from 1 to 2^31 - 1"),
+            ("max_new_tokens", lambda n: 1 <= n <= _MOST and n == int(n), "a whole number of at least 1, below 2^31"),
             ("temperature", lambda t: 0 <= t < math.inf, "0 (greedy) or more"),
             ("top_k", lambda k: 0 <= k <= _MOST and k == int(k), "a whole number, 0 (off) or more, below 2^31"),
             ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1 (off)"),
