@@ -214,8 +214,12 @@ Examples:
 def help_of_all() -> str:
     """`specjax --help`: every verb, every flag."""
     lines = ["specjax specialises a pretrained language model to a domain: full fine-tuning, SFT and LoRA, in JAX.", ""]
-    wide = max(len(_usage(name)) for name in VERBS) + 1
-    lines += [f"  {_usage(name):<{wide}} {verb.does}" for name, verb in VERBS.items()]
+    wide = max(len(_usage(name)) for name in VERBS if len(_usage(name)) < WIDTH // 2) + 1
+    for name, verb in VERBS.items():
+        usage = _usage(name)
+        lines += (
+            [f"  {usage:<{wide}} {verb.does}"] if len(usage) < wide else [f"  {usage}", " " * (wide + 3) + verb.does]
+        )
     lines += ["", "Flags beside these (`specjax VERB --help` has one on each line):"]
     for name, verb in VERBS.items():
         if verb.may:

@@ -419,9 +419,9 @@ def test_a_steps_numbers_are_read_once_the_next_one_was_given_to_the_device(monk
             return super().__add__(0.0)
 
     class Spied(Session):
-        def step(self, step):
+        def step(self, step, *more):
             events.append(("given", step + 1))
-            found = super().step(step)
+            found = super().step(step, *more)
             return {k: v if k == "tokens" else Number(np.asarray(v).item(), step + 1) for k, v in found.items()}
 
     monkeypatch.setattr(fit, "Session", Spied)
@@ -458,7 +458,7 @@ def test_a_batch_of_which_nothing_counts_is_told_and_counted_and_makes_no_nan(tm
     first = rows.row_ids(0)
     pieces = np.concatenate([np.arange(*rows.plan.rows[row : row + 2]) for row in first])
     for start, size in zip(rows.plan.starts[pieces], rows.plan.sizes[pieces], strict=True):
-        rows.loss_mask[start : start + size] = False
+        rows._trained[start : start + size] = False
     result, trained = job(tmp_path, rows=rows, steps=2, log_every=1, eval_data={})
     assert result.empty_steps == 1 and all(np.isfinite(value).all() for value in trained.values())
     one, two = metrics(tmp_path)

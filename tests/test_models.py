@@ -178,7 +178,8 @@ def test_gemma_3_in_both_dialects_is_one_model():
             ("'llama'", "mistral, ministral3"),
         ),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, ("num_attention_heads 4", "num_key_value_heads 3")),
-        ({"vocab_size": None, "hidden_size": "32"}, ("vocab_size, hidden_size",)),
+        ({"vocab_size": None, "hidden_size": None}, ("vocab_size, hidden_size",)),
+        ({"hidden_size": "32"}, ("hidden_size", "32")),
     ],
 )
 def test_a_config_that_is_not_supported_says_what_and_what_is(changes, said):

@@ -17,7 +17,7 @@ from specjax.errors import UserError
 from specjax.hf.load import load
 from specjax.lora import peft as files
 from specjax.lora import peft_config
-from specjax.lora.adapters import collect, row_of
+from specjax.lora.adapters import collect, on_host, row_of
 from specjax.lora.targets import by_pattern, is_stacked, linears, match, match_saved, modules, parts
 from specjax.models.stack import Constant
 from specjax.train.step import merge, split, write_back
@@ -280,7 +280,7 @@ def test_gradients_are_pefts(bases, adapters, tmp_path, name):
         assert gradient.shape == value.shape
     _assert_padding_is_zero(made, grads)
     write_back(made, grads)
-    adapter = files._host(collect(made, "default"))
+    adapter = on_host(collect(made, "default"))
     found = {row.key: files._to_file(made, adapter, row) for row in files._table(made, adapter)}
     theirs = their_model(bases, name)
     theirs(
