@@ -69,19 +69,31 @@ def of_step(model: Decoder, trainable: Container[Any], *, rows: int, length: int
 
 def _weights_per_token(c: ModelConfig) -> float:
     """Weights that one token is multiplied by: those of its experts alone, and the output layer's."""
-    heads = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-    blocks = {
-        "dense": (3 if c.gate else 2) * c.embed_dim * c.mlp_dim,
-        "experts": 3 * c.embed_dim * c.expert_dim * c.experts_per_token + c.embed_dim * c.num_experts,
-    }
-    layers = sum(layers * (heads + blocks[block]) for block, layers in c.segments)
-    return layers + c.embed_dim * c.vocab_size
+    found = float(c.embed_dim * c.vocab_size)
+    for segment in c.segments:
+        here = c.of(segment)
+        own = 0 if here.shares else (1 + here.values) * here.num_kv_heads
+        blocks = {
+            "dense": (3 if here.gate else 2) * here.mlp_dim,
+            "experts": 3 * here.expert_dim * here.experts_per_token + here.num_experts,
+        }
+        added = 3 * here.per_layer[1] if here.per_layer else 0  # the layer's two maps, and its part of the model's
+        found += (
+            segment.layers
+            * here.embed_dim
+            * (here.head_dim * (2 * here.num_heads + own) + blocks[segment.block] + added)
+        )
+    return found
 
 
 def _attention(c: ModelConfig, length: int) -> float:
     """FLOPs of all layers' scores and sums of one row, forward: causal, so that each query counts the keys it sees."""
-    kinds = c.layer_kinds or (0,) * c.num_layers
-    return sum(4.0 * c.num_heads * c.head_dim * _pairs(length, c.windows[kind]) for kind in kinds)
+    found = 0.0
+    for segment, span in zip(c.segments, c.spans, strict=True):
+        here = c.of(segment)
+        kinds = [here.layer_kinds[layer] for layer in span] if here.layer_kinds else [0] * segment.layers
+        found += sum(4.0 * here.num_heads * here.head_dim * _pairs(length, here.windows[kind]) for kind in kinds)
+    return found
 
 
 def _pairs(length: int, window: int | None) -> int:

@@ -43,6 +43,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 24, "sliding_window": 70, "query_pre_attn_scalar": 40},
     # Seven layers: a whole pattern of five windows and one without, and a rest.
     "gemma3_text": {"head_dim": 24, "sliding_window": 70, "query_pre_attn_scalar": 40, "num_hidden_layers": 7},
+    # Six layers: two kinds, the last two of which take their keys and values from the two before.
+    "gemma4_text": {
+        "head_dim": 24,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "sliding_window": 70,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 20,
+        "vocab_size_per_layer_input": 520,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 30.0,
+    },
     "phi3": {"pad_token_id": 0},
     "olmo2": {},
     "olmo3": {
@@ -108,6 +122,13 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
             "mm_tokens_per_image": 4,
         },
     ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            "vision_config": _VISION
+            | {"model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16}
+        },
+    ),
 }
 
 
@@ -144,7 +165,7 @@ def of_its_kind(family: str, changes: dict[str, Any]) -> dict[str, Any]:
 
     config = CONFIG_MAPPING[family]
     # head_dim: every family's model reads it, also where its configuration does not list it (Phi-3, Qwen 3 MoE).
-    known = {*config().to_dict(), *config.attribute_map, "head_dim"} - {"architectures", "model_type"}
+    known = {*config().to_dict(), *config.attribute_map, *KINDS[family], "head_dim"} - {"architectures", "model_type"}
     if foreign := changes.keys() - known:
         raise ValueError(f"{sorted(foreign)} are no keys of {family}: give family=, or a key of {sorted(known)}")
     return KINDS[family] | changes
@@ -206,12 +227,18 @@ def torch_model(
     for name, weight in made.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if name.endswith("norm.weight"):
-            weight.data = (0 if family.startswith("gemma") else 1) + 0.1 * noise
+            neutral = 0 if family.startswith("gemma") and not family.startswith("gemma4") else 1
+            weight.data = neutral + 0.1 * noise
+            if family.startswith("gemma4") and "q_norm" in name:
+                weight.data *= 1.5 * attention  # its scores have no other scale
         elif name.endswith("bias"):
             weight.data = 0.1 * noise
         else:
             wide = "q_proj" in name or "k_proj" in name or "qkv_proj" in name
             weight.data = noise * (attention if wide else 0.15)
+    for name, buffer in made.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.uniform_(0.7, 1.3, generator=generator)
     return made.to(dtype or torch.float32)
 
 

@@ -76,6 +76,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 2": ("gemma2", {}),
     "Gemma 3 text": ("gemma3_text", {}),
     "Gemma 3 4B to 27B (vision kept)": ("gemma3", {}),
+    "Gemma 4 E2B, E4B (text)": ("gemma4_text", {}),
+    "Gemma 4 31B (text)": (
+        "gemma4_text",
+        {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True},
+    ),
+    "Gemma 4 (vision kept)": ("gemma4", {}),
     "Phi-3, Phi-4": ("phi3", {"sliding_window": 100}),
     "Phi-3 128k (longrope)": ("phi3", longrope(256, 8)),
     "Phi-4-mini (partial rotation, tied)": (

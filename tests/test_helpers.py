@@ -16,6 +16,7 @@ MARKS = {
     "gemma": {"norm_style": "gemma", "activation": "gelu_tanh", "tied": True},
     "gemma2": {"norms": "sandwich", "attention_softcap": 50.0, "logits_softcap": 30.0, "windows": (None, 70)},
     "gemma3_text": {"norms": "sandwich", "qk_norm": "head", "layer_kinds": (1, 1, 1, 1, 1, 0, 1)},
+    "gemma4_text": {"v_norm": True, "layer_scalar": True, "per_layer": (520, 20), "query_scale": 1.0},
     "phi3": {"fused_qkv": True, "gate": "fused"},
     "olmo2": {"norms": "post", "qk_norm": "all"},
     "olmo3": {"norms": "post", "qk_norm": "all", "windows": (None, 70)},

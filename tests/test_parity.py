@@ -246,6 +246,17 @@ def configs(draw, family):
                 max_size=changes["num_hidden_layers"],
             )
         )
+    if family == "gemma4_text":
+        kinds = st.sampled_from(["full_attention", "sliding_attention"])
+        before = draw(st.lists(kinds, min_size=changes["num_hidden_layers"], max_size=changes["num_hidden_layers"]))
+        changes["layer_types"] = [*before, "full_attention"]  # the last one always is
+        changes["num_hidden_layers"] += 1
+        changes["num_kv_shared_layers"] = draw(st.integers(0, 1)) if "full_attention" in before else 0
+        changes |= {"head_dim": head_dim, "global_head_dim": 2 * draw(st.integers(4, 16))}
+        changes |= {"num_global_key_value_heads": 1, "attention_k_eq_v": draw(st.booleans())}
+        # transformers shares keys and values beside per-layer embeddings alone: without, its model raises.
+        features = 12 if changes["num_kv_shared_layers"] else draw(st.sampled_from([0, 12]))
+        changes |= {"hidden_size_per_layer_input": features, "vocab_size_per_layer_input": 300}
     if family == "gemma3_text":
         bases = draw(st.tuples(st.floats(5e3, 1e6), st.floats(5e3, 1e6)))
         kinds = ("full_attention", "sliding_attention")

@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from helpers import sizes
-from safetensors.numpy import load_file
+from helpers import sizes, torch_model
+from safetensors.numpy import load_file, save_file
 
 import specjax as sj
 from specjax.errors import UserError
 from specjax.hf.config import from_hf
+from specjax.hf.load import load
 from specjax.models import Segment
 from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Linear
@@ -121,3 +122,18 @@ def test_quantising_takes_the_maps_of_every_segment(pair):
     assert report.parameters == wanted
     relative = np.linalg.norm(np.asarray(quantised(pair.tokens)) - pair.wanted) / np.linalg.norm(pair.wanted)
     assert relative < 0.2 and {name for name, _ in report.relative} >= {"q_proj", "gate_proj", "down_proj"}
+
+
+def test_a_layer_that_shares_keys_and_values_may_have_some_in_the_file(tmp_path):
+    torch_model("gemma4_text").save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.{}.self_attn.k_proj.weight"
+    assert name.format(4) not in held
+    save_file(held | {name.format(4): held[name.format(0)].copy()}, tmp_path / "model.safetensors", {"format": "pt"})
+    ours, _ = load(tmp_path, dtype="float32")
+    shares = [ours.config.of(segment).shares for segment in ours.config.segments]
+    assert shares == ["", "", "", "sliding_attention", "full_attention"]
+    assert ours.config.cache_shapes == ((3, 2, 24), (1, 2, 32)) and ours.config.homes[-2:] == ((0, 2), (1, 0))
+    save_file(held | {name.format(6): held[name.format(0)].copy()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="unexpected"):
+        load(tmp_path)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int32
 
 from specjax import sharding
 from specjax.generation.sampling import penalise, sample
-from specjax.models.attention import Cache
+from specjax.models.attention import Caches
 
 
 class Rows(NamedTuple):
@@ -146,12 +146,14 @@ def _placed(p: Progress) -> Progress:
     return rest._replace(cache=_placed_cache(p.cache))
 
 
-def _placed_cache(cache: Cache) -> Cache:
+def _placed_cache(caches: Caches) -> Caches:
     heads = ("layers", "batch", "kv_heads")
-    keys, values = cache
-    return (
-        sharding.constrain(keys, *heads, "head_dim", "cache_length"),
-        sharding.constrain(values, *heads, "cache_length", "head_dim"),
+    return tuple(
+        (
+            sharding.constrain(keys, *heads, "head_dim", "cache_length"),
+            sharding.constrain(values, *heads, "cache_length", "head_dim"),
+        )
+        for keys, values in caches
     )
 
 

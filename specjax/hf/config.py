@@ -8,7 +8,8 @@ from typing import Any
 from specjax.errors import UserError
 from specjax.files import read_object
 from specjax.hf import multimodal
-from specjax.hf.families import FAMILIES, ropes
+from specjax.hf.families import FAMILIES
+from specjax.hf.ropes import ropes
 from specjax.models import ModelConfig, Origin, Segment
 from specjax.values import (
     FLAG,
@@ -43,6 +44,9 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("model_type", "hidden_act", "hidden_activation", "transformers_weights"), optional(TEXT)),
     **dict.fromkeys(("rope_parameters", "rope_scaling", "text_config", "vision_config"), optional(OBJECT)),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window", "moe_intermediate_size"), optional(whole(1))),
+    **dict.fromkeys(("global_head_dim", "num_global_key_value_heads"), optional(whole(1))),
+    **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), optional(whole(0))),
+    "num_kv_shared_layers": optional(whole(0, _LAYERS)),
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), optional(whole(0, _LAYERS))),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob"), optional(FLAG)),
     **dict.fromkeys(("rope_theta", "query_pre_attn_scalar", "logits_scaling"), optional(POSITIVE)),
@@ -159,15 +163,20 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
     if kv_heads and heads % kv_heads:
         raise UserError(f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}.")
     c = _transformers_config(hf, family.model_type, file)
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
-    if head_dim < 2 or head_dim % 2:
-        raise UserError(
-            f"{file}: a head has {head_dim} dimensions (head_dim, or hidden_size / num_attention_heads),"
-            + " where a rotary embedding needs an even number."
-        )
     try:
         fields = {"activation": getattr(c, "hidden_act", None), **family.fields(c)}
-        found = ropes(c, head_dim, fields.pop("rope_kinds", ()))
+        if "head_dim" not in fields:  # the same in all layers
+            fields |= {"head_dim": getattr(c, "head_dim", None) or c.hidden_size // heads}
+            fields |= {"num_kv_heads": c.num_key_value_heads}
+        given = [dict(segment.changes) for segment in fields.get("segments", ())]
+        for head_dim in {fields["head_dim"], *(change.get("head_dim", 2) for change in given)}:
+            if head_dim < 2 or head_dim % 2:
+                raise UserError(
+                    f"a head has {head_dim} dimensions (head_dim, or hidden_size / num_attention_heads),"
+                    + " where a rotary embedding needs an even number."
+                )
+        kinds = fields.pop("rope_kinds", ())
+        fields = fields if "ropes" in fields else fields | {"ropes": ropes(c, fields["head_dim"], kinds)}
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     if fields["activation"] not in ACTIVATIONS:
@@ -178,7 +187,7 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
     if fields["activation"] == "xielu" and fields.get("gate", "apart"):
         raise UserError(f"{file}: hidden_act 'xielu' is supported for an MLP without a gate alone, as Apertus has.")
     fields["activation"] = ACTIVATIONS[fields["activation"]]
-    if getattr(c, "use_bidirectional_attention", False):
+    if getattr(c, "use_bidirectional_attention", None) not in (None, False, "vision"):
         raise UserError(f"{file}: use_bidirectional_attention is not supported: specjax trains causal models.")
     if "num_experts" in fields and not 1 <= fields["experts_per_token"] <= fields["num_experts"]:
         raise UserError(
@@ -191,16 +200,13 @@ def from_hf(hf: dict[str, Any], file: str = "config.json") -> ModelConfig:
         vocab_size=c.vocab_size,
         embed_dim=c.hidden_size,
         num_heads=heads,
-        num_kv_heads=c.num_key_value_heads,
-        head_dim=head_dim,
         max_positions=c.max_position_embeddings,
         norm_eps=c.rms_norm_eps,
-        ropes=found,
         tied=bool(c.tie_word_embeddings),
         multimodal=inside,
         **{
             "mlp_dim": c.intermediate_size,
-            "query_scale": head_dim**-0.5,
+            "query_scale": fields["head_dim"] ** -0.5,
             "segments": (Segment(block, c.num_hidden_layers),),
         }
         | fields,

@@ -4,14 +4,12 @@ One function a family, from transformers' configuration object (which fills in a
 dialects of transformers 4 and 5) to the fields of `ModelConfig` that are not plain sizes.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from specjax.errors import UserError
-from specjax.models import rope
+from specjax.hf.ropes import rope_of
 from specjax.models.config import segments
-from specjax.models.rope import Rope
 from specjax.values import shown
 
 Fields = dict[str, Any]
@@ -91,6 +89,51 @@ def _gemma2(c: Any) -> Fields:
 def _gemma3(c: Any) -> Fields:
     # The model of transformers reads no attention soft cap here, whatever the config says.
     return _gemma2(c) | {"qk_norm": "head", "attention_softcap": None}
+
+
+def _gemma4(c: Any) -> Fields:
+    if c.enable_moe_block:
+        raise UserError("enable_moe_block is not supported: Gemma 4 is supported without experts.")
+    try:
+        modes = c.kv_sharing_modes
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            f"num_kv_shared_layers {c.num_kv_shared_layers} and layer_types do not fit: {error}."
+        ) from error
+
+    def changes(layer: int) -> tuple[tuple[str, Any], ...]:
+        kind, own = c.layer_types[layer], c.per_layer_config[layer]
+        found: Fields = {"head_dim": own.head_dim, "num_kv_heads": own.num_key_value_heads}
+        if not isinstance(c.rope_parameters.get(kind), dict):
+            raise UserError(f"rope_parameters has no {shown(kind)}, which is the kind of layer {layer}.")
+        found["ropes"] = (rope_of(c, c.rope_parameters[kind], own.head_dim),)
+        found["windows"] = (c.sliding_window if kind == "sliding_attention" else None,)
+        found["values"] = kind == "sliding_attention" or not c.attention_k_eq_v
+        if modes[layer] == "reuse":
+            found["shares"] = kind
+            found["mlp_dim"] = c.intermediate_size * (2 if c.use_double_wide_mlp else 1)
+        elif modes[layer] == "store" and "reuse" in modes:
+            found["keeps"] = kind
+        return tuple(found.items())
+
+    _check_layer_types(c.layer_types)
+    layers = range(c.num_hidden_layers)
+    features = c.hidden_size_per_layer_input
+    return {
+        "activation": c.hidden_activation,
+        "norm_style": "olmo2",
+        "norms": "sandwich",
+        "qk_norm": "head",
+        "v_norm": True,
+        "embed_scale": c.hidden_size**0.5,
+        "query_scale": 1.0,
+        "logits_softcap": c.final_logit_softcapping,
+        "qkv_bias": c.attention_bias,
+        "o_bias": c.attention_bias,
+        "layer_scalar": True,
+        "per_layer": (c.vocab_size_per_layer_input, features) if features else None,
+        "segments": segments(("dense" for _ in layers), map(changes, layers)),
+    } | {name: value for name, value in changes(0) if name != "keeps"}
 
 
 def _phi3(c: Any) -> Fields:
@@ -198,6 +241,7 @@ FAMILIES = {
     "GemmaForCausalLM": Family("gemma", "gemma", _gemma),
     "Gemma2ForCausalLM": Family("gemma2", "gemma2", _gemma2),
     "Gemma3ForCausalLM": Family("gemma3", "gemma3_text", _gemma3),
+    "Gemma4ForCausalLM": Family("gemma4", "gemma4_text", _gemma4),
     "Phi3ForCausalLM": Family("phi3", "phi3", _phi3),
     "Olmo2ForCausalLM": Family("olmo2", "olmo2", _olmo2),
     "Olmo3ForCausalLM": Family("olmo3", "olmo3", _olmo3),
@@ -226,87 +270,3 @@ def _check_layer_types(kinds: Iterable[str]) -> None:
     unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     if unknown:
         raise UserError(f"layer type {shown(unknown[0])} is not supported: full_attention and sliding_attention are.")
-
-
-def ropes(c: Any, head_dim: int, kinds: tuple[str | None, ...]) -> tuple[Rope, ...]:
-    """The rotary frequencies of each kind of layer; one for all where the config does not tell them apart.
-
-    Args:
-      c: transformers' configuration.
-      head_dim: of a head.
-      kinds: the names of the kinds in `rope_parameters`; None: its layers have no rope.
-
-    Raises:
-      UserError: a kind of scaling that is not supported.
-    """
-    parameters = c.rope_parameters
-    if not any(kind is None or isinstance(parameters.get(kind), dict) for kind in kinds):
-        return (_rope(c, parameters, head_dim),)
-
-    def of(kind: str | None) -> Rope:
-        if kind is None:
-            return Rope(dim=head_dim, kind="none")
-        return _rope(c, parameters[kind] if isinstance(parameters.get(kind), dict) else parameters, head_dim)
-
-    return tuple(map(of, kinds))
-
-
-def _rope(c: Any, p: dict[str, Any], head_dim: int) -> Rope:
-    kind = {"su": "longrope"}.get(p["rope_type"], p["rope_type"])
-    if kind not in rope.KINDS:
-        raise UserError(f"rope type {shown(kind)} is not supported; supported are {', '.join(rope.KINDS)}.")
-    if c.model_type not in ("phi3", "glm4") and (p.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError("partial_rotary_factor is not supported for this architecture.")
-    dim = int(head_dim * (p.get("partial_rotary_factor") or 1.0))
-    common: dict[str, Any] = {"dim": dim, "theta": float(p["rope_theta"]), "kind": kind}
-    original = int(p.get("original_max_position_embeddings") or c.max_position_embeddings)
-    if kind == "linear":
-        return Rope(**common, factor=float(p["factor"]))
-    if kind == "llama3":
-        low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
-        return Rope(
-            **common,
-            factor=float(p["factor"]),
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_max_positions=original,
-        )
-    if kind == "yarn":
-        return Rope(
-            **common,
-            factor=float(p["factor"]),
-            beta_fast=float(p.get("beta_fast") or 32),
-            beta_slow=float(p.get("beta_slow") or 1),
-            truncate=bool(p.get("truncate", True)),
-            original_max_positions=original,
-            attention_factor=_yarn_attention(p),
-        )
-    if kind == "longrope":
-        short, long = tuple(map(float, p["short_factor"])), tuple(map(float, p["long_factor"]))
-        if len(short) != dim // 2 or len(long) != dim // 2:
-            raise UserError(
-                f"rope scaling 'longrope' has {len(short)} short and {len(long)} long factors where {dim // 2} of each "
-                "are needed."
-            )
-        factor = p.get("factor") or c.max_position_embeddings / original
-        scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-        given = p.get("attention_factor")
-        return Rope(
-            **common,
-            short_factors=short,
-            long_factors=long,
-            original_max_positions=original,
-            attention_factor=float(scale if given is None else given),
-        )
-    return Rope(**common)
-
-
-def _yarn_attention(p: dict[str, Any]) -> float:
-    def scale(weight: float) -> float:
-        return 1.0 if p["factor"] <= 1 else 0.1 * weight * math.log(p["factor"]) + 1.0
-
-    if p.get("attention_factor") is not None:
-        return float(p["attention_factor"])
-    if p.get("mscale") and p.get("mscale_all_dim"):
-        return float(scale(p["mscale"]) / scale(p["mscale_all_dim"]))
-    return scale(1.0)

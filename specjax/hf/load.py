@@ -167,11 +167,11 @@ def _check(folder: Path, model: Decoder, tensors: Tensors) -> None:
         shape = shapes[entry.path]
         wanted |= {name: entry.hf_shape(shape) for _, name in entry.tensors(shape)}
     missing = [name for name in wanted if name not in tensors]
-    tied_head = {_HEAD} if config.tied else set()
+    ignored = names.unused(config) | ({_HEAD} if config.tied else set())
     unexpected = [
         name
         for name in tensors
-        if name not in wanted and name not in tied_head and not name.endswith(names.IGNORED_SUFFIXES)
+        if name not in wanted and name not in ignored and not name.endswith(names.IGNORED_SUFFIXES)
     ]
     misshaped = []
     for name, shape in wanted.items():

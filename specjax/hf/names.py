@@ -80,6 +80,14 @@ _CLAMPED_EXPERTS: Rows = (
     ("layers.mlp.experts.down_proj.bias", "model.layers.{}.mlp.experts.down_proj_bias", "table"),
 )
 _LLAMA = _ENDS + _PRE + _ATTENTION + _MLP
+_PER_LAYER: Rows = (
+    ("per_layer.table", "model.embed_tokens_per_layer.weight", "table"),
+    ("per_layer.projection.kernel", "model.per_layer_model_projection.weight", "kernel/1"),
+    ("per_layer.norm.scale", "model.per_layer_projection_norm.weight", "flat"),
+    ("layers.per_layer.gate.kernel", "model.layers.{}.per_layer_input_gate.weight", "kernel/1"),
+    ("layers.per_layer.projection.kernel", "model.layers.{}.per_layer_projection.weight", "kernel/1"),
+    ("layers.per_layer.norm.scale", "model.layers.{}.post_per_layer_input_norm.weight", "flat"),
+)
 _GEMMA2 = _ENDS + _SANDWICH + _ATTENTION + _MLP
 
 TABLES = {
@@ -92,6 +100,7 @@ TABLES = {
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
     "gemma3": _GEMMA2 + _QK_NORMS,
+    "gemma4": _GEMMA2 + _QK_NORMS + _PER_LAYER + (("layers.layer_scalar", "model.layers.{}.layer_scalar", "flat"),),
     "phi3": _ENDS
     + _PRE
     + _maps("self_attn", "qkv_proj")
@@ -178,6 +187,14 @@ def entries(config: ModelConfig, paths: Sequence[Path]) -> list[Entry]:
         return Entry(path, hf, kind, config.spans[segments[0]].start if segments else 0)
 
     return [entry(path) for path in paths]
+
+
+def unused(config: ModelConfig) -> set[str]:
+    """Tensors that files may have and no model reads: those of layers that take their keys and values from others."""
+    pairs = zip(config.segments, config.spans, strict=True)
+    shared = [layer for segment, span in pairs if config.of(segment).shares for layer in span]
+    maps = ("k_proj", "v_proj", "k_norm", "v_norm")
+    return {f"model.layers.{layer}.self_attn.{name}.weight" for layer in shared for name in maps}
 
 
 def hf_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ from jaxtyping import Float, Int32
 from specjax import sharding
 from specjax.models import cudnn
 
-Cache = tuple[Float[Array, "L B K H S"], Float[Array, "L B K S H"]]  # of all layers: keys, values
+Cache = tuple[Float[Array, "L B K H S"], Float[Array, "L B K S H"]]  # of layers of one shape: keys, values
+Caches = tuple[tuple[jax.Array, jax.Array], ...]  # of all layers: a `Cache` for each shape
 
 NAME = "attention"  # what a layer's rematerialisation may keep of it
 NO_WINDOW = 2**30  # wider than any text: beside layers with a window, those without have this one

@@ -1,9 +1,10 @@
 """The sizes of a decoder and the switches of its mathematics."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from specjax.models.rope import Rope
 
@@ -14,10 +15,12 @@ class Segment(NamedTuple):
     Attributes:
       block: what stands behind a layer's attention: "dense" (an MLP) or "experts" (a mixture of them).
       layers: how many layers.
+      changes: the fields of `ModelConfig` in which these layers differ from the model's, with their values.
     """
 
     block: str
     layers: int
+    changes: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,13 @@ class ModelConfig:
       query_scale: of the attention scores.
       query_growth: (beta, n): a query at position p is multiplied by 1 + beta ln(1 + floor(p / n)) too (Llama 4,
         Ministral 3); None: it is not.
+      values: v has a map of its own; else it is what k's map gives, before its norm (Gemma 4).
+      v_norm: each head of v is normed, by no scale.
+      keeps: the name under which a layer's keys and values are kept for layers behind it, whose `shares` is that name
+        and which have none of their own; "": neither.
+      layer_scalar: what a layer gives is multiplied by a number of its file.
+      per_layer: (V, P): every layer adds something made of P features of each token, an embedding of its own with a
+        vocabulary of V and a map of the embedding (Gemma 4, "PLE"); None: none does.
       sinks: each head has a score that stands beside those of the keys, and no value (gpt-oss).
       attention_softcap: c of c * tanh(scores / c); None: none. So is `logits_softcap`.
       embed_scale: multiplies embeddings, in the compute dtype; `residual_scale` what each block adds; the logits are
@@ -75,6 +85,12 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    values: bool = True
+    v_norm: bool = False
+    keeps: str = ""
+    shares: str = ""
+    layer_scalar: bool = False
+    per_layer: tuple[int, int] | None = None
     sinks: bool = False
     attention_softcap: float | None = None
     logits_softcap: float | None = None
@@ -94,6 +110,37 @@ class ModelConfig:
         """The layers of all segments."""
         return sum(segment.layers for segment in self.segments)
 
+    def of(self, segment: Segment) -> "ModelConfig":
+        """What a segment's layers need to know."""
+        return dataclasses.replace(self, **dict(segment.changes)) if segment.changes else self
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(layers, kv heads, head_dim) of each cache of keys and values: one for all layers that are alike in them."""
+        return self._caches[0]
+
+    @property
+    def homes(self) -> tuple[tuple[int, int], ...]:
+        """Of each segment the number of its cache and its first layer's place there, or that of the layer it shares."""
+        return self._caches[1]
+
+    @functools.cached_property
+    def _caches(self) -> tuple[tuple[tuple[int, int, int], ...], tuple[tuple[int, int], ...]]:
+        counts: dict[tuple[int, int], int] = {}
+        kept: dict[str, tuple[int, int]] = {}
+        homes = []
+        for segment in self.segments:
+            here = self.of(segment)
+            if here.shares:
+                homes.append(kept[here.shares])
+                continue
+            shape = (here.num_kv_heads, here.head_dim)
+            first = counts.setdefault(shape, 0)
+            homes.append((list(counts).index(shape), first))
+            counts[shape] += segment.layers
+            kept[here.keeps] = homes[-1]
+        return tuple((layers, *shape) for shape, layers in counts.items()), tuple(homes)
+
     @property
     def spans(self) -> tuple[range, ...]:
         """The numbers of each segment's layers, counted over all of them."""
@@ -101,10 +148,13 @@ class ModelConfig:
         return tuple(range(end - segment.layers, end) for end, segment in zip(ends, self.segments, strict=True))
 
 
-def segments(blocks: Iterable[str]) -> tuple[Segment, ...]:
-    """The segments of layers with these blocks, in order.
+def segments(
+    blocks: Iterable[str], changes: Iterable[tuple[tuple[str, Any], ...]] | None = None
+) -> tuple[Segment, ...]:
+    """The segments of layers with these blocks, and with the changes of each, in order.
 
     >>> segments(["dense", "experts", "experts"])
     (Segment(block='dense', layers=1), Segment(block='experts', layers=2))
     """
-    return tuple(Segment(block, len(list(run))) for block, run in itertools.groupby(blocks))
+    pairs = zip(blocks, itertools.repeat(())) if changes is None else zip(blocks, changes, strict=True)
+    return tuple(Segment(block, len(list(run)), change) for (block, change), run in itertools.groupby(pairs))

@@ -19,12 +19,14 @@ from jaxtyping import Float, Float32, Int32
 from specjax import sharding
 from specjax.models import rope
 from specjax.models.adapter import check_slots, in_use, select
-from specjax.models.attention import NAME, Cache, OneOf
+from specjax.models.attention import NAME, Cache, Caches, OneOf
 from specjax.models.config import ModelConfig
-from specjax.models.layers import MLP, Attention, Embed, Keys, Kind, Linear, RMSNorm
+from specjax.models.layers import MLP, Attention, Embed, Kept, Keys, Kind, Linear, RMSNorm, parameter
 from specjax.models.moe import MoE, Stats
 from specjax.models.origin import Origin
+from specjax.models.per_layer import PerLayer, PerLayerInputs
 from specjax.models.products import contract, exact_float32
+from specjax.models.stack import Constant
 
 # What a layer keeps for the backward pass, by `remat`'s name; the rest it computes again.
 POLICIES: dict[str, Callable[[], Any]] = {
@@ -57,6 +59,9 @@ class DecoderLayer(nnx.Module):
         # Hugging Face's names: post_attention_layernorm is the norm before the MLP where blocks are normed before only.
         self.input_layernorm, self.post_attention_layernorm = norm(before), norm(True)
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(before and after), norm(after)
+        self.per_layer = PerLayer(config, layers=layers, rngs=rngs) if config.per_layer else None
+        scalar = parameter(nnx.initializers.ones, (1,), (None,), layers, rngs, kind=Constant)
+        self.layer_scalar = scalar if config.layer_scalar else None
 
     def __call__(
         self,
@@ -65,18 +70,24 @@ class DecoderLayer(nnx.Module):
         where: dict[str, Any],
         cache: Cache | None = None,
         dropout_key: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None, Stats | None]:
-        """The layer's output, the cache, and the router's sums or None; the arguments are those of `Attention`."""
-        keys: Keys = (None,) * 7 if dropout_key is None else tuple(jax.random.split(dropout_key, 7))
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Stats | None, Kept | None]:
+        """The layer's output, the cache, the router's sums or None, and keys and values to keep; see `Attention`."""
+        count = 9 if self.per_layer else 7
+        keys: Keys = (None,) * count if dropout_key is None else tuple(jax.random.split(dropout_key, count))
         before_mlp = self.pre_feedforward_layernorm if self.after else self.post_attention_layernorm
-        y, cache = self.self_attn(_normed(self.input_layernorm, x), kind, where, cache, keys[:4])
+        y, cache, kept = self.self_attn(_normed(self.input_layernorm, x), kind, where, cache, keys[:4])
         x = self._add(x, _normed(self.post_attention_layernorm, y) if self.after else y)
         stats = None
         if isinstance(self.mlp, MoE):
             y, stats = self.mlp(_normed(before_mlp, x), where["q_segments"] > 0)
         else:
-            y = self.mlp(_normed(before_mlp, x), keys[4:])
-        return self._add(x, _normed(self.post_feedforward_layernorm, y)), cache, stats
+            y = self.mlp(_normed(before_mlp, x), keys[4:7])
+        x = self._add(x, _normed(self.post_feedforward_layernorm, y))
+        if self.per_layer is not None:
+            x = self._add(x, self.per_layer(x, where["per_layer"], keys[7:]))
+        if self.layer_scalar is not None:
+            x = x * self.layer_scalar[0].astype(x.dtype)
+        return x, cache, stats, kept
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         y = y if self.residual_scale == 1 else y * self.residual_scale
@@ -127,8 +138,12 @@ class Decoder(nnx.Module):
         self.groups = 1
         self.embed_tokens = Embed(config.vocab_size, config.embed_dim, rngs=rngs)
         self.layers = nnx.List(
-            [DecoderLayer(config, segment.block, layers=segment.layers, rngs=rngs) for segment in config.segments]
+            [
+                DecoderLayer(config.of(segment), segment.block, layers=segment.layers, rngs=rngs)
+                for segment in config.segments
+            ]
         )
+        self.per_layer = PerLayerInputs(config, rngs=rngs) if config.per_layer else None
         self.norm = RMSNorm((config.embed_dim,), ("embed",), config.norm_eps, style=config.norm_style, rngs=rngs)
         head = Linear((config.embed_dim,), (config.vocab_size,), ("embed",), ("vocab",), rngs=rngs)
         self.lm_head = None if config.tied else head
@@ -199,29 +214,33 @@ class Decoder(nnx.Module):
     def _needs_lengths(self) -> bool:
         return any(r.kind == "longrope" for r in self.config.ropes)
 
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """Keys and values of no token yet, in the compute dtype."""
-        c = self.config
-        heads = (c.num_layers, batch, c.num_kv_heads)
-        return jnp.zeros((*heads, c.head_dim, length), self.dtype), jnp.zeros((*heads, length, c.head_dim), self.dtype)
+    def empty_cache(self, batch: int, length: int) -> Caches:
+        """Keys and values of no token yet, in the compute dtype: of each of `ModelConfig.cache_shapes`."""
+
+        def one(layers: int, heads: int, dim: int) -> Cache:
+            shapes = (layers, batch, heads, dim, length), (layers, batch, heads, length, dim)
+            keys, values = (jnp.zeros(shape, self.dtype) for shape in shapes)
+            return keys, values
+
+        return tuple(one(*shape) for shape in self.config.cache_shapes)
 
     def extend(
         self,
         tokens: Int32[Array, "B T"],
         positions: Int32[Array, "B T"],
-        cache: Cache,
+        cache: Caches,
         cache_positions: Int32[Array, "B S"],
         cache_segments: Int32[Array, "B S"],
         slot: Int32[Array, ""] | int,
         lengths: Int32[Array, " B"] | None = None,
         layers: Sequence[Sequence[Any]] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    ) -> tuple[Float[Array, "B T D"], Caches]:
         """Runs further tokens against a cache.
 
         Args:
           tokens: written to the cache slots slot..slot+T-1.
           positions: of the tokens.
-          cache: (k, v) of `empty_cache`.
+          cache: of `empty_cache`.
           cache_positions: the position of the token in each slot, the new ones included.
           cache_segments: 1 for slots that hold a token (the new ones included), 0 otherwise.
           slot: the same for all rows: prompts of unequal length are padded on the left. A Python 0 says that the cache
@@ -244,7 +263,7 @@ class Decoder(nnx.Module):
         if lengths is None:
             lengths = jnp.max(positions, axis=1) + 1
         with exact_float32(self.dtype):
-            hidden, cache, _ = self._run(tokens, where, lengths[:, None], cache, None, layers)
+            hidden, cache, _ = self._run(tokens, where, lengths[:, None], list(cache), None, layers)
         return hidden, cache
 
     def _run(
@@ -252,58 +271,79 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         where: dict[str, Any],
         lengths: jax.Array | None,
-        cache: Cache | None,
+        caches: list[Any] | None,
         dropout_key: jax.Array | None,
         layers: Sequence[Sequence[Any]] | None = None,
     ) -> tuple[jax.Array, Any, Stats | None]:
         c = self.config
-        kind_of = self._kinds(where["q_positions"], lengths)
         x = self.embed_tokens(tokens, self.dtype)
         if c.embed_scale != 1:
             x = x * jnp.asarray(c.embed_scale, self.dtype)
         x = sharding.constrain(x, "batch", "residual", None)
         layer_keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
+        of_layers = None
+        if self.per_layer is not None:
+            last = None if dropout_key is None else jax.random.fold_in(dropout_key, c.num_layers)
+            of_layers = self.per_layer(tokens, x, last)
         kinds = None if c.layer_kinds is None else np.array(c.layer_kinds, np.int32)
-        routed = []
-        for segment, (stack, span) in enumerate(zip(self.layers, c.spans, strict=True)):
+        kinds_of = functools.cache(lambda here: self._kinds(here, where["q_positions"], lengths))
+        routed: list[Stats] = []
+        kept: dict[str, Kept] = {}
+        for number, (stack, segment, span) in enumerate(zip(self.layers, c.segments, c.spans, strict=True)):
             # The module is split once; the scan's body sees one layer's slice of every stacked parameter.
             # Without remat, what is kept of a layer for the backward pass has no axis of adapters, as what is scanned.
             graph, stacked = nnx.split(in_use(stack) if layers is None and self.remat == "none" else stack)
-            layer = self._layer(graph, kind_of, where)
-            if layers is not None:
-                for number, state in zip(span, layers[segment], strict=True):
-                    kind = None if kinds is None else kinds[number]
-                    (x, cache), _ = layer((x, cache), (state, None, kind, number))
-                continue
+            here = c.of(segment)
+            home, first = c.homes[number]
+            seen = where | {"shared": kept.get(here.shares)} if here.shares else where
+            layer = self._layer(graph, kinds_of(here), seen)
             # The cache is carried, not sliced and stacked like the parameters: a layer then writes its new slots in
             # place, each segment those of its own layers.
-            numbers = None if cache is None else jnp.arange(span.start, span.stop, dtype=jnp.int32)
-            keys, kinds_here = (None if each is None else each[span.start : span.stop] for each in (layer_keys, kinds))
-            (x, cache), stats = jax.lax.scan(layer, (x, cache), (stacked, keys, kinds_here, numbers))
+            cache = None if caches is None else caches[home]
+            numbers = None
+            if caches is not None:
+                numbers = np.full(len(span), first) if here.shares else np.arange(first, first + len(span))
+                numbers = numbers.astype(np.int32)
+            at = slice(span.start, span.stop)
+            inputs = [None if each is None else each[at] for each in (layer_keys, kinds, of_layers)]
+            if layers is not None:
+                for place, state in enumerate(layers[number]):
+                    mine = (None if each is None else each[place] for each in inputs)
+                    at_home = None if numbers is None else int(numbers[place])
+                    (x, cache), (stats, own) = layer((x, cache), (state, *mine, at_home))
+                stats = None
+            else:
+                (x, cache), (stats, own) = jax.lax.scan(layer, (x, cache), (stacked, *inputs, numbers))
+                own = jax.tree.map(lambda array: array[0], own)  # a layer that keeps some is a segment of its own
+            if caches is not None and cache is not None:
+                caches[home] = cache
+            if own is not None:
+                kept[here.keeps] = own
             if stats is not None:
                 routed.append(stats)
         joined = jax.tree.map(lambda *each: jnp.concatenate(each), *routed) if len(routed) > 1 else None
-        return self.norm(x), cache, joined or next(iter(routed), None)
+        made = None if caches is None else tuple(caches)
+        return self.norm(x), made, joined or next(iter(routed), None)
 
     def _layer(self, graph: Any, kind_of: Callable[[Any], Kind], where: dict[str, Any]) -> Callable[..., Any]:
-        """One layer of a segment, whose module has this graph: ((x, cache), inputs) -> ((x, cache), router's sums)."""
+        """One layer of a segment: ((x, cache), inputs) -> ((x, cache), (router's sums, keys and values to keep))."""
 
         def layer(carry: Any, inputs: Any) -> tuple[Any, Any]:
             x, cache = carry
-            state, key, kind, number = inputs
-            x, cache, stats = nnx.merge(graph, state)(x, kind_of(kind), where | {"layer": number}, cache, key)
-            return (x, cache), stats
+            state, key, kind, per_layer, number = inputs
+            seen = where | {"layer": number, "per_layer": per_layer}
+            x, cache, stats, kept = nnx.merge(graph, state)(x, kind_of(kind), seen, cache, key)
+            return (x, cache), (stats, kept)
 
         if self.remat == "none":
             return layer
         return jax.checkpoint(layer, prevent_cse=False, policy=POLICIES[self.remat]())
 
-    def _kinds(self, positions: jax.Array, lengths: jax.Array | None) -> Callable[[Any], Kind]:
-        """A layer's window and rotary tables, by the number of its kind.
+    def _kinds(self, c: ModelConfig, positions: jax.Array, lengths: jax.Array | None) -> Callable[[Any], Kind]:
+        """A layer's window and rotary tables, by the number of its kind; `c`: of its segment.
 
         Layers of several kinds (windows or not, one rope or another) stay one scan: what differs is picked inside it.
         """
-        c = self.config
         tables = [rope.tables(positions, r, lengths) for r in c.ropes]
         if c.layer_kinds is None:
             return lambda kind: (c.windows[0], tables[0])

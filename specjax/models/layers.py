@@ -28,6 +28,7 @@ from specjax.models.stack import Call, Constant
 
 Axes = tuple[str | None, ...]
 Kind = tuple[Any, Tables]  # window (None, an integer, or OneOf), (cosines, sines)
+Kept = tuple[jax.Array, jax.Array]  # a layer's keys and values, [B,T,K,H] each
 Keys = tuple[jax.Array | None, ...]  # one dropout key a linear map
 
 
@@ -208,20 +209,26 @@ class Attention(nnx.Module):
         if config.fused_qkv:
             self.qkv_proj = into(n + 2 * k, "heads")
         else:
-            self.q_proj, self.k_proj, self.v_proj = into(n, "heads"), into(k, "kv_heads"), into(k, "kv_heads")
-        self.q_norm, self.k_norm = norm(n, "heads"), norm(k, "kv_heads")
+            self.q_proj = into(n, "heads")
+            self.k_proj = None if config.shares else into(k, "kv_heads")
+            self.v_proj = into(k, "kv_heads") if config.values and not config.shares else None
+        self.q_norm, self.k_norm = norm(n, "heads"), None if config.shares else norm(k, "kv_heads")
         sink = nnx.initializers.normal(0.02)
         self.sinks = parameter(sink, (n,), ("heads",), layers, rngs) if config.sinks else None
         out_axes = (("heads", "head_dim"), ("embed",))
         self.o_proj = Linear((n, h), (d,), *out_axes, bias=config.o_bias, layers=layers, rngs=rngs, stddev=out_stddev)
 
     def _qkv(self, x: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of x, before they are rotated; k and v are q's where the layer has none of its own."""
         if self.config.fused_qkv:
             last_q, last_k = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
             fused = self.qkv_proj(x, keys[0])
             q, k, v = fused[:, :, :last_q], fused[:, :, last_q:last_k], fused[:, :, last_k:]
         else:
-            q, k, v = beside(x, (self.q_proj, self.k_proj, self.v_proj), keys)
+            maps = [each for each in (self.q_proj, self.k_proj, self.v_proj) if each is not None]
+            found = beside(x, maps, keys)
+            q, k, v = found[0], found[min(1, len(found) - 1)], found[-1]
+        v = _unscaled(v, self.config.norm_eps) if self.config.v_norm else v
         return self.q_norm(q) if self.q_norm else q, self.k_norm(k) if self.k_norm else k, v
 
     def __call__(
@@ -231,35 +238,48 @@ class Attention(nnx.Module):
         where: dict[str, Any],
         cache: Cache | None = None,
         keys: Keys = (None,) * 4,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """The block's output, and the cache with x's keys and values.
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Kept | None]:
+        """The block's output, the cache with x's keys and values, and those alone where the layer keeps them.
 
         Args:
           x: the block's input.
           kind: this layer's window (None: all keys) and the tables of `rope.tables` for the queries' positions.
           where: q_positions, k_positions, q_segments, k_segments; with a cache also `slot`, the index there of x's
-            first token, and `layer`, this layer's.
-          cache: None, or that of all layers; x's keys and values are written into it.
+            first token, and `layer`, this layer's (or that of the layer whose keys and values it shares); of a layer
+            that shares, `shared`: x's keys and values where they are not to be had from the cache.
+          cache: None, or that of all layers of this shape; x's keys and values are written into it.
           keys: dropout keys for q, k, v, o; a fused map has q's.
         """
         window, (cos, sin) = kind
         q, k, v = self._qkv(x, keys)
         turn = rotate_neighbours if self.config.interleaved else rotate
-        q, k = turn(q, cos, sin), turn(k, cos, sin)
+        q = turn(q, cos, sin)
+        if not self.config.shares:
+            k = turn(k, cos, sin)
+        elif where["shared"] is not None:
+            k, v = where["shared"]
         if self.config.query_growth:
             q = q * growth(where["q_positions"], *self.config.query_growth).astype(q.dtype)
-        sees = {name: value for name, value in where.items() if name not in ("slot", "layer")}
+        sees = {name: value for name, value in where.items() if name not in ("slot", "layer", "shared", "per_layer")}
+        kept = (k, v) if self.config.keeps else None
         if cache is not None:
-            cache = store(cache, k, v, where["layer"], where["slot"])
+            if not self.config.shares:
+                cache = store(cache, k, v, where["layer"], where["slot"])
             if isinstance(where["slot"], int) and where["slot"] == 0:  # nothing stands before x: it sees itself alone
                 sees |= {"k_positions": sees["q_positions"], "k_segments": sees["q_segments"]}
             else:
                 k, v = (jax.lax.dynamic_index_in_dim(part, where["layer"], keepdims=False) for part in cache)
-                sees["cached"] = True
+                sees["cached"], kept = True, None
         scale, softcap = self.config.query_scale, self.config.attention_softcap
         sinks = None if self.sinks is None else self.sinks[...].astype(q.dtype)
         heads = attend(q, k, v, window=window, scale=scale, softcap=softcap, sinks=sinks, **sees)
-        return self.o_proj(heads, keys[3]), cache
+        return self.o_proj(heads, keys[3]), cache, kept
+
+
+def _unscaled(x: Float[Array, "*shape H"], eps: float) -> Float[Array, "*shape H"]:
+    """Each head normed, computed in float32."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
 def activate(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Int32
 
 Tables = tuple[Float32[Array, "B T 1 half"], Float32[Array, "B T 1 half"]]  # cosines, sines
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")  # that files ask for
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")  # that files ask for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Rope:
         3.1) divides the low ones, keeps the high ones and blends between, measured in wavelengths against
         `original_max_positions`. `yarn` (arXiv:2309.00071) blends between dimensions. `longrope` (arXiv:2402.13753,
         Phi-3) divides each frequency by its own factor, of the short list in texts of up to `original_max_positions`
-        tokens and of the long list in longer ones.
+        tokens and of the long list in longer ones. `proportional` (Gemma 4) turns the first `turning` pairs alone, at
+        the frequencies that they have among all.
       attention_factor: multiplies cosines and sines.
     """
 
@@ -44,6 +45,7 @@ class Rope:
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    turning: int = 0
 
 
 def frequencies(rope: Rope, *, long: bool = False) -> Float32[np.ndarray, " {rope.dim}//2"]:
@@ -60,6 +62,8 @@ def frequencies(rope: Rope, *, long: bool = False) -> Float32[np.ndarray, " {rop
     inverse = f32(1.0) / power
     if rope.kind == "none":
         return np.zeros_like(inverse)
+    if rope.kind == "proportional":
+        return np.where(np.arange(rope.dim // 2) < rope.turning, inverse, f32(0)) / f32(rope.factor)
     if rope.kind == "linear":
         return inverse / f32(rope.factor)
     if rope.kind == "llama3":

@@ -92,7 +92,9 @@ def meshes(config: ConfigDict, count: int, slices: int) -> list[dict[str, int]]:
     rows, dividing = config.batch_size // (config.accumulate or 1), []
     experts = [n for n in range(1, (sizes.num_experts or 1) + 1) if (sizes.num_experts or 1) % n == 0]
     for tensor in _powers(count):
-        if any(n % tensor for n in (sizes.num_kv_heads, sizes.num_heads, sizes.mlp_dim or tensor, sizes.vocab_size)):
+        layers = [sizes.of(segment) for segment in sizes.segments]
+        split = {n for here in layers for n in (here.num_kv_heads, here.num_heads, here.mlp_dim or tensor)}
+        if any(n % tensor for n in (*split, sizes.vocab_size)):
             continue
         for context in _powers(count):
             for expert in experts:
