@@ -225,7 +225,7 @@ def test_a_loss_far_above_the_ones_before_names_its_rows(capsys):
     [said] = [line for line in capsys.readouterr().out.splitlines() if "--rows=" in line]
     ids = ",".join(map(str, sorted(rows.row_ids(30).tolist())))
     assert re.fullmatch(
-        rf"step 31: the loss is \d+\.\d+, and was .* before; its rows: `specjax data --rows={ids}`", said
+        rf"step 31: the loss is \d+\.\d+, and was .* before; its rows, which `specjax data` shows: {ids}", said
     )
 
 

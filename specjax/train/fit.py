@@ -206,7 +206,7 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
             f"step {step}: the loss is {loss} and the gradient norm {norm}, on the rows {_listed(run.data, step - 1)} "
             f"of the packed data; {run.weights()}, and {run.last_good()}: "
             + ("lower the learning rate or look at" if step > 1 else "look at the model's weights and at")
-            + " the data of this step (`specjax data --rows=...`)."
+            + " the data of this step, which `specjax data` shows by these numbers."
         )
     counted = float(metrics[f"loss_{run.objective.counts}"])
     if not counted:  # the loss is then 0 of nothing, and no measure of anything
@@ -216,8 +216,8 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
         )
     if counted and (usual := run.result.spike(loss)):
         log.note(
-            f"step {step}: the loss is {loss:.3f}, and was {usual:.3f} before; its rows: `specjax data --rows="
-            f"{','.join(map(str, sorted(run.data.row_ids(step - 1).tolist())))}`"
+            f"step {step}: the loss is {loss:.3f}, and was {usual:.3f} before; its rows, which `specjax data` shows: "
+            f"{','.join(map(str, sorted(run.data.row_ids(step - 1).tolist())))}"
         )
     if step % every == 0 or step == 1 or step == steps:
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
