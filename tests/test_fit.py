@@ -222,7 +222,7 @@ def test_a_loss_far_above_the_ones_before_names_its_rows(capsys):
             return batch | {"targets": (batch["targets"] + 64) % 128} if step == 30 else batch
 
     quick(rows=Odd(), steps=33, rate=2e-2, eval_data={}, log_every=100)
-    [said] = [line for line in capsys.readouterr().out.splitlines() if "--rows=" in line]
+    [said] = [line for line in capsys.readouterr().out.splitlines() if "which `specjax data` shows" in line]
     ids = ",".join(map(str, sorted(rows.row_ids(30).tolist())))
     assert re.fullmatch(
         rf"step 31: the loss is \d+\.\d+, and was .* before; its rows, which `specjax data` shows: {ids}", said
