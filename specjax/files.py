@@ -151,10 +151,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # a filesystem without this, for folders at least
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a filesystem without this, for folders at least
             raise
     finally:
         os.close(descriptor)

@@ -296,6 +296,9 @@ SHAPES = {
     ("layers", 0, "mlp", "up_proj", "kernel"): (3, 4),
     ("layers", 0, "norm", "scale"): (4,),
     ("layers", 0, "mlp", "up_proj", "bias"): (4,),
+    ("layers", 0, "self_attn", "sinks"): (4,),
+    ("layers", 0, "mlp", "alpha_p"): (1,),
+    ("layers", 0, "mlp", "alpha_n"): (1,),
 }
 
 

@@ -62,9 +62,8 @@ class Log:
             where.mkdir(parents=True, exist_ok=True)
             if wandb:
                 self._track("W&B", lambda: WandB(wandb, where, config))
-            kept = {
-                name: _kept(where / name, start) for name in ("metrics.jsonl", "samples.jsonl")
-            }  # before any changes
+            # Both are read before either is changed.
+            kept = {name: _kept(where / name, start) for name in ("metrics.jsonl", "samples.jsonl")}
             self._files = {name: _open_lines(where / name, lines) for name, lines in kept.items()}
             if tensorboard:
                 self._track("TensorBoard", lambda: TensorBoard(where / "tensorboard", start))
