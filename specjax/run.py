@@ -267,6 +267,8 @@ def combine(
 
     The tokenizer is the adapters' own where they agree on its chat template; else none is written.
     """
+    if (Path(model) / files.MARK).is_file():
+        raise UserError(f"--model={model} is the folder of a run: give the base of the adapters.")
     decoder, _ = hf_load.load(model, mesh=sharding.make_mesh())
     for name, folder in adapters.items():
         lora.load(decoder, folder, name=name)

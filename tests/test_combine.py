@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 import specjax as sj
 from specjax import cli
 from specjax.errors import UserError
+from specjax.files import mark
 from specjax.hf.load import load
 
 pytestmark = [
@@ -190,6 +191,10 @@ def test_the_command_writes_what_the_library_makes(base, ours, tmp_path, capsys)
     argv = ["combine", f"--model={base / 'base'}", f"--adapter={base / 'hr'}", f"--adapter=l={base / 'law'}"]
     assert cli.main([*argv, "--weight=hr=0.5", "--weight=l=2", "--how=cat", f"--out={tmp_path / 'out'}"]) == 0
     assert "without a tokenizer" in capsys.readouterr().out
+    (tmp_path / "run").mkdir()
+    mark(tmp_path / "run")
+    assert cli.main([argv[0], f"--model={tmp_path / 'run'}", argv[2], "--weight=hr=1", f"--out={tmp_path / 'no'}"]) == 2
+    assert "is the folder of a run: give the base" in capsys.readouterr().err
     sj.lora.combine(ours, {"hr": 0.5, "law": 2}, how="cat")
     sj.lora.save(ours, tmp_path / "same")
     found, wanted = (updates(tmp_path / name) for name in ("out", "same"))

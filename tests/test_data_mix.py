@@ -76,6 +76,14 @@ def test_a_pass_and_columns_go_through_all_parts():
         made.with_column(SOURCE, np.zeros(made.report["tokens"]))
 
 
+def test_rows_are_shown_by_their_numbers_in_all_parts(monkeypatch):
+    made = mixed()
+    for number, part in enumerate(made.parts):
+        monkeypatch.setattr(part, "preview", lambda which, number=number: [(number, row) for row in which])
+    _, second, third, _ = made._first.tolist()
+    assert made.preview([third + 1, second, 0, second - 1]) == [(2, 1), (1, 0), (0, 0), (0, second - 1)]
+
+
 def test_the_report_counts_each_source():
     report = mixed().report
     assert [part["share"] for part in report["sources"].values()] == pytest.approx([0.7, 0.2, 0.1])

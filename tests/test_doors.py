@@ -46,6 +46,15 @@ def test_what_has_no_end_is_ended_and_the_next_is_answered(impatient):
     assert load_data([malformed.CHAT], tokenizer, template=made, **settings).num_rows == 1
 
 
+def test_a_text_that_is_too_long_is_refused_before_it_is_here(monkeypatch):
+    monkeypatch.setattr(sandbox, "OUTPUT", 1 << 20)
+    how = {"conversations": [[{"role": "user", "content": "x"}]]}
+    with pytest.raises(sandbox.Exceeded, match="1 MiB of text"):
+        sandbox.render("{{ 'x' * 2000000 }}", [how])
+    (made,) = sandbox.render("{{ 'x' * 1000000 }}", [how])
+    assert made[0] == "x" * 1_000_000
+
+
 def test_a_template_gets_what_transformers_renders_and_no_secret(monkeypatch):
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -286,6 +286,8 @@ def test_a_run_goes_on_with_the_same_batches_computed_otherwise(base, runs, tmp_
     assert specjax("train", *argv) == 0
     said = capsys.readouterr().out
     assert "goes on with another accumulate, mesh.tensor, model.remat: the same batches" in said
+    devices = "on 8 devices (fsdp=4, tensor=2); before it was 8 devices (fsdp=8)"
+    assert f"resumed at step 3, {devices}" in " ".join(said.split())
     for row, whole in zip(metrics(workdir), metrics(runs["lora"]), strict=True):
         assert row == pytest.approx(whole, rel=1e-4)
 
