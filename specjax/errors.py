@@ -70,3 +70,19 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(name, list(names), n=1)
     return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def misspelt(name: str, names: Iterable[str]) -> str:
+    """The one of `names` that must have been meant, or "".
+
+    It differs by two letters at most, by one where the name is short, and by no digit.
+
+    >>> misspelt("modles/llama-3", ["models/llama-3", "data/x"])
+    'models/llama-3'
+    >>> misspelt("org/llama-3.2", ["org/llama-3.1", "org/llama-3.2-it"])
+    ''
+    """
+    most = 1 if len(name) < 8 else 2
+    digits = lambda text: [letter for letter in text if letter.isdigit()]  # noqa: E731
+    near = [one for one in names if digits(one) == digits(name) and abs(len(one) - len(name)) <= most]
+    return next(iter(difflib.get_close_matches(name, near, n=1, cutoff=1 - (most + 0.01) / max(1, len(name)))), "")

@@ -140,8 +140,10 @@ def test_the_hub_is_asked_for_hub_names_alone(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no such folder"):
             hf_folder.resolve(name)
     assert asked == []
-    hf_folder.resolve("meta/llama")
-    assert asked == ["meta/llama"]
+    (tmp_path / "models" / "llama-3.1").mkdir()
+    for name in ("meta/llama", "model/llama-3.2", "model/llama-instruct"):  # near a folder here, and meant
+        hf_folder.resolve(name)
+    assert asked == ["meta/llama", "model/llama-3.2", "model/llama-instruct"]
 
 
 def test_a_password_in_an_address_is_refused_and_not_repeated():

@@ -7,7 +7,6 @@ user's own terms (`data/train.jsonl:7`), so that every later complaint about a r
 import codecs
 import contextlib
 import csv
-import difflib
 import functools
 import io
 import json
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple, TextIO
 
 from specjax.data import saved
 from specjax.data.remote import brought, is_address
-from specjax.errors import UserError, argument, nearest
+from specjax.errors import UserError, argument, misspelt, nearest
 from specjax.files import is_there, read_bytes
 from specjax.values import shown
 
@@ -86,10 +85,9 @@ def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Op
     if here.is_dir():  # and the source is none: it is a path, misspelt, and no name to ask the hub for
         near = nearest(str(source), [f"{here}/{one.name}" for one in here.iterdir()])
         raise UserError(f"no such data file or folder: {source}; the folder {here} is here.{near}")
-    likely = difflib.get_close_matches(here.name, [one.name for one in Path().iterdir()], 1, 0.8)
-    if likely:
+    if meant := misspelt(here.name, (one.name for one in Path().iterdir())):
         raise UserError(
-            f"no such data file or folder: {source}; {likely[0]} is here, so the hub is not asked: did you mean that?"
+            f"no such data file or folder: {source}; {meant} is here, so the hub is not asked: did you mean that?"
         )
     return _hub(str(source), split)
 

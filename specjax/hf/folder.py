@@ -1,6 +1,5 @@
 """Which folder a name stands for, and which of its files are the model: as transformers chooses them."""
 
-import difflib
 import hashlib
 import json
 import re
@@ -8,7 +7,7 @@ import shlex
 import struct
 from pathlib import Path
 
-from specjax.errors import UserError, nearest
+from specjax.errors import UserError, misspelt, nearest
 from specjax.files import is_inside, is_there, read_object
 from specjax.values import several, shown
 
@@ -37,16 +36,10 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
         raise UserError(
             f"model {name!r}: the folder {here} is here and has no such folder, so the hub is not asked for it.{near}"
         )
-    if near := _misspelt(name):
-        raise UserError(f"model {name!r}: no such folder; one like it is here, so the hub is not asked for it.{near}")
+    near = misspelt(here.name, (one.name for one in Path().iterdir() if one.is_dir()))
+    if meant := misspelt(name, (f"{near}/{one.name}" for one in Path(near).iterdir()) if near else ()):
+        raise UserError(f"model {name!r}: no such folder; {meant} is here, so the hub is not asked: did you mean that?")
     return _without_adapter(_download(name, revision, weights))
-
-
-def _misspelt(name: str) -> str:
-    """A hint where a folder here has nearly the name's first part, and a folder in it nearly the second; or ""."""
-    first = name.partition("/")[0]
-    likely = difflib.get_close_matches(first, [one.name for one in Path().iterdir() if one.is_dir()], n=3, cutoff=0.7)
-    return nearest(name, [f"{here}/{one.name}" for here in likely for one in Path(here).iterdir() if one.is_dir()])
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
