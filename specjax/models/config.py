@@ -154,7 +154,7 @@ def segments(
     """The segments of layers with these blocks, and with the changes of each, in order.
 
     >>> segments(["dense", "experts", "experts"])
-    (Segment(block='dense', layers=1), Segment(block='experts', layers=2))
+    (Segment(block='dense', layers=1, changes=()), Segment(block='experts', layers=2, changes=()))
     """
     pairs = zip(blocks, itertools.repeat(())) if changes is None else zip(blocks, changes, strict=True)
     return tuple(Segment(block, len(list(run)), change) for (block, change), run in itertools.groupby(pairs))

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jax import Array
+from jaxtyping import Float, Int32
 
 from specjax.models.adapter import AdaptableMap
 from specjax.models.grouped import grouped_matmul

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jax import Array
+from jaxtyping import Float, Int32
 
 from specjax.models.config import ModelConfig
 from specjax.models.layers import Keys, Linear, RMSNorm, activate, parameter
