@@ -314,7 +314,7 @@ def _prompts(given: Sequence[str], file: str) -> list[str]:
         try:
             prompts += [line for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
         except FileNotFoundError:
-            raise UserError(f"There is no file {file}: --prompt_file is a text file with a prompt a line.") from None
+            raise UserError(f"There is no file {file}: --prompt_file is a text file with a prompt per line.") from None
     if not any(text.strip() for text in prompts):
         raise UserError(
             "`specjax generate` needs --prompt: a text, such as --prompt='What is VAT?', or - for standard input."
