@@ -12,13 +12,13 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from specjax import __version__, process
+from specjax import __version__, keys, process
 from specjax.checks import FREE, TYPES, nearest_key
 from specjax.cluster.launch import launch
 from specjax.config import get_config, load_config_file
 from specjax.errors import UserError, nearest
 from specjax.values import shown
-from specjax.verbs import FLAGS, VERBS, help_of, help_of_all
+from specjax.verbs import FLAGS, VERBS, WIDTH, help_of, help_of_all
 
 # What a file or a folder may be, and what to do; any other error of the system's is a bug of ours.
 SURROUNDINGS = {
@@ -61,9 +61,7 @@ def main(argv: Sequence[str], *, own_process: bool = False) -> int:
     Only where the process is the command's own is anything of it changed (`specjax.process`).
     """
     if not argv or {"help", "-h", "--help"}.intersection(argv):
-        verb = next((word for word in argv[:2] if word in VERBS), None)  # `train --help`, `help train`
-        print(help_of(verb) if verb else help_of_all(), end="")
-        return 0
+        return _help(argv)
     if argv[0] == "--version":
         print(f"specjax {__version__}")
         return 0
@@ -93,6 +91,22 @@ def main(argv: Sequence[str], *, own_process: bool = False) -> int:
         said = "The disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
         print(f"specjax: {said}{where}: {SURROUNDINGS[error.errno]} and run the same command again.", file=sys.stderr)
         return 2
+
+
+def _help(argv: Sequence[str]) -> int:
+    """`train --help`, `help train`, `help config`, `help config.lora`; of all, where none is named."""
+    named = [word for word in argv[:2] if not word.startswith("-") and word != "help"]
+    if named and named[0] in VERBS:
+        print(help_of(named[0]), end="")
+    elif named and named[0].partition(".")[0] == "config":
+        try:
+            print(keys.help_of(named[0], WIDTH), end="")
+        except UserError as error:
+            print("specjax:", error, file=sys.stderr)
+            return 2
+    else:
+        print(help_of_all(), end="")
+    return 0
 
 
 def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -182,6 +196,11 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
         from specjax import parity
 
         parity.show()
+        return 0
+    if verb == "env":
+        from specjax import env
+
+        print(env.report())
         return 0
     if verb == "plan":  # it compiles for devices that are not here, and must ask for none that are
         from specjax.plan import report, targets

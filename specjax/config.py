@@ -26,111 +26,133 @@ HOW = re.compile(r"(accumulate|mesh\..*|model\.remat|optimizer\.offload)$")
 
 
 def get_config() -> ConfigDict:
-    """The defaults. 0, "" and -1 mean what the comment beside them says; a key of None is not set."""
+    """The defaults. 0, "" and -1 mean what the comment beside them says; a key of None is not set.
+
+    The comments above and beside a key are what `specjax help config` and the reference say of it (`specjax.keys`).
+    """
     config = ConfigDict()
-    config.seed = 0
-    config.trainable = "all"  # all: every weight | lora: only the LoRA factors
+    config.seed = 0  # seeds the order of rows, LoRA's first factors, dropout and random weights
+    config.trainable = "all"  # what trains: all: every weight | lora: the LoRA factors only
     config.steps = 0  # optimizer steps; 0: as many as `epochs` make
     config.epochs = 1.0  # passes over the rows: round(epochs * rows / batch_size) steps, at least 1
     config.batch_size = 8  # rows per optimizer step, over all devices and micro-batches
-    # Micro-batches per optimizer step. 0: on a CPU as many as leave each at least 256 tokens, where fewer are no faster
-    # and take more memory; elsewhere 1.
+    # Micro-batches per optimizer step. 0 chooses: on a CPU as many as leave at least 256 tokens in each, because fewer
+    # tokens are slower and more take more memory; elsewhere 1.
     config.accumulate = 1
 
-    config.objective = "next_token"  # next_token | dpo: of two answers the chosen one more likely (wants pairs)
+    # What is minimised: next_token: the loss of each next token | dpo: the chosen of two answers becomes more likely
+    # (needs preference pairs).
+    config.objective = "next_token"
     config.dpo = ConfigDict()  # only with objective="dpo"
-    config.dpo.beta = 0.1  # how far the model may leave the reference: the larger, the less
-    config.dpo.loss = "sigmoid"  # sigmoid | sigmoid_norm | hinge | ipo | robust, as TRL names them
+    config.dpo.beta = 0.1  # a larger beta keeps the model closer to the reference
+    config.dpo.loss = "sigmoid"  # sigmoid | sigmoid_norm | hinge | ipo | robust, named as in TRL
     config.dpo.label_smoothing = 0.0  # with loss="robust": the share of pairs that are labelled the wrong way round
 
     config.model = ConfigDict()
     config.model.path = ""  # a Hugging Face folder or a hub name
-    config.model.revision = ""  # of a hub name; "": its default branch
-    # Of the computation: bfloat16 | float32 | auto: float32 on a CPU, which is slower in bfloat16 (half the memory of
-    # what is frozen is what bfloat16 has for itself there), bfloat16 elsewhere.
+    config.model.revision = ""  # of a hub name: a branch, tag or commit; "": the default branch
+    # Dtype of the computation: bfloat16 | float32 | auto: float32 on a CPU, where bfloat16 is slower, and bfloat16
+    # elsewhere. A frozen base is stored in it too, so on a CPU bfloat16 saves half of the base's memory.
     config.model.dtype = "auto"
-    config.model.init = "checkpoint"  # checkpoint | random: the folder's config.json only, trains from nothing
-    # What the backward pass computes again, for memory: none | dots: all but the linear maps' outputs | attention: all
-    # but the attention's | full: each layer | offload: as attention, which waits in the host's memory.
+    # Where weights come from: checkpoint | random: only the folder's config.json is read, training starts from nothing.
+    config.model.init = "checkpoint"
+    # What the backward pass recomputes to save memory: none | dots: all but the linear maps' outputs | attention: all
+    # but the attention's outputs | full: each layer | offload: as attention, whose outputs wait in the host's memory.
     config.model.remat = "none"
-    config.model.quantise = ""  # nf4 | int8: store the frozen base so, only with trainable="lora"; "": as floats
-    config.model.router_aux_coef = placeholder(float)  # of a mixture of experts' balancing loss; not set: config.json's
+    config.model.quantise = ""  # nf4 | int8: how the frozen base is stored, with trainable="lora"; "": as floats
+    # Weight of a mixture of experts' balancing loss; not set: the value in config.json.
+    config.model.router_aux_coef = placeholder(float)
 
     config.lora = ConfigDict()  # only with trainable="lora"
-    # An adapter's folder (PEFT's) to start from: what it is, its rank, targets and so on, are its own.
+    # A PEFT adapter's folder to start from. Its rank, targets and other settings are taken over.
     config.lora.init_from = placeholder(str)
-    config.lora.rank = placeholder(int)
-    config.lora.alpha = placeholder(float)  # not set: 2 * rank
-    config.lora.dropout = placeholder(float)  # not set: 0
-    config.lora.targets = placeholder(object)  # names, "a,b" or a pattern; not set: "all-linear"
-    config.lora.rslora = placeholder(bool)  # scale by alpha/sqrt(rank); not set: alpha/rank
-    config.lora.dora = placeholder(bool)  # train each output's magnitude too
+    config.lora.rank = placeholder(int)  # rank of the factors; must be set, unless `init_from` is
+    config.lora.alpha = placeholder(float)  # the update is scaled by alpha/rank; not set: 2 * rank
+    config.lora.dropout = placeholder(float)  # probability; not set: 0
+    # Which linear maps get factors: names, "a,b" or a pattern, as in PEFT; not set: "all-linear".
+    config.lora.targets = placeholder(object)
+    config.lora.rslora = placeholder(bool)  # scale by alpha/sqrt(rank) instead of alpha/rank
+    config.lora.dora = placeholder(bool)  # DoRA: train the magnitude of each output too
     config.lora.rank_pattern = placeholder(object)  # pattern of a module's name -> its rank: {"layers.0.*": 4}
-    config.lora.alpha_pattern = placeholder(object)  # likewise, its alpha
+    config.lora.alpha_pattern = placeholder(object)  # pattern of a module's name -> its alpha
     config.lora.layers_to_transform = placeholder(object)  # layer numbers, with a list of targets; not set: all
     config.lora.exclude_modules = placeholder(object)  # names, "a,b" or a pattern of maps to leave out
     config.lora.modules_to_save = placeholder(object)  # names of modules that train whole: embed_tokens, lm_head, norm
-    config.lora.bias = placeholder(str)  # none | all | lora_only: biases that train; not set: none
+    config.lora.bias = placeholder(str)  # which biases train: none | all | lora_only; not set: none
     config.lora.ensure_weight_tying = placeholder(bool)  # modules_to_save trains tied embeddings as one table
 
     config.data = ConfigDict()
     # A file, a folder or a hub name; or several, each with its share: [("mine.jsonl", 0.8), ("general.jsonl", 0.2)].
-    # An epoch is then a pass over the first.
+    # With several, an epoch is a pass over the first.
     config.data.train = FieldReference("", field_type=object)
-    config.data.shares = "tokens"  # of several: shares of the tokens | of the rows of the batches
-    config.data.split = "train"  # of a hub name or of a folder of splits
-    # Name -> file; empty: `eval_fraction` of the train rows, named "heldout", or of each source, "heldout-mine".
+    config.data.shares = "tokens"  # what the shares of several sources are shares of: tokens | rows
+    config.data.split = "train"  # the split to read, of a hub name or of a folder of splits
+    # Eval set's name -> file: --config.data.eval.domain=domain.jsonl. Empty: `eval_fraction` of the train rows, named
+    # "heldout", or of each source, named "heldout-mine" and so on.
     config.data.eval = ConfigDict()
-    config.data.eval_fraction = 0.02  # 0: nothing is held out
-    config.data.format = "auto"  # auto | text | instruct | prompt | messages | conversations | preference
-    config.data.columns = ConfigDict()  # role -> column, such as instruction -> question
-    config.data.template = ""  # a built-in such as chatml or alpaca, or a .jinja file; "": the tokenizer's own
-    # Of a chat whose template rewrites earlier turns (drops their reasoning): exact: a row for each answer, which is
-    # the prompt as inference has it and the answer | whole: one row, with earlier answers as they stand there.
+    config.data.eval_fraction = 0.02  # share of the train rows that is held out; 0: none
+    # Format of the rows: auto: by their columns | text | instruct | prompt | messages | conversations | preference
+    config.data.format = "auto"
+    # Role -> column, for columns with other names: --config.data.columns.instruction=question.
+    config.data.columns = ConfigDict()
+    config.data.template = ""  # chat template: a built-in such as chatml, or a .jinja file; "": the tokenizer's own
+    # For a chat whose template rewrites earlier turns (drops their reasoning): exact: one row per answer: the prompt
+    # that inference gives, and the answer | whole: one row, with earlier answers as they are rendered there.
     config.data.turns = "exact"
-    config.data.length = 1024  # tokens in a row
-    config.data.packing = True  # several documents in a row, each seeing itself alone
-    # Pairs and chats over `length`: drop | truncate: keep the start | keep_end: keep the answer's end | split: into
-    # several documents. Raw text is always cut into pieces and never lost.
+    config.data.length = 1024  # tokens per row
+    config.data.packing = True  # put several documents into a row, each of which sees only itself
+    # Pairs and chats longer than `length`: drop | truncate: keep the start | keep_end: keep the answer's end | split:
+    # make several documents. Raw text is always cut into pieces, and nothing of it is lost.
     config.data.overlong = "drop"
-    # Where tokens are kept, so that a second start makes none: a folder; "": ~/.cache/specjax/data; off: nowhere.
+    # Folder in which tokens are kept, so that a second start makes none; "": ~/.cache/specjax/data; off: nowhere.
     config.data.cache = ""
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw | lion
-    config.optimizer.learning_rate = 1e-4  # the peak
-    config.optimizer.schedule = "cosine"  # cosine | linear | constant, after the warmup
-    config.optimizer.warmup_steps = 0
-    config.optimizer.final_fraction = 0.1  # of the peak, at the last step
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.eps = 1e-8
-    config.optimizer.clip_norm = 1.0  # of all gradients together; 0: off
-    # How moments are stored between steps: float32 | bfloat16 | 8bit, rounded at random; and where: offload=True keeps
-    # them in the host's memory (on TPU and GPU).
+    config.optimizer.learning_rate = 1e-4  # the peak of the schedule
+    config.optimizer.schedule = "cosine"  # after the warmup: cosine | linear | constant
+    config.optimizer.warmup_steps = 0  # steps in which the rate grows to its peak
+    config.optimizer.final_fraction = 0.1  # the rate at the last step, as a fraction of the peak
+    config.optimizer.weight_decay = 0.0  # decoupled, times the learning rate; norms and biases do not decay
+    config.optimizer.b1 = 0.9  # decay of the first moment
+    config.optimizer.b2 = 0.999  # decay of the second moment
+    config.optimizer.eps = 1e-8  # AdamW's epsilon
+    config.optimizer.clip_norm = 1.0  # limit of the norm of all gradients together; 0: off
+    # How moments are stored between steps: float32 | bfloat16 | 8bit, the last two rounded at random.
     config.optimizer.moments = "float32"
-    config.optimizer.offload = False
+    config.optimizer.offload = False  # keep the optimizer's state in the host's memory between steps (TPU and GPU)
 
     config.eval = ConfigDict()
-    config.eval.every = 0  # steps; 0: at the start and at the end only
-    config.eval.batches = 0  # 0: the whole set
-    config.eval.patience = 0  # evals without a better loss before the run stops; 0: it never stops early
-    config.eval.best = ""  # the set whose loss names the best checkpoint; "": the first by name
-    config.eval.prompts = ()  # answered at each eval
-    # Sets of chats or pairs whose questions (100 at most) are answered too, and the answers compared with the known
-    # ones: `exact` is the share that is the same but for case and punctuation. Raw text asks nothing.
+    config.eval.every = 0  # steps between evaluations; 0: at the start and at the end only
+    config.eval.batches = 0  # batches of each set that are evaluated; 0: all
+    config.eval.patience = 0  # evaluations without a better loss after which the run stops; 0: it never stops early
+    config.eval.best = ""  # the set whose loss decides which checkpoint is best; "": the first by name
+    config.eval.prompts = ()  # prompts that are answered at each evaluation; the flag may be repeated
+    # Sets of chats or pairs whose questions (at most 100) are answered too. `exact` is the share of answers that equal
+    # the known ones but for case and punctuation. Raw text has no questions.
     config.eval.exact = ("general",)
-    config.eval.max_new_tokens = 64
+    config.eval.max_new_tokens = 64  # limit of an answer's tokens
 
-    # Every so many steps; 0: at each eval and at the end. The last `keep` stay, and the best: with 2, a newest one
-    # that a disk damaged has one before it.
-    config.checkpoint = ConfigDict({"every": 0, "keep": 1})
-    config.log = ConfigDict({"every": 10, "tensorboard": True, "wandb": ""})  # wandb: a project's name
-    # Devices on each axis; -1: all that are left. `expert` is for mixture-of-experts models, `context` for long rows.
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "expert": 1, "context": 1, "tensor": 1})
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 0  # steps between checkpoints; 0: at each evaluation and at the end
+    # How many of the last checkpoints are kept, beside the best. With 2, one is left if a disk damages the newest.
+    config.checkpoint.keep = 1
+
+    config.log = ConfigDict()
+    config.log.every = 10  # steps between logged steps
+    config.log.tensorboard = True  # write <workdir>/tensorboard
+    config.log.wandb = ""  # name of a Weights & Biases project; "": none
+
+    config.mesh = ConfigDict()  # devices on each axis; -1: all that are left
+    config.mesh.data = 1  # copies of the model
+    config.mesh.fsdp = -1  # over which parameters, optimizer state and rows are split
+    config.mesh.expert = 1  # over which the experts of a mixture of experts, and rows, are split
+    config.mesh.context = 1  # over which the length of each row is split
+    config.mesh.tensor = 1  # over which heads, MLP and vocabulary are split
+
     config.export = True  # write <workdir>/export at the end
-    config.compare = ConfigDict(sort_keys=False)  # `specjax compare` alone: method -> overrides of this same config
+    # For `specjax compare`: method -> overrides of this same config, as in configs/demo.py.
+    config.compare = ConfigDict(sort_keys=False)
     config.lock()
     for key in (*FREE, "compare"):
         config[key].unlock()

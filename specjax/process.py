@@ -17,12 +17,12 @@ from specjax.errors import UserError, nearest
 STOPPED = 143  # what a shell says of SIGTERM
 DISABLE = "SPECJAX_DISABLE"  # the environment variable: parts, with commas between them, or "all"
 PARTS = {
-    "huge_pages": "`train` starts anew and asks Linux for huge pages (GLIBC_TUNABLES): steps on a CPU get shorter",
+    "huge_pages": "`train` restarts itself once to get huge pages from Linux (GLIBC_TUNABLES): faster steps on a CPU",
     "torch_block": "transformers may not load torch, unless the config file imports either of them",
-    "quiet": "transformers, datasets, Orbax and the compilers say errors alone",
-    "compile_cache": "what is compiled for a GPU or TPU is kept in ~/.cache/specjax/xla",
-    "cpu_only": "`plan`, which compiles for devices that are not here, asks for none that are",
-    "memory_trim": "what compiling a step took goes back to the system",
+    "quiet": "transformers, datasets, Orbax and the compilers print errors only",
+    "compile_cache": "programs compiled for a GPU or TPU are kept in ~/.cache/specjax/xla",
+    "cpu_only": "`plan`, which compiles for devices that are not here, uses none that are",
+    "memory_trim": "memory that compiling a step took goes back to the system",
 }
 
 

@@ -60,10 +60,11 @@ class Flag:
         return f"--{self.name}={self.value}" if self.value else f"--{self.name}"
 
     def told(self) -> str:
-        """What the help says of it."""
+        """What the help says of it: meaning, default, whether it may be repeated, which engines of `launch` take it."""
         engines = [engine for engine, (needs, may) in ENGINES.items() if self.name in (*needs, *may)]
-        parts = (self.does, self.more, "repeatable" if self.many else "", ", ".join(engines))
-        return "; ".join(part for part in parts if part)
+        default = "" if self.type is bool or self.default in (None, "") else f"default {self.default}"
+        parts = (self.does, self.more, default, "repeatable" if self.many else "")
+        return "; ".join(part for part in parts if part) + (f" ({', '.join(engines)})" if engines else "")
 
 
 def _flags() -> Iterator[Flag]:
@@ -75,77 +76,81 @@ def _flags() -> Iterator[Flag]:
     )
     yield Flag("workdir", "DIR", "the run's folder, such as --workdir=runs/lora")
     yield Flag("distributed", "", "this process is one of several, as `specjax launch` starts them", bool)
-    yield Flag("profile", "", "a trace of three steps, in the workdir", bool)
+    yield Flag("profile", "", "write a trace of three steps into the workdir", bool)
     # generate
     yield Flag("model", "M", "a Hugging Face folder, a hub name or a run's folder, such as --model=runs/lora")
-    yield Flag("adapter", "[NAME=]DIR", "a PEFT adapter that answers", many=True)
-    yield Flag("prompt", "TEXT", "- is standard input", many=True)
-    yield Flag("prompt_file", "F", "a prompt per line")
-    yield Flag("system", "TEXT", "the system's words before each prompt")
-    yield Flag("raw", "", "no chat template", bool)
-    yield Flag("stop", "TEXT", "ends an answer where it comes", many=True)
-    yield Flag("seed", "0", "of what is drawn", int, 0, least=0)
+    yield Flag("adapter", "[NAME=]DIR", "a PEFT adapter over the model", many=True)
+    yield Flag("prompt", "TEXT", "a prompt; - reads standard input", many=True)
+    yield Flag("prompt_file", "F", "a text file with a prompt per line")
+    yield Flag("system", "TEXT", "a system message before each prompt")
+    yield Flag("raw", "", "apply no chat template", bool)
+    yield Flag("stop", "TEXT", "end an answer at this text", many=True)
+    yield Flag("seed", "N", "seed of random draws", int, 0, least=0)
     yield Flag("max_new_tokens", "N", "default: generation_config.json's, else 128", int, least=1)
-    yield Flag("temperature", "X", "default: generation_config.json's, else 0, which is greedy", float, least=0.0)
-    yield Flag("top_k", "N", "draws from the N likeliest", int, least=0)
-    yield Flag("top_p", "X", "draws from the likeliest of this probability together", float, least=0.0, most=1.0)
-    yield Flag("min_p", "X", "draws from those as likely as X times the likeliest", float, least=0.0, most=1.0)
-    yield Flag("repetition_penalty", "X", "makes what was said less likely", float, least=0.0)
-    yield Flag("generation_config", "false", "leaves the model's generation_config.json out", bool, True)
+    yield Flag("temperature", "X", "0 is greedy; default: generation_config.json's, else 0", float, least=0.0)
+    yield Flag("top_k", "N", "draw from the N likeliest tokens", int, least=0)
+    yield Flag("top_p", "X", "draw from the likeliest tokens whose probabilities sum to X", float, least=0.0, most=1.0)
+    yield Flag("min_p", "X", "draw from tokens at least X times as likely as the likeliest", float, least=0.0, most=1.0)
+    yield Flag("repetition_penalty", "X", "make tokens that have occurred less likely", float, least=0.0)
+    yield Flag("generation_config", "false", "ignore the model's generation_config.json", bool, True)
     # export
     yield Flag("out", "DIR", "the folder to write, such as --out=exported")
-    yield Flag("merge", "", "LoRA into the base's weights", bool)
-    yield Flag("dequantise", "", "with --merge: into a quantised base's dequantised weights", bool)
-    yield Flag("step", "N", "default: the best, or the last", int, least=0)
+    yield Flag("merge", "", "fold LoRA into the base's weights", bool)
+    yield Flag("dequantise", "", "with --merge: merge into the dequantised weights of a quantised base", bool)
+    yield Flag("step", "N", "the checkpoint's step; default: the best, or the last", int, least=0)
     yield Flag("overwrite", "", "replace what is in the folder", bool)
-    yield Flag("dtype", "bfloat16|float32|float16", "default: that of the base's files")
+    yield Flag("dtype", "bfloat16|float32|float16", "of the files; default: that of the base's files")
     # data
-    yield Flag("rows", "N,N", "rows of the training data by number, as a run names them, and nothing else")
+    yield Flag("rows", "N,N", "show only these rows of the training data, by the numbers that a run prints")
     # combine
-    yield Flag("weight", "NAME=X", "of an adapter, such as --weight=hr=0.7", many=True)
+    yield Flag("weight", "NAME=X", "an adapter's weight, such as --weight=hr=0.7", many=True)
     yield Flag(
         "how",
         "WAY",
-        "svd, cat, linear, ties, dare_linear, dare_ties or magnitude_prune, the last four also with _svd behind; "
-        "default svd",
+        "svd, cat, linear, ties, dare_linear, dare_ties or magnitude_prune; the last four also as ties_svd and so on",
         default="svd",
     )
-    yield Flag("rank", "N", "of the new adapter, where the way is svd or ends in it; default the largest", int, least=1)
+    yield Flag("rank", "N", "rank of the new adapter, for svd and ..._svd; default: the largest rank", int, least=1)
     yield Flag("density", "X", "the share of numbers that ties, dare and magnitude_prune keep", float)
-    yield Flag("majority_sign", "total|frequency", "of ties: which sign wins; default total", default="total")
+    yield Flag("majority_sign", "total|frequency", "which sign wins in ties", default="total")
     # plan
     yield Flag(
         "target",
         "FAMILY:SHAPE",
         "hardware to compile for, such as --target=v5e:4x4 or --target=cpu:8",
         many=True,
-        more="v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, 2*v5e:4x4 for two slices, h100:8; v5e: its smallest slice that will do",
+        more="v5p:2x2x4, v6e:2x4, tpu7x:2x2x1, 2*v5e:4x4 for two slices, h100:8; v5e: its smallest slice that fits",
     )
-    yield Flag("json", "", "an object per target, and nothing else", bool)
-    yield Flag("search", "", "meshes, remat and micro-batches tried and ranked", bool)
+    yield Flag("json", "", "print one object per target, and nothing else", bool)
+    yield Flag("search", "", "try meshes, remat and micro-batches, and rank them", bool)
     yield Flag(
-        "price_per_chip_hour", "X", "what a million tokens, and an epoch of the data, cost", float, 0.0, least=0.0
+        "price_per_chip_hour",
+        "X",
+        "print the cost per million tokens, and per epoch of the data",
+        float,
+        0.0,
+        least=0.0,
     )
     # launch
-    yield Flag("on", "ENGINE", "who starts the processes: --on=local:N, gcloud-tpu, gke or slurm")
-    yield Flag("dry_run", "", "print, start nothing", bool)
-    yield Flag("name", "TEXT", "of the machine or the job")
-    yield Flag("zone", "TEXT", "where the machine is")
-    yield Flag("project", "TEXT", "of Google Cloud")
-    yield Flag("image", "TEXT", "of the container")
+    yield Flag("on", "ENGINE", "what starts the processes: --on=local:N, gcloud-tpu, gke or slurm")
+    yield Flag("dry_run", "", "print what would be started, and start nothing", bool)
+    yield Flag("name", "TEXT", "the machine's or the job's name")
+    yield Flag("zone", "TEXT", "the machine's zone")
+    yield Flag("project", "TEXT", "the Google Cloud project")
+    yield Flag("image", "TEXT", "the container's image")
     yield Flag("accelerator", "TEXT", "GKE's name of the TPU")
-    yield Flag("topology", "TEXT", "chips of a slice, such as 4x4")
-    yield Flag("namespace", "TEXT", "of Kubernetes")
-    yield Flag("bucket", "TEXT", "mounted at /bucket")
-    yield Flag("service_account", "TEXT", "of Kubernetes")
-    yield Flag("time", "TEXT", "the job's limit")
-    yield Flag("partition", "TEXT", "of the cluster")
-    yield Flag("account", "TEXT", "that pays")
-    yield Flag("setup", "TEXT", "shell, before the command")
+    yield Flag("topology", "TEXT", "the slice's chips, such as 4x4")
+    yield Flag("namespace", "TEXT", "the Kubernetes namespace")
+    yield Flag("bucket", "TEXT", "a bucket to mount at /bucket")
+    yield Flag("service_account", "TEXT", "the Kubernetes service account")
+    yield Flag("time", "TEXT", "the job's time limit")
+    yield Flag("partition", "TEXT", "the cluster's partition")
+    yield Flag("account", "TEXT", "the account that pays")
+    yield Flag("setup", "TEXT", "shell commands that run before the command")
     yield Flag("nodes", "N", "machines", int, least=1)
-    yield Flag("gpus_per_node", "N", "processes on each", int, least=1)
-    yield Flag("slices", "N", "default 1", int, least=1)
-    yield Flag("restarts", "N", "default 10", int, least=1)
+    yield Flag("gpus_per_node", "N", "processes on each machine", int, least=1)
+    yield Flag("slices", "N", "TPU slices; default 1", int, least=1)
+    yield Flag("restarts", "N", "restarts after failures; default 10", int, least=1)
 
 
 FLAGS = {flag.name: flag for flag in _flags()}
@@ -153,55 +158,98 @@ FLAGS = {flag.name: flag for flag in _flags()}
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """What a verb does, the flags that it needs, those that it may have."""
+    """What a verb does, the flags that it needs, those that it may have, and examples of it."""
 
     does: str
     needs: tuple[str, ...]
     may: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
 
 
 _DRAWING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "generation_config")
 _ENGINES = sorted({name for needs, may in ENGINES.values() for name in (*needs, *may)})
 VERBS = {
     "train": Verb(
-        "run the job; called again on the same folder, it goes on",
+        "train; called again on the same workdir, resume",
         ("config", "workdir"),
         ("distributed", "profile"),
+        (
+            "--config=configs/lora.py --workdir=runs/lora",
+            "--config=configs/sft.py --workdir=runs/mine --config.model.path=meta-llama/Llama-3.2-1B-Instruct "
+            "--config.data.train=mine.jsonl --config.optimizer.learning_rate=1e-5",
+        ),
     ),
-    "eval": Verb("loss, perplexity and token accuracy on the named sets", ("config", "workdir"), ("distributed",)),
+    "eval": Verb(
+        "print a run's loss, perplexity and token accuracy on named sets",
+        ("config", "workdir"),
+        ("distributed",),
+        (
+            "--config=configs/lora.py --workdir=runs/lora",
+            "--config=configs/lora.py --workdir=runs/lora --config.data.eval.domain=domain.jsonl",
+        ),
+    ),
     "generate": Verb(
-        "what a model, or a run's folder, answers to --prompt=TEXT",
+        "print what a model, a run or several adapters answer to --prompt=TEXT",
         ("model",),
         ("adapter", "prompt", "prompt_file", "raw", "system", "stop", "seed", *_DRAWING, "distributed"),
+        (
+            "--model=runs/lora --prompt='What is VAT?'",
+            "--model=meta-llama/Llama-3.2-1B-Instruct --adapter=tax=runs/tax/export --prompt=- --temperature=0.7",
+        ),
     ),
     "export": Verb(
-        "a Hugging Face folder, or a PEFT adapter",
+        "write a run's result: a Hugging Face folder, or a PEFT adapter",
         ("workdir", "out"),
         ("merge", "dequantise", "step", "overwrite", "dtype", "distributed"),
+        ("--workdir=runs/lora --out=merged --merge", "--workdir=runs/lora --out=adapter-200 --step=200"),
     ),
-    "data": Verb("what the model will see: counts, losses, the mask in colour", ("config",), ("rows",)),
+    "data": Verb(
+        "show what the model will see: counts, dropped rows, the trained tokens in colour",
+        ("config",),
+        ("rows",),
+        ("--config=configs/sft.py --config.data.train=mine.jsonl", "--config=configs/lora.py --rows=3,14"),
+    ),
     "combine": Verb(
-        "one PEFT adapter of several, each with its weight",
+        "make one PEFT adapter of several, each with its weight",
         ("model", "adapter", "weight", "out"),
         ("how", "rank", "density", "majority_sign", "seed", "overwrite", "distributed"),
+        (
+            "--model=M --adapter=hr=runs/hr/export --adapter=tax=runs/tax/export --weight=hr=0.7 --weight=tax=0.3 "
+            "--out=both",
+            "--model=M --adapter=a=A --adapter=b=B --weight=a=1 --weight=b=1 --how=ties --density=0.5 --out=both",
+        ),
     ),
-    "compare": Verb("the methods of config.compare on the same data, in one table", ("config", "workdir")),
+    "compare": Verb(
+        "run the methods of config.compare on the same data, and print one table",
+        ("config", "workdir"),
+        (),
+        (
+            "--config=configs/demo.py --workdir=runs/compare",
+            "--config=configs/demo.py --workdir=runs/compare --config.compare.lora.lora.rank=4",
+        ),
+    ),
     "plan": Verb(
-        "does it fit there, and how fast can it be, without the devices",
+        "say whether a job fits and how fast it can be, without the devices",
         ("config", "target"),
         ("json", "search", "price_per_chip_hour"),
+        (
+            "--config=configs/lora.py --target=v5e:4x4 --config.model.path=llama --config.batch_size=16",
+            "--config=configs/full.py --target=h100:8 --search --price_per_chip_hour=3",
+        ),
     ),
     "launch": Verb(
-        "train on several hosts, or in several processes", ("on", "config", "workdir"), ("dry_run", *_ENGINES)
+        "train in several processes, on one machine or on many",
+        ("on", "config", "workdir"),
+        ("dry_run", *_ENGINES),
+        (
+            "--on=local:2 --config=configs/lora.py --workdir=runs/two",
+            "--on=slurm --nodes=2 --gpus_per_node=8 --config=configs/lora.py --workdir=/shared/runs/x --dry_run",
+        ),
     ),
-    "families": Verb("which models are supported, how near to transformers", ()),
+    "families": Verb("list the supported models, and how near they are to transformers", (), (), ("",)),
+    "env": Verb("print versions, devices and settings, for a bug report", (), (), ("",)),
 }
 
-CONFIG = """\
-Config: --config=F is a .py file of configs/ or a run's config.json, and --config.KEY=VALUE changes any key of it.
-  --config.data.eval.NAME=FILE adds an eval set, --config.data.columns.ROLE=COLUMN names a column,
-  --config.eval.prompts=TEXT may be repeated. specjax/config.py says what each key means.
-"""
 EXAMPLES = """\
 Examples:
   specjax data --config=configs/sft.py --config.data.train=mine.jsonl
@@ -209,49 +257,61 @@ Examples:
   specjax generate --model=runs/x --prompt="What is VAT?"
   specjax export --workdir=runs/x --out=merged --merge
 """
+MORE = """\
+  specjax VERB --help             the flags of a verb, with defaults and examples
+  specjax help config             every key of a config, with its default; `specjax help config.lora`: those of a group
+"""
 
 
 def help_of_all() -> str:
-    """`specjax --help`: every verb, every flag."""
-    lines = ["specjax specialises a pretrained language model to a domain: full fine-tuning, SFT and LoRA, in JAX.", ""]
-    wide = max(len(_usage(name)) for name in VERBS if len(_usage(name)) < WIDTH // 2) + 1
-    for name, verb in VERBS.items():
-        usage = _usage(name)
-        lines += (
-            [f"  {usage:<{wide}} {verb.does}"] if len(usage) < wide else [f"  {usage}", " " * (wide + 3) + verb.does]
+    """`specjax --help`: every verb on a line."""
+    wide = max(map(len, VERBS)) + 1
+    return "\n".join(
+        (
+            "specjax specialises a pretrained language model to a domain: full fine-tuning, SFT, LoRA and DPO, in JAX.",
+            "",
+            *(f"  specjax {name:<{wide}} {verb.does}" for name, verb in VERBS.items()),
+            "",
+            MORE,
+            "A config is a .py file of configs/ or a run's config.json; --config.KEY=VALUE changes any key of it.",
+            "A mistake ends with exit status 2 and one sentence: what, where, what to do.",
+            "",
+            EXAMPLES,
         )
-    lines += ["", "Flags beside these (`specjax VERB --help` has one on each line):"]
-    for name, verb in VERBS.items():
-        if verb.may:
-            lines += _wrapped(
-                f"{name}: " + ", ".join(f"{FLAGS[flag].form()} ({FLAGS[flag].told()})" for flag in verb.may)
-            )
-    own = f"{DISABLE}=all, or some of {', '.join(PARTS)}, in the environment"
-    note = f"{own} leaves out what the command does to its own process; the Python API does none of it."
-    return "\n".join([*lines, "", CONFIG, *_wrapped(note), "", EXAMPLES])
+    )
 
 
 def help_of(name: str) -> str:
-    """`specjax VERB --help`: what its flags do."""
+    """`specjax VERB --help`: usage, its flags with their defaults, examples."""
     verb = VERBS[name]
     taken = [FLAGS[flag] for flag in (*verb.needs, *verb.may)]
     wide = max((len(flag.form()) for flag in taken), default=0) + 2
-    lines = [" ".join(_usage(name).split()), f"  {verb.does}", ""]
+    needs = [FLAGS[flag].form() for flag in verb.needs]
+    lines = [" ".join(["specjax", name, *needs, *(["[FLAGS]"] if verb.may else [])]), f"  {verb.does}"]
+    lines += [""] if taken else []
     for flag in taken:
         needed = " (needed)" if flag.name in verb.needs else ""
         text = textwrap.wrap(flag.told() + needed, WIDTH - wide - 2, break_on_hyphens=False)
         lines.append(f"  {flag.form():<{wide}}{text[0]}")
         lines += [" " * (wide + 2) + line for line in text[1:]]
-    lines += ["", CONFIG.rstrip("\n")] if "config" in verb.needs else []
+    if "config" in verb.needs:
+        lines += [
+            "",
+            "--config.data.eval.NAME=FILE adds an eval set, --config.data.columns.ROLE=COLUMN names a column,",
+        ]
+        lines += ["--config.eval.prompts=TEXT may be repeated. `specjax help config` has every key and its default."]
     if name == "train":
         lines += ["", f"{DISABLE}, in the environment, leaves out what the command does to its own process: all, or"]
-        lines += [line for part, does in PARTS.items() for line in _wrapped(f"  {part}: {does}")]
+        lines += [line for part, does in PARTS.items() for line in _wrapped(f"  {part}: {does}", "    ")]
+    lines += ["", "Examples:"]
+    for example in verb.examples:
+        lines += _wrapped(f"  specjax {name} {example}".rstrip(), "      ", " \\")
     return "\n".join(lines) + "\n"
 
 
-def _usage(name: str) -> str:
-    return " ".join([f"specjax {name:<8}", *(FLAGS[flag].form() for flag in VERBS[name].needs)])
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, drop_whitespace=True)
+def _wrapped(text: str, indent: str, ending: str = "") -> list[str]:
+    """Lines of at most `WIDTH`, those behind the first indented, all but the last with `ending`."""
+    lines = textwrap.wrap(
+        text, WIDTH - len(ending), subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+    )
+    return [line + ending for line in lines[:-1]] + lines[-1:]

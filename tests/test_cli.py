@@ -1,15 +1,21 @@
 import inspect
 import io
+import re
+import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 import specjax
-from specjax import cli, compare, run
+from specjax import cli, compare, keys, run
+from specjax.checks import CHOICES, FREE, flat
 from specjax.cluster import launch
+from specjax.config import get_config
 from specjax.errors import UserError
 from specjax.plan import report
 from specjax.verbs import FLAGS, VERBS
@@ -46,13 +52,12 @@ def refused(capsys, *argv: str) -> str:
 
 
 @pytest.mark.parametrize("argv", [(), ("--help",), ("-h",), ("help",)])
-def test_help_names_every_verb_and_flag(capsys, argv):
+def test_help_is_a_screen_with_every_verb(capsys, argv):
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     for name, verb in VERBS.items():
-        assert f"specjax {name}" in out
-        for flag in (*verb.needs, *verb.may):
-            assert f"--{flag}" in out, flag
+        assert re.search(rf"^  specjax {name} +{re.escape(verb.does)}$", out, re.MULTILINE)
+    assert len(out.splitlines()) <= 40
     assert max(map(len, out.splitlines())) <= 120
 
 
@@ -65,9 +70,50 @@ def test_help_of_a_verb_has_its_own_flags_alone(capsys, name):
     own = [flag for flag in listed if not flag.startswith("config.")]
     assert own == [*verb.needs, *verb.may]
     assert out.startswith(f"specjax {name}") and out.splitlines()[1].strip() == verb.does
+    for flag in (FLAGS[each] for each in own):
+        assert flag.type is bool or flag.default in (None, "") or f"default {flag.default}" in out, flag.name
     assert max(map(len, out.splitlines())) <= 120
     assert cli.main(["help", name]) == 0
     assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_examples_of_a_verbs_help_are_two_and_parse(monkeypatch, name):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is VAT?"))
+    verb = VERBS[name]
+    assert len(verb.examples) == (2 if verb.needs else 1)
+    for example in verb.examples:
+        cli.parse(name, shlex.split(example))
+
+
+def test_help_of_the_config_has_each_key_once_with_its_default_and_meaning(capsys):
+    assert cli.main(["help", "config"]) == 0
+    out = capsys.readouterr().out
+    names = re.findall(r"^--config\.([\w.]+)=", out, re.MULTILINE)
+    groups = {"compare", *FREE}
+    assert sorted(names) == sorted({name for name, _ in flat(get_config().to_dict())} | groups)
+    assert all(key.means for key in keys.keys()), [key.name for key in keys.keys() if not key.means]
+    for name, choices in CHOICES.items():  # a choice that is checked is a choice that is told
+        [told] = [key.means for key in keys.keys() if key.name == name]
+        assert [choice for choice in choices if choice not in told] == [], name
+    assert cli.main(["help", "config.checkpoint"]) == 0
+    group = capsys.readouterr().out
+    assert group.count("--config.") == 2 and group in out
+    assert "--config.checkpoint.keep=1" in group
+    assert cli.main(["help", "config.lora.rnk"]) == 2
+    assert "Did you mean 'config.lora.rank'?" in capsys.readouterr().err
+
+
+def test_env_says_versions_devices_and_settings_and_no_secret(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert f"specjax {specjax.__version__}, Python {sys.version.split()[0]}" in out
+    assert f"jax {version('jax')}," in out and f"jaxlib {version('jaxlib')}" in out
+    assert f"devices: {jax.device_count()} x cpu" in out
+    assert "- HF_HUB_OFFLINE=1" in out and "hf_secret" not in out
 
 
 def test_every_flag_is_some_verbs_and_every_verbs_function_takes_its_flags():
@@ -101,7 +147,7 @@ def test_the_module_runs_as_the_command_does():
     assert done.returncode == 2
     assert done.stderr == (
         "specjax: There is no verb 'trian': it is one of train, eval, generate, export, data, combine, compare, plan, "
-        "launch, families. Did you mean 'train'?\n"
+        "launch, families, env. Did you mean 'train'?\n"
     )
 
 
