@@ -12,17 +12,17 @@ FAST := $(patsubst %,tests/test_%.py,cli config docs errors helpers imports laun
 MODEL ?=
 DATA ?= python
 
-.PHONY: check test newest demo demo-real demo-base bench parity torture clean
+.PHONY: check test docs newest demo demo-real demo-base bench parity torture clean
 
 # Between two edits. Types and tests side by side; either's failure fails it.
-check: $(VENV)/.test
+check: $(VENV)/.test docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@$(BIN)/mypy & types=$$!; \
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow" $(FAST) & tests=$$!; \
 	wait $$types; types=$$?; wait $$tests && exit $$types
 
-test: $(VENV)/.test
+test: $(VENV)/.test docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -30,6 +30,10 @@ test: $(VENV)/.test
 	AS_SHIPPED=1 PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/test_golden.py tests/test_plan.py tests/test_step.py \
 		-k "golden or h100 or as_shipped"
 	bash tests/newest.sh
+
+# The site, into runs/site: a link, a key or a function that is not there fails it. The network is not asked.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -W ignore -m mkdocs build --quiet
 
 # Three methods on a small base and the documentation of this very Python; ends with a table.
 demo: $(VENV)/.run

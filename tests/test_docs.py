@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from specjax.checks import FREE, flat
 from specjax.cli import parse
 from specjax.config import check_length, get_config, load_config_file, lora_settings, methods, settled, validate
 from specjax.verbs import VERBS
@@ -214,3 +215,32 @@ def test_no_figure_is_owed(path):
     marker = "MEASURED" + ":"
     lines = path.read_text(encoding="utf-8").splitlines()
     assert [number for number, line in enumerate(lines, 1) if marker in line] == []
+
+
+def test_every_public_name_is_in_the_reference_of_the_api():
+    import specjax
+    from specjax import data, lora, plan
+
+    text = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    written = re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
+    found = []
+    for dotted in written:
+        module, _, attribute = dotted.rpartition(".")
+        found.append(getattr(importlib.import_module(module), attribute))
+    public = {**{name: specjax for name in specjax.__all__}, **dict.fromkeys(("data", "lora", "__version__"))}
+    wanted = [getattr(home, name) for name, home in public.items() if home]
+    wanted += [getattr(room, name) for room in (data, lora) for name in room.__all__] + [plan.plan]
+    assert [each for each in wanted if not any(each is shown for shown in found)] == []
+
+
+def test_the_pages_that_are_made_have_every_verb_and_every_key(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    pages = importlib.import_module("pages")
+    command_line, config = pages.command_line(), pages.config_keys()
+    assert [verb for verb in VERBS if f"\n## specjax {verb}\n" not in command_line] == []
+    groups = {"compare", *FREE}
+    keys = {key for key, _ in flat(get_config().to_dict())} | groups
+    assert sorted(re.findall(r"^\| `([\w.]+)` \|", config, re.MULTILINE)) == sorted(keys)
+    landing = pages.landing()
+    links = re.findall(r"\]\(([^)#]+)", landing)
+    assert links and all(re.match("https?:", link) or (ROOT / "docs" / link).exists() for link in links)

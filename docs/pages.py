@@ -1,0 +1,61 @@
+"""The site's pages that are made: the landing page of README, the references of the command line and of the config."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from specjax import keys, verbs
+
+ROOT = Path(__file__).parent.parent
+PAGES = {"index.md": "landing", "reference/command-line.md": "command_line", "reference/config.md": "config_keys"}
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds the pages to those of `docs/` (https://www.mkdocs.org/dev-guide/plugins/#on_files)."""
+    from mkdocs.structure.files import File
+
+    for name, maker in PAGES.items():
+        files.append(File.generated(config, name, content=globals()[maker]()))
+    return files
+
+
+def landing() -> str:
+    """README, its links those of the site; files that are no page are named and not linked."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"\[[^\]]+\]\((?!https?:|docs/)([^)]+)\)", r"`\1`", text)
+    return text.replace("](docs/", "](")
+
+
+def command_line() -> str:
+    """Each verb's `--help`."""
+    parts = ["# Command line", "What `specjax --help` and `specjax VERB --help` print.", _block(verbs.help_of_all())]
+    for name in verbs.VERBS:
+        parts += [f"## specjax {name}", _block(verbs.help_of(name))]
+    return "\n\n".join(parts) + "\n"
+
+
+def config_keys() -> str:
+    """Every key of the config in a table per group."""
+    parts = [
+        "# Config keys",
+        "What `specjax help config` prints, from `specjax/config.py`. On the command line a key is "
+        "`--config.KEY=VALUE`, in a file of `configs/` it is `config.KEY = VALUE`. A key without a default is not set.",
+    ]
+    for group in dict.fromkeys(key.group for key in keys.keys()):
+        parts.append(f"## {group or 'The run'}")
+        found = (key for key in keys.keys() if key.group == group)
+        rows = (f"| `{key.name}` | {_span(key.default)} | {key.takes} | {_cell(key.means)} |" for key in found)
+        parts.append("\n".join(("| key | default | takes | meaning |", "|---|---|---|---|", *rows)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _block(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```"
+
+
+def _span(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
