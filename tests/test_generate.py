@@ -510,6 +510,23 @@ def test_a_stop_string_of_several_tokens_ends_a_text_where_transformers_ends_it(
         assert len(steps) < 3 * math.ceil(72 / LOOK_EVERY), "no text ended early"
 
 
+def test_a_conversation_is_a_prompt(llama, tokenizer, sent):
+    sj.generate(llama.model, tokenizer, [[{"role": "user", "content": "Hi"}], "Hi"], chat=True)
+    assert sent.prompts[0] == sent.prompts[1]
+    with pytest.raises(UserError, match="a prompt is a conversation, which a chat template renders: give chat=True"):
+        sj.generate(llama.model, tokenizer, [[{"role": "user", "content": "Hi"}]])
+
+
+def test_a_text_is_told_as_it_grows(llama, tokenizer):
+    told = {0: [], 1: []}
+    options = {"max_new_tokens": 9, "said": lambda row, text: told[row].append(text)}
+    whole = sj.generate(llama.model, tokenizer, ["1 and 2", "7 and 3 make"], **options)
+    for row, texts in told.items():
+        assert len(texts) == 8 and len(set(texts)) > 4
+        assert all(whole[row].startswith(text) for text in texts)
+        assert [len(text) for text in texts] == sorted(len(text) for text in texts)
+
+
 def test_a_repeated_stop_string_cuts_at_the_first(llama, tokenizer, sent):
     sent.answer = tokenizer("3; 4; 5; 6", add_special_tokens=False)["input_ids"]
     assert sj.generate(llama.model, tokenizer, ["1 and 2"], stop=[";"]) == ["3"]

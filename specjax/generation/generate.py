@@ -7,22 +7,20 @@ that few programs are compiled; `specjax.generation.decoding` is what runs on th
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from types import EllipsisType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from specjax import sharding
 from specjax.data.chat import plain_ids
 from specjax.errors import UserError
 from specjax.generation import decoding
-from specjax.generation.prompts import cut, decode, end_tokens, render
+from specjax.generation.batches import Setup, bucket, rows_of, texts_of
+from specjax.generation.pools import Adapters, pools
+from specjax.generation.prompts import cut, decode, end_tokens, render, settled
 from specjax.generation.sampling import Sampling
-from specjax.lora.adapters import slot_of
 from specjax.models import Decoder
-from specjax.models.adapter import select
 
 LOOK_EVERY = 16  # tokens between two looks for stop strings in the text so far
 
@@ -30,7 +28,7 @@ LOOK_EVERY = 16  # tokens between two looks for stop strings in the text so far
 def generate(
     model: Decoder,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[Mapping[str, str]]],
     *,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
@@ -42,9 +40,10 @@ def generate(
     stop: Sequence[str] | None = None,
     chat: bool = False,
     system: str | None = None,
-    adapter: str | EllipsisType | None = ...,
+    adapter: Adapters = ...,
     batch_size: int = 16,
     generation_config: Mapping[str, Any] | None = None,
+    said: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, up to a token of `end_tokens`, a stop string, or its limit.
 
@@ -54,7 +53,8 @@ def generate(
     Args:
       model: the model.
       tokenizer: its tokenizer.
-      prompts: the texts to continue as they are; with `chat`, what the user says.
+      prompts: the texts to continue as they are; with `chat`, what the user says, or a conversation that ends with it:
+        messages, each {"role": ..., "content": ...}.
       max_new_tokens: the limit.
       temperature: 0 takes the likeliest token; otherwise the logits are divided by it and a token is drawn.
       top_k: draw from this many of the likeliest tokens; 0: from all.
@@ -66,13 +66,19 @@ def generate(
         `stop_strings` of the file.
       chat: render each prompt as a user's turn through the tokenizer's chat template.
       system: the system turn before it.
-      adapter: the LoRA adapter to answer with, None for the base alone; default the one in use.
+      adapter: the LoRA adapter to answer with, None for the base alone; default the one in use. A list has one for each
+        prompt, ["hr", "tax", None, ...]: such prompts share batches, each row with its own adapter. Loading, unloading
+        and choosing adapters then compiles nothing while they fit what there was room for (`specjax.lora.reserve`).
+        Adapters with DoRA, or with copies of whole modules (`modules_to_save`, `bias`), can't share: their prompts are
+        answered in batches of their own, by a program of their own.
       batch_size: prompts at a time.
       generation_config: stands for the model's file; {} leaves it out, but for its end tokens.
+      said: told a prompt's number and its text so far after every token, but for the last ones; it may raise.
 
     Raises:
-      UserError: a prompt that is empty or too long, no chat template, an option out of range, no such adapter, or a
-        `generation_config.json` that asks for something that is not done here.
+      UserError: a prompt that is empty or too long, no chat template, an option out of range, no such adapter or
+        another number of them than of prompts, or a `generation_config.json` that asks for something that is not done
+        here.
     """
     if tokenizer is None:
         raise UserError("the model has no tokenizer: give one, or use generate_tokens with token ids.")
@@ -97,12 +103,21 @@ def generate(
     )
     if not prompts:
         return []
-    rows = render(tokenizer, prompts, system) if chat else [ids.tolist() for ids in plain_ids(tokenizer, prompts)]
+    plain = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if not chat and len(plain) < len(prompts):
+        raise UserError("a prompt is a conversation, which a chat template renders: give chat=True, or a text.")
+    rows = render(tokenizer, prompts, system) if chat else [ids.tolist() for ids in plain_ids(tokenizer, plain)]
     # Some tokenizers drop a text's first space: a continuation is what it adds to its prompt, an answer stands alone.
     heads = [[] if chat else row for row in rows]
 
     def text(row: int, new: Sequence[int]) -> str:
         return decode(tokenizer, heads[row], new)
+
+    def ended(row: int, new: Sequence[int]) -> bool:
+        so_far = text(row, new)
+        if said is not None:
+            said(row, settled(so_far, stop))
+        return any(one in so_far for one in stop)
 
     special = tokenizer.get_added_vocab()
     found = generate_tokens(
@@ -111,7 +126,8 @@ def generate(
         **vars(sampling),
         seed=seed,
         eos_ids=[*end_tokens(model, tokenizer, chat=chat), *(special[text] for text in stop if text in special)],
-        ended=(lambda row, new: any(one in text(row, new) for one in stop)) if set(stop).difference(special) else None,
+        ended=ended if said is not None or set(stop).difference(special) else None,
+        **({} if said is None else {"every": 1}),
         adapter=adapter,
         batch_size=batch_size,
     )
@@ -131,7 +147,8 @@ def generate_tokens(
     seed: int = 0,
     eos_ids: Sequence[int] = (),
     ended: Callable[[int, list[int]], bool] | None = None,
-    adapter: str | EllipsisType | None = ...,
+    every: int = LOOK_EVERY,
+    adapter: Adapters = ...,
     batch_size: int = 16,
 ) -> list[list[int]]:
     """The ids that follow each prompt's ids, up to the first of `eos_ids`, which is left out.
@@ -150,8 +167,9 @@ def generate_tokens(
       repetition_penalty: 1 is off.
       seed: of the draws.
       eos_ids: tokens that end a text.
-      ended: told a prompt's number and its new ids, every few tokens: whether that text needs no more of them.
-      adapter: the LoRA adapter.
+      ended: told a prompt's number and its new ids, now and then: whether that text needs no more of them.
+      every: how many tokens apart `ended` is asked.
+      adapter: the LoRA adapter, or one for each prompt.
       batch_size: prompts at a time.
 
     Raises:
@@ -165,8 +183,7 @@ def generate_tokens(
         return []
     mesh = sharding.mesh_of(model.norm.scale[...])
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
-    size = ways * _bucket(math.ceil(min(batch_size, len(prompts)) / ways))
-    stop = np.full(_bucket(len(eos_ids), 8), -1, np.int32)  # -1 is no token
+    stop = np.full(bucket(len(eos_ids), 8), -1, np.int32)  # -1 is no token
     stop[: len(eos_ids)] = eos_ids
     choice = decoding.Choice(
         stop=stop,
@@ -177,60 +194,33 @@ def generate_tokens(
         min_p=np.float32(min_p),
         repetition_penalty=np.float32(repetition_penalty),
     )
-    graph, state = _split(model, adapter)
-    stacks = [state["layers"][segment] for segment in range(len(model.config.segments))]
-    setup = _Setup(graph, state, unstacked(stacks), _head(nnx.merge(graph, state), size), choice)
     turn = min((r.original_max_positions for r in model.config.ropes if r.kind == "longrope"), default=math.inf)
     found: list[list[int]] = [[] for _ in prompts]
-    waiting = list(range(len(prompts)))
-    while waiting:
-        waiting.sort(key=lambda i: len(prompts[i]) + len(found[i]))
-        chosen, waiting = waiting[:size], waiting[size:]
-        texts = [[*prompts[i], *found[i]] for i in chosen]
-        left = [max_new_tokens - len(found[i]) for i in chosen]
-        # A text that outgrows longrope's short factors is read anew, to be rotated by the long ones from its start.
-        limits = [
-            min(n, int(turn) + 1 - len(text)) if len(text) <= turn < math.inf else n
-            for n, text in zip(left, texts, strict=True)
-        ]
-        rows = _rows(texts, size, chosen, limits, [len(found[i]) for i in chosen])
-        look = None if ended is None else _look(ended, chosen, found)
-        with nullcontext() if mesh is None else jax.set_mesh(mesh):
-            new = _continue(setup, rows, _bucket(max(limits), 16), look)
-        for i, row, limit, n in zip(chosen, new, limits, left, strict=False):
-            found[i] += row
-            if len(row) == limit < n and not (ended and ended(i, found[i])):
-                waiting.append(i)
+    for pool in pools(model, adapter, len(prompts)):
+        waiting = list(pool.prompts)
+        size = ways * bucket(math.ceil(min(batch_size, len(waiting)) / ways))
+        setup = Setup.of(pool.model, size, choice)
+        while waiting:
+            waiting.sort(key=lambda i: len(prompts[i]) + len(found[i]))
+            chosen, waiting = waiting[:size], waiting[size:]
+            texts = [[*prompts[i], *found[i]] for i in chosen]
+            left = [max_new_tokens - len(found[i]) for i in chosen]
+            # A text that outgrows longrope's short factors is read anew, to be rotated by the long ones from its start.
+            limits = [
+                min(n, int(turn) + 1 - len(text)) if len(text) <= turn < math.inf else n
+                for n, text in zip(left, texts, strict=True)
+            ]
+            rows = rows_of(texts, size, chosen, limits, [len(found[i]) for i in chosen])
+            look = None if ended is None else _look(ended, chosen, found)
+            if pool.slots is not None:
+                setup = setup.bearing(pool.model, pool.slots[[*chosen, *chosen[:1] * (size - len(chosen))]])
+            with nullcontext() if mesh is None else jax.set_mesh(mesh):
+                new = texts_of(setup, rows, bucket(max(limits), 16), look, every)
+            for i, row, limit, n in zip(chosen, new, limits, left, strict=False):
+                found[i] += row
+                if len(row) == limit < n and not (ended and ended(i, found[i])):
+                    waiting.append(i)
     return found
-
-
-class _Setup(NamedTuple):
-    """A model split for `decoding`, and what is asked of it."""
-
-    graph: Any
-    state: Any
-    layers: Any
-    head: Any
-    choice: decoding.Choice
-
-
-def _continue(
-    setup: _Setup, rows: decoding.Rows, new: int, look: Callable[[int, list[int]], bool] | None
-) -> list[list[int]]:
-    """The new ids of each row, up to its end, its limit, or (looked at every few tokens) where `look` says enough."""
-    graph, state, layers, head, choice = setup
-    greedy, until = bool(choice.temperature == 0), 0
-    progress = decoding.prefill(state, rows, graph=graph, new=new, penalised=bool(choice.repetition_penalty != 1))
-    few = 0 if greedy or not choice.top_k else _bucket(int(choice.top_k), 64)
-    while True:
-        until = new if look is None else min(until + LOOK_EVERY, new)
-        static = {"graph": graph, "greedy": greedy, "few": few}
-        progress = decoding.decode(state, layers, head, progress, rows, choice, np.int32(until), **static)
-        done, found = np.array(progress.done), [row[row >= 0].tolist() for row in np.array(progress.out)]
-        if look is None or until == new or done.all():
-            return found
-        done |= [not over and look(row, found[row]) for row, over in enumerate(done)]
-        progress = progress._replace(done=jax.device_put(done, progress.done.sharding))
 
 
 def _look(
@@ -238,64 +228,6 @@ def _look(
 ) -> Callable[[int, list[int]], bool]:
     """`ended` of a batch's rows, whose texts may have begun in an earlier batch."""
     return lambda row, new: ended(chosen[row], before[chosen[row]] + new)
-
-
-def _rows(
-    texts: Sequence[Sequence[int]], size: int, indices: Sequence[int], limits: Sequence[int], made: Sequence[int]
-) -> decoding.Rows:
-    """A batch of `size` rows, the last of them empty where there are fewer texts."""
-    tokens = np.zeros((size, _bucket(max(map(len, texts)) - 1, 32) + 1), np.int32)
-    rows = decoding.Rows(tokens, *np.zeros((4, size), np.int32))
-    for row, text in enumerate(texts):
-        tokens[row, -len(text) :], rows.lengths[row] = text, len(text)
-        rows.indices[row], rows.limits[row], rows.made[row] = indices[row], limits[row], made[row]
-    return rows
-
-
-def unstacked(segments: Sequence[Any]) -> list[list[Any]] | None:
-    """The stacked parameters of each segment layer by layer, views of the same memory; None but on a single CPU device.
-
-    A scan hands its body slices. XLA's CPU backend copies each slice before it multiplies, which doubles the time of a
-    decoding step; other backends read them in place.
-    """
-    first = jax.tree.leaves(segments)[0]
-    if not _on_cpu(first) or len(first.devices()) > 1:
-        return None
-    found = []
-    for stack in segments:
-        views = jax.tree.map(np.asarray, stack)
-        count = len(jax.tree.leaves(views)[0])
-        found.append([jax.tree.map(lambda x, i=i: jax.device_put(x[i]), views) for i in range(count)])
-    return found
-
-
-def _on_cpu(array: jax.Array) -> bool:
-    return next(iter(array.devices())).platform == "cpu"
-
-
-def _head(model: Decoder, rows: int) -> jax.Array | None:
-    """The output layer's table transposed, where that pays: XLA's CPU backend would do it at every step.
-
-    Not for one row, which it multiplies by the table as it lies; nor under an adapter's factors, which want the table.
-    """
-    table = model.output_table()
-    return decoding.transposed(table, model.dtype) if rows > 1 and table is not None and _on_cpu(table) else None
-
-
-def _bucket(size: int, least: int = 1) -> int:
-    """The next power of two.
-
-    >>> _bucket(33), _bucket(32), _bucket(3, 16)
-    (64, 32, 16)
-    """
-    return max(least, 1 << max(0, size - 1).bit_length())
-
-
-def _split(model: Decoder, adapter: str | EllipsisType | None) -> tuple[Any, Any]:
-    """The model's graph and arrays with that adapter in use; the model itself stays as it was."""
-    if isinstance(adapter, EllipsisType):
-        return nnx.split(model)
-    return nnx.split(select(model, None if adapter is None else slot_of(model, adapter)))
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], new: int, longest: int, vocab: int) -> None:

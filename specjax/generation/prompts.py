@@ -1,7 +1,7 @@
 """Prompts for a model, as ids; what it writes, as text; the tokens that end it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specjax.data import ends, template
@@ -16,15 +16,19 @@ def end_tokens(model: Decoder, tokenizer: Any, *, chat: bool = False) -> list[in
     return ends.end_tokens(tokenizer, model.origin.eos_ids, chat=chat)
 
 
-def render(tokenizer: Any, prompts: Sequence[str], system: str | None) -> list[list[int]]:
-    """The ids of each prompt as a user's turn, ready for the answer; the template alone writes special tokens."""
+def render(tokenizer: Any, prompts: Sequence[str | Sequence[Mapping[str, str]]], system: str | None) -> list[list[int]]:
+    """The ids of each prompt, a user's turn or a conversation that ends with one, ready for the answer.
+
+    The template alone writes special tokens.
+    """
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer has no chat template: continue plain text ({argument('chat=False')}), or train with a "
             f"template (built in are {', '.join(BUILT_IN)})."
         )
     before = [] if system is None else [{"role": "system", "content": system}]
-    asked = [Conversation("", [*before, {"role": "user", "content": prompt}]) for prompt in prompts]
+    turns = ([{"role": "user", "content": one}] if isinstance(one, str) else map(dict, one) for one in prompts)
+    asked = [Conversation("", [*before, *messages]) for messages in turns]
     texts = template.prompts(tokenizer.get_chat_template(), tokenizer.special_tokens_map, asked)
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
@@ -43,3 +47,19 @@ def cut(text: str, stop: Sequence[str]) -> str:
     'one'
     """
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+
+
+def settled(text: str, stop: Sequence[str] = ()) -> str:
+    """The part of an unfinished text that what follows won't change: up to a stop string, or to what may become one.
+
+    An unfinished character at the end, which decodes to U+FFFD, is left out too.
+
+    >>> settled("one two EN", ["END"]), settled("caf\ufffd"), settled("one END two", ["END"])
+    ('one two ', 'caf', 'one ')
+    """
+    short = cut(text, stop)
+    if len(short) == len(text):
+        ends = (one[:size] for one in stop for size in range(len(one) - 1, 0, -1))
+        short = text.rstrip("\ufffd")
+        short = short[: len(short) - max((len(end) for end in ends if short.endswith(end)), default=0)]
+    return short

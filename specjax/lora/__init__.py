@@ -3,6 +3,7 @@
 from flax import nnx
 
 from specjax.lora.adapters import names, slots, unload, use
+from specjax.lora.bank import reserve
 from specjax.lora.combine import combine
 from specjax.lora.inject import inject
 from specjax.lora.merge import merge
@@ -12,4 +13,4 @@ from specjax.lora.peft import load, save
 ALL = nnx.Param
 LORA = nnx.LoRAParam
 
-__all__ = ["ALL", "LORA", "combine", "inject", "load", "merge", "names", "save", "slots", "unload", "use"]
+__all__ = ["ALL", "LORA", "combine", "inject", "load", "merge", "names", "reserve", "save", "slots", "unload", "use"]

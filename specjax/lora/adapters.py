@@ -7,6 +7,7 @@ none, is in use. The base's own parameters keep their paths and values.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def attach(model: Decoder, name: str, adapter: Adapter) -> None:
     for path, factors in adapter.factors.items():
         member = Member(slot, factors.ranks, factors.alphas, adapter.dropout, adapter.rslora)
         held = maps[path].updates.get(factors.variant.name)
-        rows = [] if held is None else [(one, row_of(held, one)) for one in held.members]
+        rows = [] if held is None else rows_of(held)
         maps[path].updates[factors.variant.name] = _stack(
             maps[path], factors.variant, [*rows, (member, factors.values)]
         )
@@ -97,7 +98,7 @@ def attach(model: Decoder, name: str, adapter: Adapter) -> None:
             mesh = sharding.mesh_of(base[...])
         mask = None
         if not all(copies.layers):
-            mask = _constant(np.array(copies.layers, np.float32), ("layers",), mesh)
+            mask = constant(np.array(copies.layers, np.float32), ("layers",), mesh)
         part.own[str(slot)] = Own(values, copies.layers, mask, copies.tied)
     model.adapters = (*model.adapters[:slot], name, *model.adapters[slot + 1 :])
     use(model, name)
@@ -113,20 +114,25 @@ def _stack(linear: AdaptableMap, variant: LoRA, rows: Sequence[tuple[Member, Map
     for field, (shape, axes) in variant.arrays(linear, rank).items():
         whole, names = (*shape[:at], len(rows), *shape[at:]), (*axes[:at], "adapter", *axes[at:])
         padded = [_padded(values[field], shape) for _, values in rows]
-        value = padded[0].reshape(whole) if len(rows) == 1 else jnp.stack(padded, axis=at)
-        if mesh is None:
-            value = jnp.asarray(value, jnp.float32)
-        else:  # from the host each device takes its part; from another device that is a program for each shape
-            place = sharding.named_sharding(mesh, names, whole, f"LoRA {field} of {variant.name}")
-            value = jax.device_put(value.astype(np.float32), place)
-        params[field] = nnx.LoRAParam(value, axes=names)
+        on_host = all(isinstance(one, np.ndarray) for one in padded)
+        value = padded[0].reshape(whole) if len(rows) == 1 else (np if on_host else jnp).stack(padded, axis=at)
+        params[field] = placed(value, names, mesh, f"LoRA {field} of {variant.name}")
     members = tuple(member for member, _ in rows)
     scales = np.array([member.scales for member in members], np.float32).T  # [L, A]
     alike = {scale for member in members for scale in member.scales}
     if len(alike) == 1:
         return Stack(variant, params, members, alike.pop())
     axes = ("layers", "adapter")[1 - at :]
-    return Stack(variant, params, members, _constant(scales if at else scales[0], axes, mesh))
+    return Stack(variant, params, members, constant(scales if at else scales[0], axes, mesh))
+
+
+def placed(value: Array, axes: Axes, mesh: Mesh | None, what: str) -> nnx.LoRAParam:
+    """A factor, float32, on the mesh by its logical axes; `what`: how an error calls it."""
+    if mesh is None:
+        return nnx.LoRAParam(jnp.asarray(value, jnp.float32), axes=axes)
+    # From the host each device takes its part; from another device that is a program for each shape.
+    place = sharding.named_sharding(mesh, axes, value.shape, what)
+    return nnx.LoRAParam(jax.device_put(value.astype(np.float32), place), axes=axes)
 
 
 def _padded(value: Array, shape: tuple[int, ...]) -> Array:
@@ -139,15 +145,25 @@ def _padded(value: Array, shape: tuple[int, ...]) -> Array:
 
 def row_of(stack: Stack, member: Member) -> dict[str, Array]:
     """One adapter's arrays, without the axis of adapters and cut to its own rank."""
-    rank, row, values = max(member.ranks), stack.members.index(member), {}
-    for field in stack.fields:
-        param = getattr(stack, field)
-        index = {"adapter": row, "lora_rank": slice(rank)}
-        values[field] = param[...][tuple(index.get(axis, slice(None)) for axis in param.get_metadata("axes"))]
-    return values
+    return {field: _row(stack, field, member, getattr(stack, field)[...]) for field in stack.fields}
 
 
-def _constant(values: np.ndarray, axes: Axes, mesh: Mesh | None) -> Constant:
+def rows_of(stack: Stack) -> list[tuple[Member, Mapping[str, Array]]]:
+    """Each adapter with its `row_of`, of NumPy: on a device, a cut would be a program to compile for each shape."""
+    whole: dict[str, Any] = {field: getattr(stack, field)[...] for field in stack.fields}
+    if not any(isinstance(value, jax.core.Tracer) for value in whole.values()):
+        whole = {field: np.array(processes.gather(value)) for field, value in whole.items()}  # no view of what is left
+    return [(one, {field: _row(stack, field, one, whole[field]) for field in whole}) for one in stack.members]
+
+
+def _row(stack: Stack, field: str, member: Member, value: Any) -> Any:
+    """A member's part of a field's array."""
+    index = {"adapter": stack.members.index(member), "lora_rank": slice(max(member.ranks))}
+    return value[tuple(index.get(axis, slice(None)) for axis in getattr(stack, field).get_metadata("axes"))]
+
+
+def constant(values: np.ndarray, axes: Axes, mesh: Mesh | None) -> Constant:
+    """Numbers that do not train, on every device of the mesh."""
     place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return Constant(jax.device_put(jnp.asarray(values), place), axes=axes)
 
@@ -262,7 +278,7 @@ def unload(model: Decoder, name: str) -> None:
     for _, part in list(worn(model, name)):
         for stack, member in list(_memberships(part, slot)):
             assert isinstance(part, AdaptableMap)
-            rest = [(one, row_of(stack, one)) for one in stack.members if one is not member]
+            rest = [(one, values) for one, values in rows_of(stack) if one is not member]
             if rest:
                 part.updates[stack.variant.name] = _stack(part, _variant(stack), rest)
             else:

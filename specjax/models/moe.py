@@ -139,7 +139,7 @@ class MoE(nnx.Module):
         """
         graph, state = nnx.split(experts)
         # Cast first: what is gathered over fsdp is then in the compute dtype.
-        params = {path: leaf[...].astype(x.dtype) for path, leaf in nnx.to_flat_state(state)}
+        params = {path: _cast(leaf[...], x.dtype) for path, leaf in nnx.to_flat_state(state)}
 
         def share(params: Any, first: Any, x: jax.Array, *routes: jax.Array) -> jax.Array:
             experts = nnx.merge(graph, nnx.from_flat_state(list(params.items())))
@@ -222,6 +222,11 @@ def _expert_spec(axes: Axes) -> PartitionSpec:
     """Where the experts' parameters lie while they compute: split by expert and MLP, whole otherwise."""
     kept = tuple(axis if axis in ("expert", "mlp") else None for axis in axes if axis != "layers")
     return sharding.partition_spec(kept)
+
+
+def _cast(value: jax.Array, dtype: Any) -> jax.Array:
+    """In `dtype`, but for whole numbers: the rows of a bank of adapters."""
+    return value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 
 def _dividing(mesh: Any, axis: str, size: int) -> tuple[str, ...]:

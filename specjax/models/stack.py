@@ -165,6 +165,8 @@ class Stack(nnx.Module):
       alone: whether there is one member and no axis of adapters (`in_use`).
       scale: a number, or where layers or adapters differ a Constant [(L,) A].
       dropout: a number, or of groups that differ a Constant [(L,) G].
+      rows: of a bank (`specjax.lora.bank`), int32 [(L,) G]: the place in A of each group's adapter, below 0 for none.
+        They are taken where the layer axis is gone, so that a layer's factors alone are there G times.
     """
 
     def __init__(
@@ -174,11 +176,12 @@ class Stack(nnx.Module):
         members: tuple[Member, ...],
         scale: float | Constant,
         dropout: float | Constant = 0.0,
+        rows: Constant | None = None,
     ):
         for field, value in values.items():
             setattr(self, field, value)
         self.variant, self.fields, self.members = variant, tuple(values), members
-        self.scale, self.dropout, self.alone = scale, dropout, False
+        self.scale, self.dropout, self.alone, self.rows = scale, dropout, False, rows
 
     def member(self, slot: Any) -> Member | None:
         """The adapter of that slot, or None."""
@@ -188,6 +191,10 @@ class Stack(nnx.Module):
         """What the adapters in use add; it is read where the layer axis is gone."""
         values: Arrays = {field: getattr(self, field)[...] for field in self.fields}
         scale, rate = (one[...] if isinstance(one, Constant) else one for one in (self.scale, self.dropout))
+        if self.rows is not None:
+            rows = self.rows[...]
+            values, scale = jax.tree.map(lambda one: jnp.take(one, rows, axis=0, mode="clip"), (values, scale))
+            scale = jnp.where(rows >= 0, scale, 0.0)
         if active is ...:
             groups = next(iter(values.values())).shape[0]
             return Update(self.variant, values, jnp.broadcast_to(scale, (groups,)), rate, groups)

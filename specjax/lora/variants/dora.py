@@ -23,6 +23,7 @@ class DoRA(LoRA):
 
     name: ClassVar[str] = "dora"
     settings: ClassVar[dict[str, Any]] = {"use_dora": True}
+    shares: ClassVar[bool] = False  # the norm of its weights would be taken for every row, from the whole kernel
 
     def arrays(self, linear: Linear | ExpertLinear, rank: int) -> dict[str, tuple[tuple[int, ...], Axes]]:
         """Also the magnitude, [(L,) *out]."""

@@ -29,11 +29,13 @@ class LoRA:
       name: that of its stacks in a map's `updates`.
       map_class: the maps that it goes beside.
       settings: the keys of PEFT's `LoraConfig` that tell it, with their values.
+      shares: whether rows of one batch may bear different adapters of it while they are answered.
     """
 
     name: ClassVar[str] = "lora"
     map_class: ClassVar[type] = Linear
     settings: ClassVar[dict[str, Any]] = {"use_dora": False}
+    shares: ClassVar[bool] = True
 
     def arrays(self, linear: Linear | ExpertLinear, rank: int) -> dict[str, tuple[tuple[int, ...], Axes]]:
         """Shape and logical axes of each array of one adapter on a map: A [(L,) R, *in] and B [(L,) *out, R].
