@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from specjax import lora
+from specjax.card import card
 from specjax.checks import ARGUMENTS, heldout, sources
 from specjax.config import check_length, load_config_file, lora_settings
 from specjax.data import Corpus, Data, Mixture, mix, tokenise
@@ -294,6 +295,13 @@ def restore(model: Decoder, config: ConfigDict, workdir: Path, which: str) -> No
     write_back(model, checkpoints.load(step, {"trainable": params})["trainable"])
 
 
+def card_of(workdir: Path, config: ConfigDict, model: Decoder, which: str) -> str:
+    """The model card of a run's checkpoint, as `write_export` writes the model: an adapter, or all of it."""
+    base = hf_folder.resolve(config.model.path, config.model.revision, weights=False)
+    step = Checkpoints(workdir / "checkpoints", read_only=True).pick(which)
+    return card(workdir, base, step=step, adapter=bool(lora.names(model)))
+
+
 def end_of_answers(workdir: Path, tokenizer: Any, model: Decoder) -> str:
     """The token that ended a turn in what a run was trained on, where the base's files do not declare it; else ""."""
     path = workdir / "data.json"
@@ -316,18 +324,19 @@ def write_export(
     eos_token: str = "",
     overwrite: bool = False,
     dtype: str | None = None,
+    card: str = "",
 ) -> str:
     """Writes a PEFT adapter folder of a model that wears one, else a Hugging Face folder, its weights in `dtype`.
 
-    `eos_token`: see `end_of_answers`.
+    `eos_token`: see `end_of_answers`; `card`: see `card_of`.
 
     Returns:
       What the user should know of it, in one sentence, or "".
     """
     if not lora.names(model):
-        export_folder(model, tokenizer, out, dtype=dtype, overwrite=overwrite, eos_token=eos_token)
+        export_folder(model, tokenizer, out, dtype=dtype, overwrite=overwrite, eos_token=eos_token, card=card)
         return ""
-    told = {"base": config.model.path, "revision": config.model.revision or None}
+    told = {"base": config.model.path, "revision": config.model.revision or None, "card": card}
     idle = lora.save(model, out, tokenizer=tokenizer, overwrite=overwrite, eos_token=eos_token, **told)
     if not idle:
         return ""

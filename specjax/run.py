@@ -117,7 +117,8 @@ def _train(config: ConfigDict, workdir: Path, lock: Lock, profile: bool) -> Resu
     if config.export and not resume.exported(workdir):
         build.restore(model, config, workdir, "best")
         end = build.end_of_answers(workdir, tokenizer, model)
-        if note := build.write_export(model, tokenizer, config, workdir / "export", eos_token=end):
+        card = build.card_of(workdir, config, model, "best")
+        if note := build.write_export(model, tokenizer, config, workdir / "export", eos_token=end, card=card):
             _say(note)
     if processes.first():
         _summarise(workdir, config, result)
@@ -238,7 +239,8 @@ def export(
     run_config = build.config_of(workdir)
     for source in (run_config.model.path, run_config.lora.init_from or ""):
         files.refuse_base(out, source)
-    model, config = build.load_run(workdir, "best" if step is None else str(step), sharding.make_mesh())
+    which = "best" if step is None else str(step)
+    model, config = build.load_run(workdir, which, sharding.make_mesh())
     if merge and config.trainable != "lora":
         raise UserError(f"{workdir} trained every weight: there is no adapter to merge, leave --merge out.")
     if dtype and config.trainable == "lora" and not merge:
@@ -249,8 +251,9 @@ def export(
         lora.merge(model, dequantise=dequantise)
     _, tokenizer = build.tokenizer_of(config)
     end = build.end_of_answers(Path(workdir), tokenizer, model)
-    note = build.write_export(model, tokenizer, config, Path(out), eos_token=end, overwrite=overwrite, dtype=dtype)
-    _say(f"wrote {out}{note and '; ' + note}")
+    told = {"eos_token": end, "card": build.card_of(Path(workdir), config, model, which)}
+    note = build.write_export(model, tokenizer, config, Path(out), overwrite=overwrite, dtype=dtype, **told)
+    _say(f"wrote {out}{note and '; ' + note}; to publish it: hf upload ORG/NAME {out}")
 
 
 @keys({name: f"--{name}" for name in ("how", "rank", "density", "majority_sign")})

@@ -34,6 +34,7 @@ def write_base(folder: Path, *, seed: int = 0, **changes) -> Path:
     ids = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
     made = torch_model(seed=seed, **{"vocab_size": VOCABULARY, **sizes, **ids, **changes})
     made.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model card\n")
     return folder
 
 

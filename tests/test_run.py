@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -20,6 +21,7 @@ from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, w
 from safetensors.numpy import load_file
 
 from specjax import build, flops, resume, run
+from specjax.card import LICENCE, base_licence
 from specjax.config import get_config, load_config_file
 from specjax.data import Data
 from specjax.errors import UserError
@@ -130,6 +132,44 @@ def test_transformers_and_peft_open_the_export_and_find_the_losses_that_were_log
     for name, examples in (("pairs", PAIRS), ("text", TEXTS)):
         last = rows(runs[kind], f"eval/{name}/loss")[-1][f"eval/{name}/loss"]
         assert torch_loss(model, tokenizer, examples[-16:]) == pytest.approx(last, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sft", "lora"])
+def test_the_export_has_a_model_card_of_the_hubs_form(base, runs, kind):
+    card = huggingface_hub.ModelCard.load(runs[kind] / "export" / "README.md")
+    adapter = kind == "lora"
+    assert card.data.library_name == ("peft" if adapter else "transformers")
+    assert (
+        card.data.license == "apache-2.0" and "base_model" not in card.data.to_dict()
+    )  # a folder is none of the hub's
+    assert "specjax" in card.data.tags and card.data.pipeline_tag == "text-generation"
+    report = json.loads((runs[kind] / "data.json").read_text())
+    for name, part in report.items():
+        counts = " | ".join(f"{part[key]:,}" for key in ("rows", "documents", "tokens", "loss_tokens"))
+        assert f"| {name} | {Path(part['source']).name} | {counts} |" in card.text
+    logged = rows(runs[kind], "eval/pairs/loss")
+    assert f"| pairs | loss | {logged[0]['eval/pairs/loss']:.4f} | {logged[-1]['eval/pairs/loss']:.4f} |" in card.text
+    assert ("lora.rank: 16" in card.text) == ("PeftModel" in card.text) == adapter
+    assert f"step {STEPS}, 8 rows of 64 tokens per step" in card.text and "learning_rate: 0.0" in card.text
+    assert str(base.parent) not in card.content  # nothing of the machine's
+
+
+@pytest.mark.parametrize(
+    ("readme", "licence"),
+    [
+        ("---\nlicense: mit\nlanguage: fr\n---\n# Base\n", {"license": "mit"}),
+        ("---\nlicense: other\nlicense_name: x\nlicense_link: y\n---\n", dict.fromkeys(LICENCE) | {"license": "other"}),
+        ("# no metadata", {}),
+        ("---\nlicense: [a\n---\n", {}),
+        ("---\nlicense: {a: b}\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_the_bases_licence_is_read_from_its_own_card(tmp_path, readme, licence):
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme)
+    found = base_licence(tmp_path)
+    assert found.keys() == licence.keys() and found.get("license") == licence.get("license")
 
 
 def test_mfu_is_counted_where_the_peak_is_known_and_a_trace_is_written_where_it_is_asked_for(

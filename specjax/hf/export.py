@@ -41,6 +41,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     eos_token: str = "",
+    card: str = "",
 ) -> None:
     """Writes a Hugging Face folder: config, generation config, weights (sharded by size), tokenizer.
 
@@ -56,6 +57,7 @@ def export(
       overwrite: replace files of an existing folder.
       eos_token: the token that ends its answers, where it was taught another than the tokenizer's eos token: the
         folder's tokenizer and configs have it. The end of the chat template's turns ends a text in any case.
+      card: the text of README.md, the model card; "": none is written.
 
     Raises:
       UserError: `out` is not empty, the model wears adapters, is quantised, has no `config.json` or not the other
@@ -89,6 +91,8 @@ def export(
             (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder, eos_token=eos_token)
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
         for name, content in model.origin.processor.items():
             (folder / name).write_bytes(content)
         _write_headers(folder, files)

@@ -47,7 +47,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # Mistral's repositories hold the same weights a second time, as "consolidated", and gpt-oss' in "original".
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"] if weights else ["*.json"]
+    wanted = ["*.json", "README.md", *(["*.safetensors", "*.model", "*.jinja", "*.txt"] if weights else [])]
     try:
         folder = Path(
             huggingface_hub.snapshot_download(

@@ -59,6 +59,7 @@ def save(
     tokenizer: Any = None,
     overwrite: bool = False,
     eos_token: str = "",
+    card: str = "",
 ) -> list[str]:
     """Writes an adapter as PEFT does, and reads it back before the folder appears.
 
@@ -72,6 +73,7 @@ def save(
       overwrite: replace files of an existing folder.
       eos_token: the token that ends its answers, where it was taught another than the tokenizer's eos token. What ends
         a text is in the folder's tokenizer and, where the base's files do not say it, in a `generation_config.json`.
+      card: the text of README.md, the model card; "": none is written.
 
     Returns:
       The targeted modules whose B is all zero, in which the adapter changes nothing; after training, none.
@@ -94,6 +96,8 @@ def save(
     def write(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
         if generation != model.origin.generation_config:
             (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         if tokenizer is not None:
