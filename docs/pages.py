@@ -7,7 +7,12 @@ from typing import Any
 from specjax import keys, verbs
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"index.md": "landing", "reference/command-line.md": "command_line", "reference/config.md": "config_keys"}
+PAGES = {
+    "llms.txt": "agents",
+    "index.md": "landing",
+    "reference/command-line.md": "command_line",
+    "reference/config.md": "config_keys",
+}
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -21,7 +26,16 @@ def on_files(files: Any, config: Any) -> Any:
 
 def landing() -> str:
     """README, its links those of the site; files that are no page are named and not linked."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return _linked("README.md")
+
+
+def agents() -> str:
+    """llms.txt, likewise (https://llmstxt.org)."""
+    return re.sub(r"\]\((?!https?:)([^)]*)\.md\)", r"](\1.html)", _linked("llms.txt"))
+
+
+def _linked(file: str) -> str:
+    text = (ROOT / file).read_text(encoding="utf-8")
     text = re.sub(r"\[[^\]]+\]\((?!https?:|docs/)([^)]+)\)", r"`\1`", text)
     return text.replace("](docs/", "](")
 

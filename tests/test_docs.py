@@ -17,7 +17,10 @@ from specjax.verbs import VERBS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SKILL.md", "llms.txt")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = ROOT / "docs" / "developers" / "files.md"
@@ -241,6 +244,6 @@ def test_the_pages_that_are_made_have_every_verb_and_every_key(monkeypatch):
     groups = {"compare", *FREE}
     keys = {key for key, _ in flat(get_config().to_dict())} | groups
     assert sorted(re.findall(r"^\| `([\w.]+)` \|", config, re.MULTILINE)) == sorted(keys)
-    landing = pages.landing()
-    links = re.findall(r"\]\(([^)#]+)", landing)
-    assert links and all(re.match("https?:", link) or (ROOT / "docs" / link).exists() for link in links)
+    for made in (pages.landing(), pages.agents().replace(".html", ".md")):
+        links = re.findall(r"\]\(([^)#]+)", made)
+        assert links and all(re.match("https?:", link) or (ROOT / "docs" / link).exists() for link in links)
