@@ -11,6 +11,7 @@ from specjax.errors import UserError as UserError
 
 if TYPE_CHECKING:
     from specjax import data as data
+    from specjax import fleet as fleet
     from specjax import lora as lora
     from specjax.generation.generate import generate as generate
     from specjax.hf.export import export as export
@@ -47,7 +48,7 @@ _HOMES = {
     "ALL": "specjax.lora",
     "LORA": "specjax.lora",
 }
-_SUBMODULES = ("data", "lora")
+_SUBMODULES = ("data", "fleet", "lora")
 
 __all__ = [*_HOMES, *_SUBMODULES, "UserError", "__version__"]
 

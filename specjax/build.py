@@ -150,24 +150,8 @@ def model_of(config: ConfigDict, folder: Path, mesh: Mesh | None, *, abstract: b
 
     `abstract`: its shapes alone, `jax.ShapeDtypeStruct` on no mesh; the folder needs no weights.
     """
-    full = config.trainable == "all"
-    settings = {"dtype": config.model.dtype, "param_dtype": "float32" if full else config.model.dtype}
-    settings |= {"remat": config.model.remat, "quantise": config.model.quantise}
-    if abstract:
-        model = hf_load.abstract(hf_config.from_folder(folder), **settings)
-    elif config.model.init == "random":
-        seed = config.seed + SEED_MODEL
-        model = hf_load.random(hf_config.from_folder(folder), mesh=mesh, seed=seed, **settings)
-        model.origin = hf_config.origin(folder)
-    else:
-        model, _ = hf_load.load(folder, mesh=mesh, **settings)
-    if config.model.router_aux_coef is not None:
-        if not model.config.num_experts:
-            raise UserError(
-                f"config.model.router_aux_coef is set, but {config.model.path} has no experts: leave it out."
-            )
-        model.config = dataclasses.replace(model.config, router_aux_coef=config.model.router_aux_coef)
-    if full:
+    model = base_of(config, folder, mesh, abstract=abstract)
+    if config.trainable == "all":
         return model
 
     def adapted(model: Decoder) -> Decoder:
@@ -186,6 +170,29 @@ def model_of(config: ConfigDict, folder: Path, mesh: Mesh | None, *, abstract: b
         start = hf_folder.digest(Path(config.lora.init_from) / lora_files.WEIGHTS)
         made.origin = dataclasses.replace(made.origin, fingerprint=f"{made.origin.fingerprint}+{start}")
     return made
+
+
+@keys(ARGUMENTS)
+def base_of(config: ConfigDict, folder: Path, mesh: Mesh | None, *, abstract: bool = False) -> Decoder:
+    """`model_of` without adapters."""
+    full = config.trainable == "all"
+    settings = {"dtype": config.model.dtype, "param_dtype": "float32" if full else config.model.dtype}
+    settings |= {"remat": config.model.remat, "quantise": config.model.quantise}
+    if abstract:
+        model = hf_load.abstract(hf_config.from_folder(folder), **settings)
+    elif config.model.init == "random":
+        seed = config.seed + SEED_MODEL
+        model = hf_load.random(hf_config.from_folder(folder), mesh=mesh, seed=seed, **settings)
+        model.origin = hf_config.origin(folder)
+    else:
+        model, _ = hf_load.load(folder, mesh=mesh, **settings)
+    if config.model.router_aux_coef is not None:
+        if not model.config.num_experts:
+            raise UserError(
+                f"config.model.router_aux_coef is set, but {config.model.path} has no experts: leave it out."
+            )
+        model.config = dataclasses.replace(model.config, router_aux_coef=config.model.router_aux_coef)
+    return model
 
 
 def filter_of(config: ConfigDict) -> Any:

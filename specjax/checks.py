@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from specjax.errors import UserError, keys, nearest
 from specjax.values import shown
 
+NESTED = ("compare", "fleet")  # groups whose names are the user's own; every value is overrides of the config
 FREE = ("data.eval", "data.columns")  # groups whose names are the user's own; every value is a string
 CHOICES = {
     "trainable": ("all", "lora"),
@@ -34,13 +35,14 @@ CHOICES = {
 AT_LEAST = {
     **dict.fromkeys(("batch_size", "eval.max_new_tokens", "log.every", "checkpoint.keep"), 1),
     **dict.fromkeys(("seed", "steps", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"), 0),
-    **dict.fromkeys(("accumulate", "eval.every", "eval.batches", "eval.patience", "checkpoint.every"), 0),
+    **dict.fromkeys(("accumulate", "slots", "eval.every", "eval.batches", "eval.patience"), 0),
+    "checkpoint.every": 0,
     "data.length": 2,
 }
 INT32 = 2**31 - 1
 SEED = 2**63 - 2  # JAX takes 64 bits, with a sign; LoRA's draws have the next one
 AT_MOST = {
-    **dict.fromkeys(("steps", "accumulate", "optimizer.warmup_steps"), INT32),
+    **dict.fromkeys(("steps", "accumulate", "slots", "optimizer.warmup_steps"), INT32),
     **dict.fromkeys(("eval.every", "eval.batches", "eval.patience", "eval.max_new_tokens"), INT32),
     **dict.fromkeys(("checkpoint.every", "log.every"), INT32),
     "seed": SEED,
@@ -81,6 +83,8 @@ def check(config: ConfigDict, default: ConfigDict, device_count: int | None) -> 
     _check_steps(config, default)
     _check_data(config)
     _check_eval(config)
+    if config.slots and not config.fleet:
+        raise UserError(f"config.slots is {config.slots}, but config.fleet is empty: name adapters there, or leave it.")
     if config.accumulate and config.batch_size % config.accumulate:
         raise UserError(
             f"config.batch_size is {config.batch_size}, which config.accumulate={config.accumulate} does not divide: "
@@ -113,7 +117,7 @@ def heldout(config: ConfigDict) -> dict[str, str]:
 
 def nearest_key(key: str, default: ConfigDict) -> str:
     """A hint that names the key nearest to the dotted `key`, by its last part or as a whole, or ""."""
-    last = {name: name.rpartition(".")[2] for name in [*(k for k, _ in flat(default.to_dict())), *FREE, "compare"]}
+    last = {name: name.rpartition(".")[2] for name in [*(k for k, _ in flat(default.to_dict())), *FREE, *NESTED]}
     part = key.rpartition(".")[2]
     near = [part] if part in last.values() else difflib.get_close_matches(part, last.values(), 1)
     close = difflib.get_close_matches(key, [name for name in last if last[name] in near], 1, 0.0)
@@ -149,7 +153,7 @@ def _check_types(config: ConfigDict, default: ConfigDict, root: ConfigDict, grou
         elif isinstance(default[key], ConfigDict):
             if not isinstance(value, ConfigDict):
                 raise UserError(f"config.{name} is {value!r}: it is a group of keys.")
-            if key != "compare":
+            if key not in NESTED:
                 _check_types(value, default[key], root, f"{name}.")
         elif value is None and default[key] is None:
             pass

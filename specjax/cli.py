@@ -225,6 +225,10 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
     if own_process and verb in ("train", "eval", "generate"):
         process.keep_compiled()
     match verb:
+        case "train" if arguments["config"].fleet:
+            from specjax.fleet import job
+
+            job.train(**arguments)
         case "train":
             run.train(**arguments)
         case "eval":

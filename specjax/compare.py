@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import process
-from specjax.config import get_config, merge, methods, resolved, validate
+from specjax.config import get_config, merge, methods, refuse_fleet, resolved, validate
 from specjax.errors import UserError
 from specjax.files import read_object, read_rows, write_json
 
@@ -24,6 +24,7 @@ def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     Raises:
       UserError: a wrong config (all are checked before the first run), or one method's own mistake.
     """
+    refuse_fleet(config, "specjax compare")
     workdir = Path(workdir)
     runs = methods(config)
     for made in runs.values():
@@ -43,7 +44,7 @@ def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> Table:
-    """One row per method; every set's loss before -> after, in nats per token, and its exact answers where it asks."""
+    """One row a method; every set's loss before -> after, in nats a token, and its exact answers where it asks."""
     sets, asked = (
         list(dict.fromkeys(name for summary in summaries.values() for name in summary.get(kind, ())))
         for kind in ("evals", "exact")

@@ -5,6 +5,7 @@ typed: an unknown key or a wrong type is refused where it is written, and `valid
 before anything is loaded.
 """
 
+import ast
 import json
 import re
 import runpy
@@ -16,12 +17,17 @@ from typing import Any
 from ml_collections import ConfigDict as ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-from specjax.checks import FREE, TYPES, check, eval_names, flat, groups_of_rows, nearest_key
+from specjax.checks import FREE, NESTED, TYPES, check, eval_names, flat, groups_of_rows, nearest_key
 from specjax.errors import UserError
 from specjax.files import read_object
 
 # Keys that say how a batch is computed, and not what: a run may go on with another value (`resume.claim`).
 MICRO_TOKENS = 256  # from so many on, a CPU's matrix products are no faster (docs/measurements.md, Beside TRL and PEFT)
+# Keys of which each adapter of a fleet may have its own value.
+OWN = re.compile(
+    r"(seed|steps|epochs)$|(lora|eval)\.|data\.(?!length$|cache$)"
+    r"|optimizer\.(learning_rate|schedule|warmup_steps|final_fraction|weight_decay|clip_norm)$"
+)
 HOW = re.compile(r"(accumulate|mesh\..*|model\.remat|optimizer\.offload)$")
 
 
@@ -153,8 +159,12 @@ def get_config() -> ConfigDict:
     config.export = True  # write <workdir>/export at the end
     # For `specjax compare`: method -> overrides of this same config, as in configs/demo.py.
     config.compare = ConfigDict(sort_keys=False)
+    # Adapters that train in one run over one base, each as if alone: name -> overrides of what is its own (data, eval,
+    # lora, seed, steps, epochs, and of the optimizer rate, schedule, weight decay and clip), as in configs/fleet.py.
+    config.fleet = ConfigDict(sort_keys=False)
+    config.slots = 0  # adapters of a fleet that train at once, the others wait for a slot; 0: all
     config.lock()
-    for key in (*FREE, "compare"):
+    for key in (*FREE, *NESTED):
         config[key].unlock()
     return config
 
@@ -258,7 +268,7 @@ def _names(names: Any) -> Any:
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
     """The valid `config` as plain JSON values, with the defaults that depend on other keys filled in."""
-    values = json.loads(json.dumps(config.to_dict()))
+    values = plain(config)
     if config.trainable == "lora":
         values["lora"] = lora_settings(config)
     values["eval"]["best"] = config.eval.best or next(iter(eval_names(config)), "")
@@ -310,6 +320,47 @@ def methods(config: ConfigDict) -> dict[str, ConfigDict]:
     return made
 
 
+def members(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The config of each adapter of `config.fleet`, as if it were trained alone, in the file's order.
+
+    Raises:
+        UserError: when one's overrides are wrong, or are of what all share.
+    """
+    made, base = {}, dict(flat(copied(config, "fleet").to_dict()))
+    for name, overrides in config.fleet.items():
+        where = f"config.fleet.{name}"
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"config.fleet has an adapter named {name!r}: use letters, digits, '_' and '-' alone.")
+        if not isinstance(overrides, Mapping | ConfigDict):
+            raise UserError(f"{where} is {overrides!r}: give the overrides of this adapter as a dict.")
+        one = merge(config, overrides, where=where)
+        own = dict(flat(one.to_dict()))
+        shared = [key for key in own if not OWN.match(key) and own[key] != base.get(key, own[key])]
+        if shared:
+            raise UserError(
+                f"{where}.{shared[0]} is {own[shared[0]]!r}, but all adapters of a fleet share one base and one batch: "
+                f"set config.{shared[0]} for all of them, or train {name} in a run of its own."
+            )
+        one.fleet, one.slots = ConfigDict(), 0
+        made[name] = one
+    return made
+
+
+def refuse_fleet(config: ConfigDict, verb: str) -> None:
+    """Raises `UserError` where a config of several adapters is given to what knows one run."""
+    if config.fleet:
+        raise UserError(
+            f"`{verb}` is of one run, and config.fleet has {len(config.fleet)} adapters: give it a config without "
+            "config.fleet, such as the config.json in <workdir>/adapters/<name>."
+        )
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON values, as it was given."""
+    values: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return values
+
+
 def load_config_file(path: str) -> ConfigDict:
     """The config that a `.py` file's `get_config()` makes, or that a run saved as `config.json`.
 
@@ -325,9 +376,26 @@ def load_config_file(path: str) -> ConfigDict:
         config = names["get_config"]() if "get_config" in names else None
     except (Exception, SystemExit) as error:  # the file is the user's program: whatever it raises is a mistake in it
         raise UserError(_failure(path, error)) from error
+    _refuse_doubles(path)
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path} has no get_config() that returns a config: start from one of configs/.")
     return config
+
+
+def _refuse_doubles(path: str) -> None:
+    """Raises `UserError` where a name stands twice in a dict, or in `config.fleet`: Python keeps the last."""
+    for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"), path)):
+        names = [key for key in node.keys if isinstance(key, ast.Constant)] if isinstance(node, ast.Dict) else []
+        given = [(repr(key.value), key.lineno) for key in names]
+        if isinstance(node, ast.FunctionDef):
+            targets = [target for each in node.body if isinstance(each, ast.Assign) for target in each.targets]
+            written = ((ast.unparse(target), target.lineno) for target in targets)
+            given = [one for one in written if re.search(r"\.fleet(\.\w+|\[.*\])$", one[0])]
+        seen = set[str]()
+        for name, line in given:
+            if name in seen:
+                raise UserError(f"{path}:{line}: {name} is given a second time: give one of them another name.")
+            seen.add(name)
 
 
 def _update(config: ConfigDict, values: Mapping[str, Any], where: str, group: str = "") -> None:
@@ -339,8 +407,8 @@ def _update(config: ConfigDict, values: Mapping[str, Any], where: str, group: st
         if isinstance(config.get(key), ConfigDict):
             if not isinstance(value, Mapping | ConfigDict):
                 raise UserError(f"{where}.{inner} is {value!r}: it is a group of keys, so give a dict.")
-            if inner == "compare":
-                config.compare.update(value)
+            if inner in NESTED:
+                config[inner].update(value)
             else:
                 _update(config[key], value, where, inner)
             continue

@@ -60,6 +60,22 @@ def keys(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """In here, what is wrong is said of `what`.
+
+    >>> with naming("adapter hr"):
+    ...     raise UserError("its rank is 0.")
+    Traceback (most recent call last):
+    specjax.errors.UserError: adapter hr: its rank is 0.
+    """
+    try:
+        yield
+    except UserError as error:
+        error.args = (f"{what}: {error.args[0]}",)
+        raise
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint that names the nearest of `names`, or nothing.
 

@@ -30,24 +30,34 @@ def claim(workdir: Path, config: ConfigDict, settings: Mapping[str, Any]) -> dic
     Raises:
       UserError: as above.
     """
+    refuse_sources(workdir, config)
+    files.claim(workdir)
+    out = workdir / "export"
+    if config.export and not exported(workdir) and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise UserError(f"{out} holds something else than weights, which are written there: move it away.")
+    if not begun(workdir):
+        if exported(workdir):
+            raise UserError(f"{workdir} holds an export but no checkpoint to resume from: choose another workdir.")
+        return {}  # it ended before anything was learnt: nothing to resume, nothing to lose
+    # Micro-batches draw their own dropout, and `eval.batches` counts batches of as many rows.
+    drawn = settings["lora"].get("dropout") or settings["lora"].get("init_from") or settings["eval"]["batches"]
+    return changes(workdir, settings, drawn=bool(drawn))
+
+
+def refuse_sources(workdir: Path, config: ConfigDict) -> None:
+    """Raises `UserError` where the workdir is a folder that the run reads, or lies in one."""
     for key, source, inside in _sources(config):
         # Not Path.resolve: of a link that leads to itself it is no error of the system's.
         place, ours = Path(os.path.realpath(source)), Path(os.path.realpath(workdir))
         if source and place.exists() and (place == ours or (inside and place in ours.parents)):
             lies = "is the folder" if place == ours else "lies in the folder"
             raise UserError(f"--workdir={workdir} {lies} that {key} reads: choose another workdir.")
-    files.claim(workdir)
-    out = workdir / "export"
-    if config.export and not exported(workdir) and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        raise UserError(f"{out} holds something else than weights, which are written there: move it away.")
-    if not _begun(workdir):
-        if exported(workdir):
-            raise UserError(f"{workdir} holds an export but no checkpoint to resume from: choose another workdir.")
-        return {}  # it ended before anything was learnt: nothing to resume, nothing to lose
+
+
+def changes(workdir: Path, settings: Mapping[str, Any], *, drawn: bool) -> dict[str, tuple[Any, Any]]:
+    """In what a begun run's config is another now, see `claim`; `drawn`: micro-batches are part of the result."""
     old = files.read_object(workdir / "config.json", "restore it, or choose another workdir")
     changed = {key: (_at(old, key), _at(settings, key)) for key in differing(old, settings)}
-    # Micro-batches draw their own dropout, and `eval.batches` counts batches of as many rows.
-    drawn = settings["lora"].get("dropout") or settings["lora"].get("init_from") or settings["eval"]["batches"]
     refused = [key for key in changed if not HOW.match(key) or (key == "accumulate" and drawn)]
     if refused:
         said = ", ".join(f"{key} (was {changed[key][0]!r}, now {changed[key][1]!r})" for key in refused)
@@ -75,7 +85,7 @@ def steps(workdir: Path, config: ConfigDict, data: Data | Mixture) -> int:
     `epochs` has whole batches in a pass, at least one: `data.json` does not say it.
     """
     now = config.steps or data.steps(config.epochs)
-    if config.steps or not _begun(workdir):
+    if config.steps or not begun(workdir):
         return now
     said = files.read_object(workdir / "data.json", "restore it, or choose another workdir").get("train")
     was = said.get("steps") if isinstance(said, dict) else None
@@ -98,7 +108,8 @@ def exported(workdir: Path) -> bool:
     return any((workdir / "export").glob("*.safetensors"))
 
 
-def _begun(workdir: Path) -> bool:
+def begun(workdir: Path) -> bool:
+    """Whether a checkpoint lies there."""
     return any((workdir / "checkpoints").glob("[0-9]*"))
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from specjax import build, files, lora, process, resume, sharding
 from specjax.checks import ARGUMENTS
 from specjax.cluster import processes
-from specjax.config import check_length, resolved, settled, validate
+from specjax.config import check_length, members, refuse_fleet, resolved, settled, validate
 from specjax.data.report import show
 from specjax.errors import UserError, keys
 from specjax.generation.generate import generate as generate_texts
@@ -41,6 +41,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
       UserError: any of the above, or what `fit` raises.
       SystemExit: 143 after SIGTERM or Ctrl-C, once the checkpoint is saved.
     """
+    refuse_fleet(config, "run.train")
     with Lock(workdir) as lock:
         return _train(config, Path(workdir), lock, profile)
 
@@ -134,6 +135,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
     The objective, the sets, their template and their lengths are the config's; the model is the run's.
     """
     with processes.agreement("nothing was evaluated"):
+        refuse_fleet(config, "specjax eval")
         validate(config, jax.device_count())
         config = settled(config, jax.default_backend(), jax.device_count())
         objective, run_config = build.objective_of(config), build.config_of(workdir)
@@ -287,6 +289,11 @@ def data(config: ConfigDict, *, rows: str = "") -> None:
 
     `rows`: numbers of rows of the training data, with commas between them, as a run names them: these alone.
     """
+    for name, one in members(config).items():
+        Console().rule(f"adapter {name}")
+        data(one)
+    if config.fleet:
+        return
     validate(config, None)
     if rows and not re.fullmatch(r"\d{1,18}(, ?\d{1,18})*", rows):
         raise UserError(f"--rows={rows}: give numbers of rows with commas between them, such as --rows=3,14.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from specjax.checks import FREE, flat
+from specjax.checks import FREE, NESTED, flat
 from specjax.cli import parse
 from specjax.config import check_length, get_config, load_config_file, lora_settings, methods, settled, validate
 from specjax.verbs import VERBS
@@ -222,7 +222,7 @@ def test_no_figure_is_owed(path):
 
 def test_every_public_name_is_in_the_reference_of_the_api():
     import specjax
-    from specjax import data, lora, plan
+    from specjax import data, fleet, lora, plan
 
     text = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
     written = re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
@@ -230,9 +230,9 @@ def test_every_public_name_is_in_the_reference_of_the_api():
     for dotted in written:
         module, _, attribute = dotted.rpartition(".")
         found.append(getattr(importlib.import_module(module), attribute))
-    public = {**{name: specjax for name in specjax.__all__}, **dict.fromkeys(("data", "lora", "__version__"))}
+    public = {**{name: specjax for name in specjax.__all__}, **dict.fromkeys(("data", "fleet", "lora", "__version__"))}
     wanted = [getattr(home, name) for name, home in public.items() if home]
-    wanted += [getattr(room, name) for room in (data, lora) for name in room.__all__] + [plan.plan]
+    wanted += [getattr(room, name) for room in (data, fleet, lora) for name in room.__all__] + [plan.plan]
     assert [each for each in wanted if not any(each is shown for shown in found)] == []
 
 
@@ -241,7 +241,7 @@ def test_the_pages_that_are_made_have_every_verb_and_every_key(monkeypatch):
     pages = importlib.import_module("pages")
     command_line, config = pages.command_line(), pages.config_keys()
     assert [verb for verb in VERBS if f"\n## specjax {verb}\n" not in command_line] == []
-    groups = {"compare", *FREE}
+    groups = {*NESTED, *FREE}
     keys = {key for key, _ in flat(get_config().to_dict())} | groups
     assert sorted(re.findall(r"^\| `([\w.]+)` \|", config, re.MULTILINE)) == sorted(keys)
     for made in (pages.landing(), pages.agents().replace(".html", ".md")):

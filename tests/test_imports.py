@@ -36,6 +36,10 @@ ALLOWED = {
     "build": {"card", "checks", "config", "files", "train", "generation", "hf", "lora", "data", "models", "errors"},
     "plan": {"build", "checks", "config", "data", "flops", "train", "hf", "models", "sharding", "errors"},
     "resume": {"checks", "config", "data", "errors", "files", "hf", "train"},
+    "fleet": {
+        *("build", "checks", "cluster", "config", "errors", "files", "flops", "lock", "lora", "models", "process"),
+        *("resume", "sharding", "train"),
+    },
     "run": {
         "resume",
         "build",
@@ -59,6 +63,7 @@ ALLOWED = {
     "cli": {
         *(
             "run",
+            "fleet",
             "plan",
             "compare",
             "parity",
@@ -101,7 +106,7 @@ NO_JAX = {
 }
 # foreign library -> the parts that may import it
 FOREIGN = {
-    "ml_collections": {"config", "checks", "keys", "cli", "build", "plan", "resume", "run", "compare"},
+    "ml_collections": {"config", "checks", "keys", "cli", "build", "plan", "resume", "run", "compare", "fleet"},
     "absl": {"cli", "verbs"},
     "jax": set(ALLOWED) - NO_JAX,
     "flax": set(ALLOWED) - NO_JAX,

@@ -26,7 +26,7 @@ from specjax.models.moe import MoE, Stats
 from specjax.models.origin import Origin
 from specjax.models.per_layer import PerLayer, PerLayerInputs
 from specjax.models.products import contract, exact_float32
-from specjax.models.stack import Constant
+from specjax.models.stack import Constant, fold_key, split_key
 
 # What a layer keeps for the backward pass, by `remat`'s name; the rest it computes again.
 POLICIES: dict[str, Callable[[], Any]] = {
@@ -73,7 +73,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache | None, Stats | None, Kept | None]:
         """The layer's output, the cache, the router's sums or None, and keys and values to keep; see `Attention`."""
         count = 9 if self.per_layer else 7
-        keys: Keys = (None,) * count if dropout_key is None else tuple(jax.random.split(dropout_key, count))
+        keys: Keys = (None,) * count if dropout_key is None else tuple(split_key(dropout_key, count))
         before_mlp = self.pre_feedforward_layernorm if self.after else self.post_attention_layernorm
         y, cache, kept = self.self_attn(_normed(self.input_layernorm, x), kind, where, cache, keys[:4])
         x = self._add(x, _normed(self.post_attention_layernorm, y) if self.after else y)
@@ -280,10 +280,10 @@ class Decoder(nnx.Module):
         if c.embed_scale != 1:
             x = x * jnp.asarray(c.embed_scale, self.dtype)
         x = sharding.constrain(x, "batch", "residual", None)
-        layer_keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
+        layer_keys = None if dropout_key is None else split_key(dropout_key, c.num_layers)
         of_layers = None
         if self.per_layer is not None:
-            last = None if dropout_key is None else jax.random.fold_in(dropout_key, c.num_layers)
+            last = None if dropout_key is None else fold_key(dropout_key, c.num_layers)
             of_layers = self.per_layer(tokens, x, last)
         kinds = None if c.layer_kinds is None else np.array(c.layer_kinds, np.int32)
         kinds_of = functools.cache(lambda here: self._kinds(here, where["q_positions"], lengths))

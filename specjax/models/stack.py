@@ -52,6 +52,21 @@ class Member:
         return tuple(0.0 if r == 0 else a / (math.sqrt(r) if self.rslora else r) for r, a in pairs)
 
 
+def split_key(key: Array, count: int) -> Array:
+    """Keys [count] of one key, or [count,G] of those of G groups of rows, each as alone."""
+    if not key.ndim:
+        return jax.random.split(key, count)
+    keys: Array = jax.vmap(lambda one: jax.random.split(one, count), out_axes=1)(key)
+    return keys
+
+
+def fold_key(key: Array, number: Any) -> Array:
+    """`jax.random.fold_in` of one key, or of each of [G]; the number may be [G] too."""
+    if not key.ndim:
+        return jax.random.fold_in(key, number)
+    return jax.vmap(jax.random.fold_in)(key, jnp.broadcast_to(number, key.shape))
+
+
 class Call(NamedTuple):
     """One call of a linear map, as an update sees it.
 
@@ -60,7 +75,7 @@ class Call(NamedTuple):
       y: W x, [B,T,*out].
       kernel: W.
       in_dims: how many axes it contracts.
-      key: of the dropout; None: no dropout.
+      key: of the dropout, one or [G] of groups that have their own; None: no dropout.
       low: A x, where it was made together with that of other maps.
       sizes: of experts, int32 [E]: the rows of each.
     """
@@ -110,7 +125,7 @@ class Update:
         """What is added to y, in its shape."""
         if self.groups is None:
             return self.variant.apply(self.factors, self.scale, self.dropout, call)
-        key = None if call.key is None else jax.random.split(call.key, self.groups)
+        key = call.key if call.key is None or call.key.ndim else jax.random.split(call.key, self.groups)
         rates = jnp.broadcast_to(self.dropout, (self.groups,)) if self.drops(call.key) else None
 
         def one(factors: Arrays, scale: Any, rate: Any, key: Any, x: Any, y: Any, low: Any) -> jax.Array:

@@ -102,8 +102,8 @@ def fit(
     best = best or next(iter(eval_data), "")
     result = Result()
     with (
-        _own(workdir),
-        _stop_signal() as stop,
+        own(workdir),
+        stop_signal() as stop,
         Session(
             model,
             data,
@@ -183,7 +183,7 @@ def fit(
 
 
 @contextmanager
-def _own(workdir: str | Path | None) -> Iterator[None]:
+def own(workdir: str | Path | None) -> Iterator[None]:
     """The folder is marked as a run's, and no other run's while this one is in it: the first process sees to both."""
     with Lock(workdir or ".") as lock:
         said = ""
@@ -275,7 +275,7 @@ class _StopTogether(_Stop):
 
 
 @contextmanager
-def _stop_signal() -> Iterator[_Stop]:
+def stop_signal() -> Iterator[_Stop]:
     """Receives SIGTERM and Ctrl-C while a run goes on; one that comes before the first step ends the block."""
     if jax.process_count() > 1:
         yield _StopTogether()

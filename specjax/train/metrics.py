@@ -5,6 +5,7 @@ dropped first, so every step stands there once.
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -28,11 +29,12 @@ class Log:
     Args:
         workdir: the run's folder, made if absent; None writes no files (every process but the first).
         steps: at which the run ends, for the bar and the time left.
-        start: the step that the run resumes from; what was logged later is dropped. 0 starts all files anew.
+        start: the step that the run resumes from, of a fleet by adapter; what was logged later is dropped. 0, or no
+            adapter, starts all files anew.
         tensorboard: whether to write `<workdir>/tensorboard/`.
         wandb: a W&B project's name; "" does not use W&B.
         config: the resolved config, shown by W&B.
-        console: where to print; default standard output. A bar on a terminal, one line per logged step elsewhere.
+        console: where to print; default standard output. A bar on a terminal, a line a logged step elsewhere.
 
     Raises:
         UserError: when W&B is asked for and not installed.
@@ -43,14 +45,16 @@ class Log:
         workdir: str | Path | None,
         *,
         steps: int,
-        start: int = 0,
+        start: int | Mapping[str, int] = 0,
         tensorboard: bool = True,
         wandb: str = "",
         config: Mapping[str, Any] | None = None,
         console: Console | None = None,
     ) -> None:
         self._steps = steps
+        self._adapter = ""
         self._console = console or Console()
+        begun = sum(start.values()) if isinstance(start, Mapping) else start
         self._clock: tuple[float, int] | None = (
             None  # when, and at which step, the first step of this process was logged
         )
@@ -66,11 +70,36 @@ class Log:
             kept = {name: _kept(where / name, start) for name in ("metrics.jsonl", "samples.jsonl")}
             self._files = {name: _open_lines(where / name, lines) for name, lines in kept.items()}
             if tensorboard:
-                self._track("TensorBoard", lambda: TensorBoard(where / "tensorboard", start))
+                self._track("TensorBoard", lambda: TensorBoard(where / "tensorboard", begun))
         if self._console.is_terminal:
             self._bar = _bar(self._console)
-            self._task = self._bar.add_task("compiling the first step", total=steps, completed=start)
+            self._task = self._bar.add_task("compiling the first step", total=steps, completed=begun)
             self._bar.start()
+
+    def of_adapter(self, name: str, *, steps: int, tensorboard: Path | None = None, start: int = 0) -> "Log":
+        """The log of one adapter of a fleet: its lines, which bear its name, go into the same files.
+
+        Args:
+            name: the adapter's.
+            steps: its own.
+            tensorboard: a folder for its event files; None: none.
+            start: the step that it resumes from.
+        """
+        made = copy.copy(self)
+        made._adapter, made._steps, made._clock, made._bar, made._trackers = name, steps, None, None, {}
+        if tensorboard is not None:
+            made._track("TensorBoard", lambda: TensorBoard(tensorboard, start))
+        return made
+
+    def progress(self, step: int, description: str) -> None:
+        """Moves the bar, where there is one."""
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=description)
+
+    def end(self) -> None:
+        """Closes what is this adapter's alone."""
+        self._tell(lambda tracker: tracker.close())
+        self._trackers = {}
 
     def train(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Logs a step's numbers, such as `loss, tokens, tokens_per_s, grad_norm, lr`: floats, or scalar arrays."""
@@ -90,7 +119,7 @@ class Log:
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Logs what the model answered to a prompt: printed, in `samples.jsonl`, and as a text in TensorBoard."""
-        self._write("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
+        self._write("samples.jsonl", {"step": step, **self._of(), "prompt": prompt, "text": text})
         self._tell(lambda tracker: tracker.text(step, f"sample/{prompt}", text))
         self._print(f"step {step}/{self._steps}  {prompt}\n    {text.strip()}".replace("\n", "\n    "))
 
@@ -121,9 +150,12 @@ class Log:
         self.close()
 
     def _record(self, step: int, values: dict[str, Any]) -> None:
-        self._write("metrics.jsonl", {"step": step, **values})
+        self._write("metrics.jsonl", {"step": step, **self._of(), **values})
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self._tell(lambda tracker: tracker.numbers(step, numbers))
+
+    def _of(self) -> dict[str, str]:
+        return {"adapter": self._adapter} if self._adapter else {}
 
     def _track(self, name: str, opened: Callable[[], Tracker]) -> None:
         with self._told(name):
@@ -153,6 +185,7 @@ class Log:
             self._files[name].flush()
 
     def _print(self, text: str) -> None:
+        text = f"[{self._adapter}] {text}" if self._adapter else text
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _time_left(self, step: int) -> str:
@@ -187,15 +220,16 @@ def _line(values: Mapping[str, Any]) -> str:
     return "  ".join(parts + ([f"MFU {values['mfu']:.0%}"] if "mfu" in values else []))
 
 
-def _kept(path: Path, start: int) -> str:
-    """The lines of a file up to a step: without later ones, and without a last one that a kill tore."""
+def _kept(path: Path, start: int | Mapping[str, int]) -> str:
+    """The lines of a file up to a step (a fleet's: each adapter's), without a last one that a kill tore."""
     if not start or not path.exists():
         return ""
     rows = read_rows(path)
     for number, (_, row) in enumerate(rows, 1):
         if not isinstance(row.get("step"), int):
             raise UserError(f"{path}:{number} has no step: restore the file, or delete it.")
-    return "".join(line for line, row in rows if row["step"] <= start)
+    upto = lambda row: start.get(row.get("adapter", ""), -1) if isinstance(start, Mapping) else start  # noqa: E731
+    return "".join(line for line, row in rows if row["step"] <= upto(row))
 
 
 def _open_lines(path: Path, kept: str) -> TextIO:

@@ -63,7 +63,7 @@ class Session:
         self.graph, self._trainable, self.frozen = steps_lib.split(model, trainable)
         _check_trainable(model, trainable, self._trainable)
         for name, rows in {"the data": data, **eval_data}.items():
-            _check_columns(objective, name, rows)
+            check_columns(objective, name, rows)
         self.mesh = sharding.mesh_of(next(iter(self._trainable.values())))
         device = self.mesh.devices.flat[0] if self.mesh is not None else jax.devices()[0]
         self._device, self._platform = device, device.platform
@@ -240,7 +240,7 @@ class Session:
         options = steps_lib.compiler_options(self._platform, self.source.dtype, self.source.config.num_experts)
         length = next(iter(batch.values())).shape[-1]
         self.clock.flops_per_token = flops.of_step(self.source, self.state.trainable, rows=1, length=length) / length
-        compiled = _aside(partial(lowered.compile, compiler_options=options))
+        compiled = aside(partial(lowered.compile, compiler_options=options))
         del lowered
         process.return_freed_memory()
         self.result.compile_seconds = time.perf_counter() - began
@@ -256,7 +256,7 @@ class Session:
         return steps_lib.merge(self.graph, self.state.trainable, self.frozen)
 
 
-def _aside(do: Callable[[], Any]) -> Any:
+def aside(do: Callable[[], Any]) -> Any:
     """What a function returns, in a thread of its own: this one, where signals come to, can leave it to itself."""
     done: Future[Any] = Future()
 
@@ -304,7 +304,7 @@ def check_ids(name: str, data: Any, rows: int) -> None:
     )
 
 
-def _check_columns(objective: Objective, name: str, data: Any) -> None:
+def check_columns(objective: Objective, name: str, data: Any) -> None:
     """Raises `UserError` where the data lacks a column that the objective reads."""
     columns = tuple(data.micro_batches(0, 1, np.arange(1)))
     missing = [column for column in objective.columns if column not in columns]

@@ -20,6 +20,7 @@ from specjax import sharding
 from specjax.errors import UserError, argument
 from specjax.models import Decoder
 from specjax.models.products import exact_float32
+from specjax.models.stack import split_key
 from specjax.train.objective import Batch, Objective, Sums, next_token
 from specjax.train.optim import Optimizer
 
@@ -98,10 +99,10 @@ def make_train_step(
         state: TrainState, frozen: Params, batch: Batch, number: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         trainable = state.trainable
-        model = _model(graph, documents, trainable, frozen)
+        model = assembled(graph, documents, trainable, frozen)
 
         def loss(trainable: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-            sums = objective(_model(graph, documents, trainable, frozen), micro, key)
+            sums = objective(assembled(graph, documents, trainable, frozen), micro, key)
             return jnp.sum(sums["loss"][0]), sums
 
         def gradient(*given: Any) -> tuple[Params, Sums]:
@@ -110,11 +111,11 @@ def make_train_step(
             return grads, sums
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, sums = _accumulated(gradient, trainable, batch, key)
-        count = _count(sums["loss"][1])
-        groups = _Groups(model, trainable, count.shape[0])
+        grads, sums = accumulated(gradient, trainable, batch, key)
+        count = at_least_one(sums["loss"][1])
+        groups = Groups(model, trainable, count.shape[0])
         norm = groups.norm(grads) / count
-        means = {name: total / _count(of) for name, (total, of) in sums.items()}
+        means = {name: total / at_least_one(of) for name, (total, of) in sums.items()}
         good = jnp.all(jnp.isfinite(means["loss"]) & jnp.isfinite(norm)) & (state.step == number)
         after = _update_if(good, optimizer, state, lambda: groups.times(grads, optimizer.factor(norm) / count))
         metrics = means | {f"loss_{objective.counts}": sums["loss"][1], "grad_norm": norm}
@@ -148,21 +149,22 @@ def _update_if(good: jax.Array, optimizer: Optimizer, state: TrainState, grads: 
     return jax.tree.map(lambda new, old: jnp.where(good, new, old), update(state), state)
 
 
-def _model(graph: Any, documents: int | None, *params: Params) -> Decoder:
+def assembled(graph: Any, documents: int | None, *params: Params) -> Decoder:
+    """The model of these parameters, which knows that a row has so many documents at most."""
     model = merge(graph, *params)
     model.documents = documents
     return model
 
 
-def _count(of: jax.Array) -> jax.Array:
+def at_least_one(of: jax.Array) -> jax.Array:
     """A denominator, 1 where nothing was counted."""
     return jnp.where(of > 0, of, 1.0)
 
 
-def _accumulated(gradient: Callable[..., Any], trainable: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
-    """Gradients and sums of all micro-batches, added."""
+def accumulated(gradient: Callable[..., Any], trainable: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
+    """Gradients and sums of all micro-batches [k,b,T], added; `key`: one, or [G] of groups of rows."""
     parts = next(iter(batch.values())).shape[0]
-    keys = jax.random.split(key, parts)
+    keys = split_key(key, parts)
     if parts == 1:
         grads, sums = gradient(trainable, jax.tree.map(lambda x: x[0], batch), keys[0])
         return grads, sums
@@ -177,22 +179,27 @@ def _accumulated(gradient: Callable[..., Any], trainable: Params, batch: Batch, 
     return grads, sums
 
 
-class _Groups:
-    """Norms and factors of gradients by group of rows: with one group all parameters are its own.
+def group_axes(model: Decoder, trainable: Params, count: int) -> dict[Path, int]:
+    """Along which axis, `adapter` of size G, each group of rows has its own slice of what trains.
 
-    With G groups, what trains has an axis `adapter` of size G, along which group g has its own slice.
+    Raises:
+      ValueError: a parameter has none, so that all groups would train it.
     """
+    found = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        if path in trainable:
+            axes = leaf.get_metadata("axes")
+            if "adapter" not in axes or leaf.shape[axes.index("adapter")] != count:
+                raise ValueError(f"{path} has no axis 'adapter' of {count} groups: all groups would train it.")
+            found[path] = axes.index("adapter")
+    return found
+
+
+class Groups:
+    """Norms and factors of gradients by group of rows: with one group all parameters are its own."""
 
     def __init__(self, model: Decoder, trainable: Params, count: int):
-        self.count, self.axes = count, dict[Path, int]()
-        if count == 1:
-            return
-        for path, leaf in nnx.to_flat_state(nnx.state(model)):
-            if path in trainable:
-                axes = leaf.get_metadata("axes")
-                if "adapter" not in axes or leaf.shape[axes.index("adapter")] != count:
-                    raise ValueError(f"{path} has no axis 'adapter' of {count} groups: all groups would train it.")
-                self.axes[path] = axes.index("adapter")
+        self.count, self.axes = count, {} if count == 1 else group_axes(model, trainable, count)
 
     def norm(self, grads: Params) -> jax.Array:
         """float32 [G]."""
@@ -276,7 +283,7 @@ def make_eval_step(
     """The function (trainable, frozen, batch [B,T]) -> the objective's sums, to be compiled."""
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
-        return objective(_model(graph, documents, trainable, frozen), batch, None)
+        return objective(assembled(graph, documents, trainable, frozen), batch, None)
 
     return eval_step
 

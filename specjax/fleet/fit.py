@@ -1,0 +1,245 @@
+"""The loop of a fleet: `train.fit` for N adapters at once, each with its own steps, sets and end."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from specjax import files
+from specjax.errors import UserError
+from specjax.fleet.member import ENDED, FAILED, TRAINING, WAITING, Lane, Member, adamw
+from specjax.fleet.session import Fleet
+from specjax.fleet.step import Rule
+from specjax.lora.adapters import attach as attach_adapter
+from specjax.lora.adapters import check_free
+from specjax.models import Decoder
+from specjax.train.fit import WRITES, own, stop_signal
+from specjax.train.metrics import Log
+from specjax.train.objective import Objective, next_token
+from specjax.train.result import Result
+
+Ended = Callable[[str, Decoder, Result], None]
+
+
+def fit(
+    model: Decoder,
+    members: Mapping[str, Member],
+    *,
+    rule: Rule | None = None,
+    objective: Objective = next_token,
+    slots: int = 0,
+    workdir: str | Path | None = None,
+    accumulate: int = 1,
+    save_every: int = 0,
+    keep: int = 1,
+    log_every: int = 10,
+    tensorboard: bool = True,
+    ended: Ended | None = None,
+    attach: bool = True,
+) -> dict[str, Result]:
+    """Trains LoRA adapters over one frozen base in one run; called again on the same workdir, it goes on.
+
+    Each is trained as `specjax.fit` would train it alone, on the same batches with the same dropout: losses, gradient
+    norms and weights are those of the lone run up to the order of float32's sums. A step has the rows of all adapters
+    in it, N times a lone batch. One whose loss, gradient or weights are not finite stops alone, and no other changes
+    by a bit.
+
+    Args:
+      model: the base, without adapters.
+      members: the adapters, by name.
+      rule: the optimizer, of (rate, weight decay): default `fleet.adamw()`; all share its betas.
+      objective: what is minimised, the same for all.
+      slots: how many train at once, the others wait in the order of `members` and take the slots of those that ended,
+        without a compilation; 0: all.
+      workdir: where checkpoints and logs go; None: nowhere. The lines of `metrics.jsonl` bear `adapter`. What an
+        adapter was at its end, and at its best evaluation, lies in `adapters/<name>/checkpoints`.
+      accumulate: micro-batches a step.
+      save_every: steps of the fleet, beside the evaluations and ends; 0: those alone.
+      keep: how many of the fleet's last checkpoints stay.
+      log_every: steps.
+      tensorboard: write an adapter's event files into `adapters/<name>/tensorboard`.
+      ended: called as each adapter ends, with its name, the base wearing what it was at its best evaluation (else at
+        its end), and its result.
+      attach: at the end the model wears all adapters, as they were at their end.
+
+    Returns:
+      What was done, by name. What is of all together (seconds, compilation) is the same in each.
+
+    Raises:
+      UserError: what `specjax.fit` refuses, an adapter that cannot share a batch; at the end, when all others are done,
+        that some stopped because they were not finite.
+    """
+    if jax.process_count() > 1:
+        raise UserError("a fleet trains in one process: leave --distributed out, or train its adapters one by one.")
+    for name in members:
+        check_free(model, name)
+    if workdir:
+        files.claim(workdir, (*WRITES, "adapters"))
+    with own(workdir), stop_signal() as stop, ExitStack() as stack:
+        run = stack.enter_context(
+            Fleet(
+                model,
+                members,
+                rule or adamw(),
+                objective,
+                slots=slots,
+                workdir=Path(workdir) if workdir else None,
+                accumulate=accumulate,
+                keep=keep,
+                attach=attach,
+            )
+        )
+        resumed = run.restore()
+        starts = {name: lane.step for name, lane in run.lanes.items() if lane.status != WAITING} if resumed else {}
+        total = sum(member.steps for member in members.values())
+        console = Console()
+        log = stack.enter_context(Log(workdir, steps=total, start=starts, tensorboard=False, console=console))
+        if resumed:
+            log.note(f"resumed: {', '.join(f'{name} at step {step}' for name, step in starts.items())}")
+        folder = Path(workdir) / "adapters" if workdir and tensorboard else None
+        loop = _Loop(run, log, folder, log_every, ended)
+        loop.go(stop, save_every)
+    results = {name: lane.result for name, lane in run.lanes.items()}
+    for result in results.values():
+        result.seconds, result.compile_seconds = run.clock.seconds, run.compile_seconds
+        result.stopped = "signal" if stop.early else result.stopped
+    if attach:
+        for name, adapter in run.ended().items():
+            attach_adapter(model, name, adapter)
+    if failed := [lane for lane in run.lanes.values() if lane.status == FAILED]:
+        others = len(run.lanes) - len(failed)
+        raise UserError(
+            f"{len(failed)} of {len(run.lanes)} adapters stopped: "
+            + "; ".join(f"{lane.name}: {lane.why}" for lane in failed)
+            + (f" (the other{'s are' if others > 1 else ' is'} not touched by it)" if others else "")
+        )
+    return results
+
+
+class _Loop:
+    """One step after another; what is due after each."""
+
+    def __init__(self, run: Fleet, log: Log, folder: Path | None, log_every: int, ended: Ended | None):
+        self.run, self.log, self._folder, self._every, self._told = run, log, folder, log_every, ended
+        self._logs: dict[str, Log] = {}
+
+    def go(self, stop: Any, save_every: int) -> None:
+        """Until all adapters have ended, or a signal comes."""
+        run = self.run
+        for lane in run.training():
+            self._open(lane)
+        self._refill()
+        pending: Any = None
+        while run.training():
+            stepped, metrics = run.step(stop.begun)
+            if pending:
+                self._report(*pending)
+            pending = (stepped, metrics)
+            stopping = stop(run.tick)
+            due = [lane for lane, _ in stepped if lane.evaluates or lane.done]
+            failed = any(lane.status == FAILED for lane, _ in stepped)
+            if due or failed or stopping or (save_every and run.tick % save_every == 0):
+                self._report(*pending)
+                pending = None
+                self._check_weights()
+                for lane in due:
+                    if lane.status == TRAINING and lane.evaluates:
+                        self._evaluate(lane)
+                for lane in due:
+                    if lane.status == TRAINING and lane.done:
+                        self._end(lane)
+                if not stopping:
+                    self._refill()
+                self.log.sync()
+                run.save()
+            if stopping and (run.training() or run.waiting()):
+                for lane in (*run.training(), *run.waiting()):
+                    lane.result.stopped = "signal"
+                self.log.note("stopped by a signal: the checkpoint is saved, call again to go on")
+                break
+        for one in self._logs.values():
+            one.end()
+
+    def _open(self, lane: Lane) -> None:
+        folder = None if self._folder is None else self._folder / lane.name / "tensorboard"
+        self._logs[lane.name] = self.log.of_adapter(
+            lane.name, steps=lane.member.steps, tensorboard=folder, start=lane.step
+        )
+
+    def _refill(self) -> None:
+        """Adapters that wait take the free slots, and are evaluated before their first step."""
+        for lane in self.run.fill():
+            self._open(lane)
+            self._evaluate(lane)
+
+    def _evaluate(self, lane: Lane) -> None:
+        if not lane.member.eval_data:
+            return
+        log, found = self._logs[lane.name], self.run.evaluate(lane)
+        lane.result.evals = found
+        if not lane.step:
+            lane.result.first_evals = found
+        log.evaluate(lane.step, {f"eval/{n}/{k}": v for n, means in found.items() for k, v in means.items()})
+        if lane.member.sample:
+            for prompt, text in lane.member.sample(self.run.model_of(lane)):
+                log.sample(lane.step, prompt, text)
+        loss = found[lane.member.chooses]["loss"]
+        if not math.isfinite(loss):
+            why = "lower its learning rate" if lane.step else "look at the base's weights and at that data"
+            self._fail(lane, f"step {lane.step}: the loss on {lane.member.chooses!r} is {loss}: {why}.")
+        elif lane.chosen(loss):
+            self.run.keep_best(lane)
+
+    def _end(self, lane: Lane) -> None:
+        if lane.result.stopped == "patience":
+            self._logs[lane.name].note(
+                f"stopped at step {lane.step}: {lane.member.patience} evaluations without a better loss on "
+                f"{lane.member.chooses!r}"
+            )
+        lane.status = ENDED
+        model = self.run.end(lane)
+        if self._told is not None:
+            self._told(lane.name, model, lane.result)
+        self._logs.pop(lane.name).end()
+
+    def _fail(self, lane: Lane, why: str) -> None:
+        lane.status, lane.why = FAILED, why
+        self._logs.pop(lane.name).note(f"{why} It stops; the others go on.")
+        self.run.free(lane)
+
+    def _check_weights(self) -> None:
+        """An update that broke an adapter's weights ends it: it has no last good ones in the state."""
+        for lane in self.run.broken():
+            self._fail(lane, f"step {lane.step}: an update made its weights infinite or NaN: lower its learning rate.")
+
+    def _report(self, stepped: Sequence[tuple[Lane, int]], metrics: Mapping[str, Any]) -> None:
+        """Reads a step's metrics, ends adapters whose loss is not finite, logs every so many."""
+        read = {name: jax.device_get(value) for name, value in metrics.items() if name != "tokens"}
+        counts = f"loss_{self.run.objective.counts}"
+        for (lane, slot), tokens in zip(stepped, metrics["tokens"], strict=True):
+            if lane.status != TRAINING:
+                continue
+            mine = {name: float(value[slot]) for name, value in read.items()}
+            step = int(tokens[0])
+            if not (math.isfinite(mine["loss"]) and math.isfinite(mine["grad_norm"])):
+                lane.step = lane.result.step = step - 1
+                self._fail(
+                    lane,
+                    f"step {step}: the loss is {mine['loss']} and the gradient norm {mine['grad_norm']}, on the rows "
+                    f"{self.run.rows_of(lane, step - 1)} of its packed data: lower its learning rate, or look at them.",
+                )
+                continue
+            if not mine[counts]:
+                lane.result.empty_steps += 1
+                self._logs[lane.name].note(f"step {step}: nothing of its rows counts for the loss")
+                del mine["loss"]
+            elif usual := lane.result.spike(mine["loss"]):
+                self._logs[lane.name].note(f"step {step}: the loss is {mine['loss']:.3f}, and was {usual:.3f} before")
+            if step % self._every == 0 or step in (1, lane.member.steps):
+                rate = self.run.window()
+                self._logs[lane.name].train(step, mine | {"tokens": tokens[1]} | rate)
+        self.log.progress(self.run.steps_done, f"{len(self.run.training())} adapters train")

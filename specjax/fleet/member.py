@@ -1,0 +1,159 @@
+"""What an adapter of a fleet is told, and how far it is."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.errors import UserError
+from specjax.fleet.slots import Outline
+from specjax.fleet.step import Rule
+from specjax.models import Decoder
+from specjax.train import optim
+from specjax.train.result import Result, Selection
+
+WAITING, TRAINING, ENDED, FAILED = "waiting", "training", "ended", "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One adapter of a fleet: what `lora.inject`, the optimizer and `fit` would be told of it alone.
+
+    Attributes:
+      data: a `specjax.data.Data` or `Mixture`; length and batch size are the same for all members.
+      steps: optimizer steps in all.
+      lora: arguments of `lora.inject`: rank, alpha, targets, dropout, rslora, seed and so on.
+      learning_rate: a number, or a function of the step.
+      weight_decay: times the learning rate.
+      clip_norm: its gradient is scaled down to this norm; 0: off.
+      seed: of its dropout.
+      eval_data: sets by name, evaluated before its first step, every `eval_every` steps and at its end.
+      eval_every: steps; 0: at the start and the end only.
+      eval_batches: of each set; 0: all.
+      patience: evaluations in a row without a better loss after which it stops; 0: never.
+      best: the set whose loss chooses its best step; default the first.
+      sample: at each evaluation, model -> [(prompt, text)] to show.
+      measure: at each evaluation, model -> further numbers of sets of `eval_data`, by their names.
+    """
+
+    data: Any
+    steps: int
+    lora: Mapping[str, Any]
+    learning_rate: float | Callable[[Any], Any] = 1e-4
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    seed: int = 0
+    eval_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    eval_every: int = 0
+    eval_batches: int = 0
+    patience: int = 0
+    best: str = ""
+    sample: Callable[[Decoder], Sequence[tuple[str, str]]] | None = None
+    measure: Callable[[Decoder], Mapping[str, Mapping[str, float]]] | None = None
+
+    @property
+    def chooses(self) -> str:
+        """The set that chooses the best step; "": there is none."""
+        return self.best or next(iter(self.eval_data), "")
+
+    def rates(self) -> np.ndarray:
+        """float32 [steps]: the learning rate of each step."""
+        given = self.learning_rate
+        if not callable(given):
+            return np.full(self.steps, given, np.float32)
+        return np.asarray(jax.vmap(given)(jnp.arange(self.steps, dtype=jnp.int32)), np.float32)
+
+
+def adamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Rule:
+    """`specjax.adamw` for a fleet: rate and weight decay are each adapter's."""
+    import optax
+
+    return lambda rate, decay: optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=decay, mask=optim.decays)
+
+
+def lion(b1: float = 0.9, b2: float = 0.99) -> Rule:
+    """`specjax.lion` for a fleet: rate and weight decay are each adapter's."""
+    import optax
+
+    return lambda rate, decay: optax.lion(rate, b1=b1, b2=b2, weight_decay=decay, mask=optim.decays)
+
+
+@dataclasses.dataclass
+class Lane:
+    """A member and how far it is.
+
+    Attributes:
+      outline: its ranks, scales and dropout, by map.
+      rates: of `Member.rates`.
+      keys: uint32 [2], the key data of its dropout.
+      step: updates done.
+      tokens: of all its steps.
+      status: one of the words above.
+      why: it failed, in a sentence.
+      least: the loss at `result.best_step`.
+    """
+
+    name: str
+    member: Member
+    outline: Outline
+    rates: np.ndarray
+    keys: np.ndarray
+    step: int = 0
+    tokens: int = 0
+    status: str = WAITING
+    why: str = ""
+    least: float | None = None
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    result: Result = dataclasses.field(default_factory=Result)
+
+    @classmethod
+    def of(cls, name: str, member: Member, outline: Outline) -> "Lane":
+        """Before its first step."""
+        if member.steps < 1:
+            raise UserError(f"it has {member.steps} steps: give it at least 1.")
+        keys = np.asarray(jax.random.key_data(jax.random.key(member.seed)))
+        made = cls(name, member, outline, member.rates(), keys)
+        made.result.trainable_parameters = 0
+        return made
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether an evaluation is due after the step that was just done."""
+        every, m = self.member.eval_every, self.member
+        return bool(m.eval_data) and (self.step == m.steps or bool(every and self.step % every == 0))
+
+    @property
+    def done(self) -> bool:
+        """Whether it has no step left, or no patience."""
+        if self.step >= self.member.steps:
+            return True
+        if self.member.patience and self.selection.worse >= self.member.patience:
+            self.result.stopped = "patience"
+            return True
+        return False
+
+    def chosen(self, loss: float) -> bool:
+        """Takes note of an evaluation's loss; whether it is the least of those after a step."""
+        self.selection = self.selection.after(loss)
+        if not self.step or (self.least is not None and loss > self.least):
+            return False
+        self.least, self.result.best_step = loss, self.step
+        return True
+
+    def meta(self) -> dict[str, Any]:
+        """As the fleet's checkpoint has it."""
+        held = {"step": self.step, "tokens": self.tokens, "status": self.status, "why": self.why, "least": self.least}
+        held |= {"best_step": self.result.best_step, "stopped": self.result.stopped, "evals": self.result.evals}
+        held |= {"first_evals": self.result.first_evals, "data_fingerprint": self.member.data.fingerprint}
+        return held | self.selection.meta()
+
+    def restore(self, meta: Mapping[str, Any]) -> None:
+        """The inverse of `meta`."""
+        self.step, self.tokens, self.status, self.why = (meta[key] for key in ("step", "tokens", "status", "why"))
+        self.least, self.selection = meta["least"], Selection.of(dict(meta))
+        self.result.best_step, self.result.stopped = meta["best_step"], meta["stopped"]
+        self.result.evals, self.result.first_evals = meta["evals"], meta["first_evals"]
+        self.result.step = self.step

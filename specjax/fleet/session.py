@@ -1,0 +1,455 @@
+"""What surrounds the state of a fleet: slots, the compiled step, batches, evaluations, checkpoints."""
+
+import copy
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from specjax import flops, lora, process, sharding
+from specjax.errors import UserError, naming
+from specjax.fleet import slots as slots_lib
+from specjax.fleet import step as fleet_step
+from specjax.fleet.member import ENDED, TRAINING, WAITING, Lane, Member
+from specjax.fleet.step import Rule, Told
+from specjax.lora.adapters import DEFAULT, Adapter, collect, on_host
+from specjax.models import Decoder
+from specjax.train import memory
+from specjax.train import step as steps_lib
+from specjax.train.checkpoint import Checkpoints, Damaged
+from specjax.train.evaluate import evaluate, most_documents
+from specjax.train.objective import Objective
+from specjax.train.session import aside, check_columns, check_ids
+from specjax.train.throughput import Throughput
+
+
+class Fleet:
+    """One `fleet.fit`: the live state and what is around it; a context manager.
+
+    Attributes:
+      lanes: by name, in the order in which they take slots.
+      placed: the lane in each slot, or None.
+      tick: steps of the fleet.
+      steps_done: of all adapters.
+      clock: of training time.
+      compile_seconds: of the training step.
+    """
+
+    def __init__(
+        self,
+        base: Decoder,
+        members: Mapping[str, Member],
+        rule: Rule,
+        objective: Objective,
+        *,
+        slots: int,
+        workdir: Path | None,
+        accumulate: int,
+        keep: int,
+        attach: bool,
+    ):
+        if not members:
+            raise UserError("a fleet without members: give at least one.")
+        self.base, self.rule, self.workdir, self.accumulate, self._keep = base, rule, workdir, accumulate, keep
+        self.objective, members = _checked(base, objective, members, accumulate)
+        self.count = min(slots or len(members), len(members))
+        self._drawn: dict[str, Adapter] = {}
+        self.lanes: dict[str, Lane] = {}
+        for number, (name, member) in enumerate(members.items()):
+            with naming(f"adapter {name}"):
+                adapter = slots_lib.fresh(base, member.lora)
+                self.lanes[name] = Lane.of(name, member, slots_lib.outline(adapter))
+                self.lanes[name].result.trainable_parameters = _size(self.lanes[name].outline, adapter)
+            if number < self.count:
+                self._drawn[name] = adapter
+        self.placed: list[Lane | None] = [None] * self.count
+        self.slots = slots_lib.Slots(base, [lane.outline for lane in self.lanes.values()], self.count)
+        self.mesh = sharding.mesh_of(jax.tree.leaves(jax.tree.map(lambda x: x, steps_lib.split(base, lora.LORA)[2]))[0])
+        first = next(iter(members.values())).data
+        self.rows = first.batch_size // accumulate
+        self._lay_out()
+        self._length, self._batch_size = first.length, first.batch_size
+        self.tick = self.steps_done = self._tokens = 0
+        self.compile_seconds = 0.0
+        self._compiled: Any = None
+        self._next: tuple[Any, Future[Any]] | None = None
+        device = self.mesh.devices.flat[0] if self.mesh is not None else jax.devices()[0]
+        self._device = device
+        self.clock = Throughput(1 if self.mesh is None else self.mesh.size, device.device_kind)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", keep=keep) if workdir else None
+        self._kept: dict[str, Adapter] | None = {} if attach else None
+        self._prepare()
+
+    def _lay_out(self) -> None:
+        """Sees that the rows of all adapters divide over the mesh, and makes those of evaluations do so.
+
+        A set is measured in batches of as many rows as alone, or where the mesh does not divide these of N times as
+        many: the sums are the same.
+        """
+        ways = 1 if self.mesh is None else sharding.ways(self.mesh, sharding.RULES["batch"])
+        if self.count * self.rows % ways:
+            raise UserError(
+                f"{self.count} adapters of {self.rows} rows in a micro-batch do not divide over {ways} groups of "
+                "devices: make one of them a multiple of that."
+            )
+        for lane in self.lanes.values():
+            sets = {name: copy.copy(data) for name, data in lane.member.eval_data.items()}
+            for data in sets.values():
+                if data.batch_size % ways:
+                    data.batch_size = self.count * self.rows
+            lane.member = dataclasses.replace(lane.member, eval_data=sets)
+
+    def _prepare(self) -> None:
+        """The state's shapes and places, and the small programs around the step."""
+        graph, trainable, self._frozen = steps_lib.split(self.slots.model, lora.LORA)
+        self._view_graph, view, self._view_frozen = steps_lib.split(self.slots.view, lora.LORA)
+        model = steps_lib.merge(graph, trainable, self._frozen)
+        self._axes = axes = steps_lib.group_axes(model, trainable, self.count)
+        self._trainable = trainable
+        sets = {f"{lane.name}/{n}": d for lane in self.lanes.values() for n, d in lane.member.eval_data.items()}
+        self._evaluates = bool(sets)
+        documents = most_documents({name: lane.member.data for name, lane in self.lanes.items()})
+        self._step = fleet_step.make_fleet_step(graph, self.rule, self.objective, self.count, documents=documents)
+        self._eval_step = jax.jit(
+            steps_lib.make_eval_step(self._view_graph, self.objective, documents=most_documents(sets))
+        )
+        places = {path: leaf.sharding for path, leaf in view.items()}
+        self._take = jax.jit(partial(fleet_step.taken, axes=axes), out_shardings=places)
+        self._put = jax.jit(partial(fleet_step.put, axes=axes), donate_argnums=0)
+        self._finite = jax.jit(partial(fleet_step.finite, axes=axes))
+
+        def better(best: Any, now: Any, chosen: Any) -> Any:
+            return {path: fleet_step.chosen(chosen, now[path], best[path], axes[path]) for path in best}
+
+        self._better = jax.jit(better, donate_argnums=0)
+
+    def __enter__(self) -> "Fleet":
+        with ExitStack() as stack:
+            if self.mesh is not None:
+                stack.enter_context(jax.set_mesh(self.mesh))
+            self._pool = stack.enter_context(ThreadPoolExecutor(1))
+            if self.checkpoints:
+                stack.callback(self.checkpoints.close)
+            trainable = self._trainable
+            del self._trainable
+            shapes = jax.eval_shape(partial(fleet_step.begin, self.rule, axes=self._axes, count=self.count), trainable)
+            places = jax.tree.map_with_path(partial(self._place, trainable), shapes)
+            begin = partial(fleet_step.begin, self.rule, axes=self._axes, count=self.count)
+            self.state = jax.jit(begin, out_shardings=places, donate_argnums=0)(trainable)
+            self._put = jax.jit(partial(fleet_step.put, axes=self._axes), donate_argnums=0, out_shardings=places)
+            self.best = jax.tree.map(jnp.zeros_like, self.state.trainable) if self._evaluates else None
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._stack.__exit__(kind, error, trace)
+        if error is not None and memory.exhausted(error):
+            raise memory.too_much(error, self._device, self._compiled) from error
+
+    def _place(self, trainable: Any, path: Any, leaf: Any) -> Any:
+        """Moments like their parameters, numbers everywhere."""
+        owners = [trainable[key.key] for key in path if getattr(key, "key", None) in trainable]
+        if owners and leaf.ndim == owners[0].ndim:
+            return owners[0].sharding
+        if self.mesh is None:
+            return next(iter(trainable.values())).sharding
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def training(self) -> list[Lane]:
+        """The lanes in the slots."""
+        return [lane for lane in self.placed if lane is not None]
+
+    def waiting(self) -> list[Lane]:
+        """Those that have not begun."""
+        return [lane for lane in self.lanes.values() if lane.status == WAITING]
+
+    def fill(self) -> list[Lane]:
+        """Puts lanes that wait into free slots, and returns them."""
+        begun = []
+        for slot, lane in zip([i for i, one in enumerate(self.placed) if one is None], self.waiting(), strict=False):
+            drawn = self._drawn.pop(lane.name, None)
+            adapter = slots_lib.fresh(self.base, lane.member.lora) if drawn is None else drawn
+            self.state = self._put(self.state, np.int32(slot), self.slots.padded(adapter))
+            lane.status, self.placed[slot] = TRAINING, lane
+            begun.append(lane)
+        if begun:
+            self._settle()
+        return begun
+
+    def _settle(self) -> None:
+        """The scales and rates of the adapters that are in the slots now."""
+        outlines = [None if lane is None else lane.outline for lane in self.placed]
+        self._frozen = self.slots.frozen(self._frozen, outlines)
+
+    def free(self, lane: Lane) -> None:
+        """Takes a lane out of its slot."""
+        self.placed[self.placed.index(lane)] = None
+
+    def _told(self) -> Told:
+        lanes = [(lane, lane.step) if lane is not None else None for lane in self.placed]
+        of = lambda get, empty, kind: np.array([empty if one is None else get(*one) for one in lanes], kind)  # noqa: E731
+        return Told(
+            number=of(lambda lane, step: step, -1, np.int32),
+            keys=of(lambda lane, step: lane.keys, np.zeros(2, np.uint32), np.uint32),
+            rate=of(lambda lane, step: lane.rates[step], 0.0, np.float32),
+            decay=of(lambda lane, step: lane.member.weight_decay, 0.0, np.float32),
+            clip=of(lambda lane, step: lane.member.clip_norm, 0.0, np.float32),
+        )
+
+    def _batch(self, chosen: tuple[tuple[str, int] | None, ...]) -> Any:
+        """The rows of each slot's step, [k,N*b,T] on the devices; padding for a slot that is empty."""
+        parts: list[dict[str, np.ndarray] | None] = []
+        for one in chosen:
+            data = None if one is None else self.lanes[one[0]].member.data
+            held = None if data is None or one is None else data.micro_batches(one[1], self.accumulate)
+            parts.append(None if held is None else {name: held[name] for name in self.objective.columns})
+        some = next(part for part in parts if part is not None)
+        empty = {name: np.zeros_like(values) for name, values in some.items()}
+        whole = {name: np.concatenate([(part or empty)[name] for part in parts], axis=1) for name in some}
+        rows = self.count * self.rows
+        return sharding.put_batch(whole, self.mesh, rows, lead=(None,))
+
+    def step(self, begun: Callable[[], None]) -> tuple[list[tuple[Lane, int]], dict[str, Any]]:
+        """One step of every lane in a slot: ((lane, slot) of each, metrics [N] on the devices).
+
+        `tokens` of the metrics is, for each of those lanes, its steps and its tokens so far.
+        """
+        began = time.perf_counter()
+        chosen = tuple(None if lane is None else (lane.name, lane.step) for lane in self.placed)
+        made = self._next[1] if self._next is not None and self._next[0] == chosen else None
+        batch = made.result() if made is not None else self._batch(chosen)
+        data_seconds = time.perf_counter() - began
+        told = self._told()
+        if self._compiled is None:
+            with self.clock.paused():
+                self._compiled = self._compile(batch, told)
+        begun()
+        self.state, metrics = self._compiled(self.state, self._frozen, batch, told)
+        stepped = [(lane, slot) for slot, lane in enumerate(self.placed) if lane is not None]
+        done = []
+        for lane, _ in stepped:
+            tokens = lane.member.data.tokens_in(lane.step)
+            lane.step, lane.tokens = lane.step + 1, lane.tokens + tokens
+            lane.result.step, lane.result.tokens = lane.step, lane.result.tokens + tokens
+            lane.result.data_seconds += data_seconds
+            self._tokens += tokens
+            done.append((lane.step, lane.tokens))
+        self.tick, self.steps_done = self.tick + 1, self.steps_done + len(stepped)
+        after = tuple(None if lane is None or lane.done else (lane.name, lane.step) for lane in self.placed)
+        if any(after):
+            self._next = (after, self._pool.submit(self._batch, after))
+        return stepped, metrics | {"tokens": done}
+
+    def _compile(self, batch: Any, told: Told) -> Any:
+        began = time.perf_counter()
+        kept = jax.tree.map(lambda x: x.sharding, self.state)
+        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(kept, None))
+        lowered = jitted.lower(self.state, self._frozen, batch, told)
+        options = steps_lib.compiler_options(self._device.platform, self.base.dtype, self.base.config.num_experts)
+        one = self._take(self.state.trainable, np.int32(0))
+        self.clock.flops_per_token = flops.of_step(self.slots.view, one, rows=1, length=self._length) / self._length
+        compiled = aside(partial(lowered.compile, compiler_options=options))
+        process.return_freed_memory()
+        self.compile_seconds = time.perf_counter() - began
+        return compiled
+
+    def window(self) -> dict[str, Any]:
+        """Tokens per second of the whole fleet since it was last asked with fresh tokens."""
+        if self._tokens != self.clock._tokens:
+            self._rate = self.clock.window(self._tokens)
+        return self._rate
+
+    def rows_of(self, lane: Lane, step: int, most: int = 16) -> str:
+        """The numbers of the rows of a step, in words."""
+        rows = sorted(lane.member.data.row_ids(step).tolist())
+        return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")
+
+    def broken(self) -> list[Lane]:
+        """The lanes whose weights are not finite."""
+        good = np.asarray(self._finite(self.state.trainable))
+        return [lane for slot, lane in enumerate(self.placed) if lane is not None and not good[slot]]
+
+    def _view(self, lane: Lane, params: Any) -> tuple[Any, Any]:
+        """(what trains, the rest) of the view, of the lane's slot in some parameters."""
+        slot = self.placed.index(lane)
+        return self._take(params, np.int32(slot)), self.slots.frozen(self._view_frozen, [lane.outline])
+
+    def model_of(self, lane: Lane) -> Decoder:
+        """The base wearing one adapter as it is now."""
+        return steps_lib.merge(self._view_graph, *self._view(lane, self.state.trainable))
+
+    def evaluate(self, lane: Lane) -> dict[str, dict[str, float]]:
+        """What the objective is on the lane's sets, by name, and what its `measure` tells beside."""
+        with self.clock.paused():
+            params, frozen = self._view(lane, self.state.trainable)
+            options: dict[str, Any] = {"objective": self.objective, "batches": lane.member.eval_batches}
+            found = {
+                name: evaluate(self._eval_step, params, frozen, data, self.mesh, **options)
+                for name, data in lane.member.eval_data.items()
+            }
+            if lane.member.measure:
+                for name, numbers in lane.member.measure(self.model_of(lane)).items():
+                    found[name] |= numbers
+        return found
+
+    def keep_best(self, lane: Lane) -> None:
+        """Notes the lane's weights as its best."""
+        self.best = self._better(self.best, self.state.trainable, np.array([one is lane for one in self.placed]))
+
+    def end(self, lane: Lane) -> Decoder:
+        """Writes what the lane was at its end and at its best, frees its slot; the base wearing the best."""
+        with self.clock.paused():
+            last = self.slots.adapter(self._take(self.state.trainable, np.int32(self.placed.index(lane))), lane.outline)
+            best = last
+            if lane.result.best_step not in (None, lane.step):
+                best = self.slots.adapter(self._take(self.best, np.int32(self.placed.index(lane))), lane.outline)
+            if self._kept is not None:
+                self._kept[lane.name] = last
+            model = self.slots.alone(best)
+            if self.workdir:
+                self._write(lane, model, last)
+            self.free(lane)
+        return model
+
+    def _folder(self, lane: Lane) -> Path:
+        assert self.workdir is not None
+        return self.workdir / "adapters" / lane.name / "checkpoints"
+
+    def _write(self, lane: Lane, model: Decoder, last: Adapter) -> None:
+        """As a lone run's checkpoints, without the optimizer's state."""
+        folder = self._folder(lane)
+        if folder.exists():  # of a start that was killed before the fleet's checkpoint was whole
+            shutil.rmtree(folder)
+        saved = Checkpoints(folder)
+        base = {"base": self.base.origin.source, "base_fingerprint": self.base.origin.fingerprint}
+        meta = lane.meta() | base
+        steps: dict[int, tuple[Decoder, float | None]] = {lane.result.best_step or lane.step: (model, lane.least)}
+        if lane.step not in steps:
+            steps[lane.step] = (self.slots.alone(last), None)
+        for step, (worn, loss) in steps.items():
+            saved.save(step, {"trainable": steps_lib.split(worn, lora.LORA)[1]}, meta | {"step": step}, loss)
+        saved.close()
+
+    def ended(self) -> dict[str, Adapter]:
+        """The adapters that ended, as they were then; of an earlier start, from their folders."""
+        assert self._kept is not None
+        found = {}
+        for lane in self.lanes.values():
+            if lane.status == ENDED:
+                found[lane.name] = self._kept[lane.name] if lane.name in self._kept else self._read(lane)
+        return found
+
+    def _read(self, lane: Lane) -> Adapter:
+        model = self.slots.alone(slots_lib.fresh(self.base, lane.member.lora))
+        saved = Checkpoints(self._folder(lane), read_only=True)
+        params = saved.load(lane.step, {"trainable": steps_lib.split(model, lora.LORA)[1]})["trainable"]
+        steps_lib.write_back(model, params)
+        saved.close()
+        return on_host(collect(model, DEFAULT))
+
+    def save(self) -> None:
+        """Starts a checkpoint of the whole fleet."""
+        if self.checkpoints is None:
+            return
+        held = [None if lane is None else lane.name for lane in self.placed]
+        meta = {"step": self.tick, "slots": held, "base_fingerprint": self.base.origin.fingerprint}
+        meta |= {"adapters": {name: lane.meta() for name, lane in self.lanes.items()}, "tokens": self._tokens}
+        with self.clock.paused():
+            self.checkpoints.save(self.tick, self._saved_state(), meta | {"steps_done": self.steps_done})
+
+    def _saved_state(self) -> dict[str, Any]:
+        held = {"trainable": self.state.trainable, "opt_state": self.state.opt_state}
+        return held | ({"best": self.best} if self.best is not None else {})
+
+    def restore(self) -> bool:
+        """Goes on from the last checkpoint that is whole, if there is one."""
+        if self.checkpoints is None:
+            return False
+        while (latest := self.checkpoints.latest()) is not None:
+            try:
+                meta = self.checkpoints.meta(latest)
+                self._check_provenance(meta)
+                restored = self.checkpoints.load(latest, self._saved_state())
+                break
+            except Damaged as error:
+                self.checkpoints.set_aside(latest, error)
+        else:
+            return False
+        for name, lane in self.lanes.items():
+            lane.restore(meta["adapters"][name])
+        self.placed = [None if name is None else self.lanes[name] for name in meta["slots"]]
+        self.tick, self._tokens, self.steps_done = latest, meta["tokens"], meta["steps_done"]
+        self.clock.resume(self._tokens)
+        self.best = restored.pop("best", None)
+        steps = np.array([0 if lane is None else lane.step for lane in self.placed], np.int32)
+        self.state = steps_lib.TrainState(**restored, step=jax.device_put(steps, self.state.step.sharding))
+        self._settle()
+        return True
+
+    def _check_provenance(self, meta: Mapping[str, Any]) -> None:
+        assert self.checkpoints is not None
+        was, now = list(meta["adapters"]), list(self.lanes)
+        if sorted(was) != sorted(now) or len(meta["slots"]) != self.count:
+            raise UserError(
+                f"{self.checkpoints.folder}: the checkpoint is of the adapters {', '.join(was)} in "
+                f"{len(meta['slots'])} slots, now {', '.join(now)} in {self.count}: restore what it was, or start "
+                "in a new workdir."
+            )
+        facts = {"base": (meta["base_fingerprint"], self.base.origin.fingerprint)}
+        for name, lane in self.lanes.items():
+            facts[f"data of {name}"] = (meta["adapters"][name]["data_fingerprint"], lane.member.data.fingerprint)
+        for what, (before, after) in facts.items():
+            if before != after:
+                raise UserError(
+                    f"{self.checkpoints.folder}: the checkpoint was made with another {what} ({before}, now {after}): "
+                    "restore what it was, or start in a new workdir."
+                )
+
+
+def _size(outline: slots_lib.Outline, adapter: Adapter) -> int:
+    """How many numbers an adapter trains."""
+    return sum(int(value.size) for path in outline for value in adapter.factors[path].values.values())
+
+
+def _checked(
+    base: Decoder, objective: Objective, members: Mapping[str, Member], accumulate: int
+) -> tuple[Objective, dict[str, Member]]:
+    """The objective and members as `Objective.prepare` makes them.
+
+    Raises:
+      UserError: what cannot be in one batch, or cannot train.
+    """
+    made, prepared = {}, objective
+    if lora.names(base):
+        raise UserError(f"the base wears {', '.join(lora.names(base))}: unload all adapters first.")
+    if base.config.num_experts:
+        raise UserError("a fleet over a mixture of experts cannot be exact yet: train its adapters one by one.")
+    first = next(iter(members.values())).data
+    for name, member in members.items():
+        with naming(f"adapter {name}"):
+            data, rows = member.data, max(1, member.data.batch_size // accumulate)
+            if data.batch_size % accumulate:
+                raise UserError(f"a batch of {data.batch_size} rows does not divide into {accumulate} micro-batches.")
+            for what in ("length", "batch_size"):
+                if getattr(data, what) != getattr(first, what):
+                    raise UserError(
+                        f"its data has {what} {getattr(data, what)}, the first adapter's {getattr(first, what)}: they "
+                        "share a batch, so make them alike."
+                    )
+            for label, one in {"the data": data, **{f"the set {n!r}": d for n, d in member.eval_data.items()}}.items():
+                check_ids(label, one, base.config.vocab_size)
+            prepared, sets = objective.prepare(objective, base, lora.LORA, {"": data, **member.eval_data}, rows)
+            for label, one in sets.items():
+                check_columns(prepared, label or "the data", one)
+            made[name] = dataclasses.replace(member, data=sets.pop(""), eval_data=sets)
+    return prepared, made

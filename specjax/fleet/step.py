@@ -1,0 +1,162 @@
+"""One training step of N adapters over one base: the parts of `train.step`, with vectors for what differs.
+
+The rows of a batch fall into N groups, each with its adapter's factors, dropout key, rate, weight decay and clip.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from specjax.models.products import exact_float32
+from specjax.models.stack import fold_key
+from specjax.train.objective import Batch, Objective, Sums
+from specjax.train.step import Groups, Params, TrainState, accumulated, assembled, at_least_one, group_axes
+
+Rule = Callable[[Any, Any], optax.GradientTransformation]  # learning rate, weight decay -> an optax rule
+Axes = dict[Any, int]  # path -> the axis of the slots
+
+
+class Told(NamedTuple):
+    """What a step is told of each slot, arrays [N].
+
+    Attributes:
+      number: of the adapter's step, from 0; -1: there is no adapter, nothing changes.
+      keys: uint32 [N, 2], the key data of its dropout.
+      rate: learning rate of this step.
+      decay: weight decay.
+      clip: norm of the clip; 0: off.
+    """
+
+    number: Any
+    keys: Any
+    rate: Any
+    decay: Any
+    clip: Any
+
+
+def begin(rule: Rule, trainable: Params, axes: Axes, count: int) -> TrainState:
+    """The state before the first step: `step` is int32 [N]."""
+    made = rule(jnp.float32(0), jnp.float32(0))
+    out = _state_axes(made, trainable, axes)
+    opt_state = jax.vmap(made.init, in_axes=(axes,), out_axes=out, axis_size=count)(trainable)
+    return TrainState(trainable, opt_state, jnp.zeros(count, jnp.int32))
+
+
+def _state_axes(rule: optax.GradientTransformation, trainable: Params, axes: Axes) -> Any:
+    """The axis of the slots in each array of an optimizer's state: its parameter's; of numbers the first."""
+
+    def axis(path: Any, leaf: Any) -> int:
+        owners = [key.key for key in path if getattr(key, "key", None) in axes]
+        return axes[owners[0]] if owners and leaf.ndim else 0
+
+    return jax.tree.map_with_path(axis, jax.eval_shape(rule.init, trainable))
+
+
+def make_fleet_step(
+    graph: Any, rule: Rule, objective: Objective, count: int, *, documents: int | None = None
+) -> Callable[[TrainState, Params, Batch, Told], tuple[TrainState, dict[str, jax.Array]]]:
+    """The function (state, frozen, batch [k,N*b,T], told) -> (state, metrics), to be compiled.
+
+    The arithmetic of each group is that of `train.step.make_train_step` of its rows alone. Where a group's loss or
+    gradient's norm is not finite, its slices of the state come out as they went in, then and in every later step.
+
+    Metrics are float32 [N]: those of `make_train_step`.
+
+    Args:
+      graph: of `train.step.split` of the grouped model.
+      rule: the optimizer.
+      objective: what is minimised.
+      count: N.
+      documents: at most so many in a row, where that is known.
+    """
+
+    def fleet_step(
+        state: TrainState, frozen: Params, batch: Batch, told: Told
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        trainable = state.trainable
+        model = assembled(graph, documents, trainable, frozen)
+        axes = group_axes(model, trainable, count)
+
+        def loss(trainable: Params, micro: Batch, keys: jax.Array) -> tuple[jax.Array, Sums]:
+            sums = objective(assembled(graph, documents, trainable, frozen), micro, keys)
+            return jnp.sum(sums["loss"][0]), sums
+
+        def gradient(*given: Any) -> tuple[Params, Sums]:
+            with exact_float32(model.dtype):
+                grads, sums = jax.grad(loss, has_aux=True)(*given)
+            return grads, sums
+
+        keys = fold_key(jax.random.wrap_key_data(told.keys), state.step)
+        grads, sums = accumulated(gradient, trainable, batch, keys)
+        loss_count = at_least_one(sums["loss"][1])
+        groups = Groups(model, trainable, count)
+        norm = groups.norm(grads) / loss_count
+        means = {name: total / at_least_one(of) for name, (total, of) in sums.items()}
+        good = jnp.isfinite(means["loss"]) & jnp.isfinite(norm) & (state.step == told.number)
+        clipped = jnp.where((norm < told.clip) | (told.clip == 0), 1.0, told.clip / norm)
+        after = _update(rule, state, groups.times(grads, clipped / loss_count), told, axes)
+        kept = jax.tree.map(lambda new, old, at: chosen(good, new, old, at), after, state, _axes_of(state, axes))
+        metrics = means | {f"loss_{objective.counts}": sums["loss"][1], "grad_norm": norm, "lr": told.rate}
+        return kept, metrics
+
+    return fleet_step
+
+
+def _update(rule: Rule, state: TrainState, grads: Params, told: Told, axes: Axes) -> TrainState:
+    """One update of every slot."""
+    of_state = _state_axes(rule(jnp.float32(0), jnp.float32(0)), state.trainable, axes)
+
+    def one(grads: Params, opt_state: Any, params: Params, rate: jax.Array, decay: jax.Array) -> tuple[Params, Any]:
+        updates, moved = rule(rate, decay).update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), moved
+
+    mapped = jax.vmap(one, in_axes=(axes, of_state, axes, 0, 0), out_axes=(axes, of_state))
+    trainable, opt_state = mapped(grads, state.opt_state, state.trainable, told.rate, told.decay)
+    return TrainState(trainable, opt_state, state.step + 1)
+
+
+def _axes_of(state: TrainState, axes: Axes) -> TrainState:
+    """The axis of the slots in each array of the state."""
+
+    def axis(path: Any, leaf: Any) -> int:
+        owners = [key.key for key in path if getattr(key, "key", None) in axes]
+        return axes[owners[0]] if owners and leaf.ndim > 1 else 0
+
+    return jax.tree.map_with_path(axis, state)
+
+
+def chosen(good: jax.Array, new: jax.Array, old: jax.Array, at: int) -> jax.Array:
+    """The new values of the slots that are good, bool [N], the old ones of the others; `at`: the axis of the slots."""
+    shape = (*(1 for _ in range(at)), -1, *(1 for _ in range(new.ndim - at - 1)))
+    return jnp.where(jnp.broadcast_to(good.reshape(shape), new.shape), new, old)
+
+
+def put(state: TrainState, slot: Any, values: Params, axes: Axes) -> TrainState:
+    """An adapter's first values in a slot, its moments zero."""
+
+    def placed(leaf: jax.Array, value: jax.Array, at: int) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(leaf, jnp.expand_dims(value, at), slot, at)
+
+    trainable = {path: placed(leaf, values[path], axes[path]) for path, leaf in state.trainable.items()}
+    every = _axes_of(state, axes)
+
+    def zero(leaf: jax.Array, at: int) -> jax.Array:
+        return placed(leaf, jnp.zeros((*leaf.shape[:at], *leaf.shape[at + 1 :]), leaf.dtype), at)
+
+    opt_state = jax.tree.map(zero, state.opt_state, every.opt_state)
+    return dataclasses.replace(state, trainable=trainable, opt_state=opt_state, step=zero(state.step, 0))
+
+
+def taken(params: Params, slot: Any, axes: Axes) -> Params:
+    """One slot's parameters, as the view has them: an axis of one in place of N."""
+    return {path: jax.lax.dynamic_slice_in_dim(leaf, slot, 1, axes[path]) for path, leaf in params.items()}
+
+
+def finite(params: Params, axes: Axes) -> jax.Array:
+    """Whether all numbers of each slot are finite: bool [N]."""
+    others = {path: tuple(i for i in range(leaf.ndim) if i != axes[path]) for path, leaf in params.items()}
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf), axis=others[path]) for path, leaf in params.items()]), axis=0)
