@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from specjax.train.optim import lion as lion
     from specjax.train.optim import optimizer as optimizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "make_mesh": "specjax.sharding",

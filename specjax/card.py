@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from specjax import __version__
 from specjax.checks import flat
 from specjax.config import get_config
 from specjax.files import read_object, read_rows
@@ -20,7 +21,7 @@ LICENCE = ("license", "license_name", "license_link")  # of the hub's metadata
 METADATA_BYTES = 1 << 16  # of a base's README.md: what is longer is no metadata
 HUB = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-VERSIONS = ("specjax", "jax", "flax", "optax", "transformers")
+VERSIONS = ("jax", "flax", "optax", "transformers")
 COLUMNS = {"rows": "rows", "documents": "documents", "tokens": "tokens", "loss tokens": "loss_tokens"}
 # Keys that say how a run was watched, computed or named, and not what came of it; data and base have their own lines.
 LEFT_OUT = re.compile(
@@ -64,7 +65,7 @@ def card(workdir: str | Path, base: str | Path, *, step: int, adapter: bool) -> 
         "## Settings",
         "What differs from specjax's defaults:",
         "```yaml\n" + "\n".join(_settings(config)) + "\n```",
-        "Versions: " + ", ".join(f"{part} {version(part)}" for part in VERSIONS),
+        f"Versions: specjax {__version__}, " + ", ".join(f"{part} {version(part)}" for part in VERSIONS),
     ]
     return "\n\n".join(parts) + "\n"
 

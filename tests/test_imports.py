@@ -30,7 +30,7 @@ ALLOWED = {
     "generation": {"lora", "models", "sharding", "errors", "data"},
     "checks": {"errors", "sharding", "values"},
     "keys": {"checks", "config", "errors"},
-    "card": {"checks", "config", "files"},
+    "card": {"__init__", "checks", "config", "files"},
     "env": {"__init__"},
     "config": {"checks", "errors", "files"},
     "build": {"card", "checks", "config", "files", "train", "generation", "hf", "lora", "data", "models", "errors"},

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 import transformers
 from helpers import logged, metrics, torch_model
-from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, write_data
+from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, write_data, write_rows
 from safetensors.numpy import load_file
 
 from specjax import build, flops, resume, run
@@ -132,6 +133,23 @@ def test_transformers_and_peft_open_the_export_and_find_the_losses_that_were_log
     for name, examples in (("pairs", PAIRS), ("text", TEXTS)):
         last = rows(runs[kind], f"eval/{name}/loss")[-1][f"eval/{name}/loss"]
         assert torch_loss(model, tokenizer, examples[-16:]) == pytest.approx(last, abs=1e-4)
+
+
+def test_the_readmes_commands_do_what_it_says_of_them(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    write_rows(tmp_path / "mine.jsonl", PAIRS[:24])
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "").replace("org/name-or-folder", str(base))
+    commands = [shlex.split(line)[1:] for line in re.findall(r"^specjax .* --.*", text, re.MULTILINE)]
+    assert [verb for verb, *_ in commands] == ["data", "train", "generate", "export"]
+    short = [f"--config.{key}" for key in ("data.length=64", "steps=1", "batch_size=8", "data.eval_fraction=0")]
+    short.append("--config.optimizer.warmup_steps=0")
+    more = {"data": short, "train": short, "generate": ["--max_new_tokens=4"]}
+    for verb, *argv in commands:
+        assert specjax(verb, *argv, *more.get(verb, ())) == 0, verb
+    assert "loss tokens" in capsys.readouterr().out
+    opened(base, tmp_path / "runs" / "mine" / "export")
+    assert not list((tmp_path / "mine-merged").glob("adapter*")) and opened(base, tmp_path / "mine-merged")
 
 
 @pytest.mark.parametrize("kind", ["sft", "lora"])
