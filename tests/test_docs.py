@@ -12,7 +12,15 @@ import pytest
 
 from specjax.checks import FREE, NESTED, flat
 from specjax.cli import parse
-from specjax.config import check_length, get_config, load_config_file, lora_settings, methods, settled, validate
+from specjax.config import (
+    check_length,
+    get_config,
+    load_config_file,
+    lora_settings,
+    methods,
+    settled,
+    validate,
+)
 from specjax.verbs import VERBS
 
 ROOT = Path(__file__).parent.parent
