@@ -343,7 +343,8 @@ def write_export(
     if not lora.names(model):
         export_folder(model, tokenizer, out, dtype=dtype, overwrite=overwrite, eos_token=eos_token, card=card)
         return ""
-    told = {"base": config.model.path, "revision": config.model.revision or None, "card": card}
+    told: dict[str, Any] = {"base": config.model.path, "revision": config.model.revision or None, "card": card}
+    told["fingerprint"] = model.origin.fingerprint.partition("+")[0]
     idle = lora.save(model, out, tokenizer=tokenizer, overwrite=overwrite, eos_token=eos_token, **told)
     if not idle:
         return ""

@@ -6,13 +6,12 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from specjax import __version__, keys, process
+from specjax import __version__, asked, keys, process
 from specjax.checks import FREE, TYPES, nearest_key
 from specjax.cluster.launch import launch
 from specjax.config import get_config, load_config_file
@@ -143,12 +142,13 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
     for name in ("workdir", "out"):
         if "://" in (arguments.get(name) or ""):
             raise UserError(f"--{name}={arguments[name]} is no folder: mount the bucket, and give its path.")
-    if verb in ("generate", "combine"):
-        arguments["adapters"] = _adapters(arguments.pop("adapter"))
+    if verb in ("generate", "chat", "combine"):
+        arguments["adapters"] = asked.adapters(arguments.pop("adapter"), addressed=verb != "combine")
     if verb == "combine":
         arguments["weights"] = _weights(arguments.pop("weight"), arguments["adapters"])
     if verb == "generate":
-        arguments["prompts"] = _prompts(arguments.pop("prompt"), arguments.pop("prompt_file"))
+        given = arguments.pop("prompt"), arguments.pop("prompt_file")
+        arguments["prompts"] = asked.prompts(*given, arguments["adapters"])
     return arguments
 
 
@@ -222,7 +222,7 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
         processes.join()
         if own_process:
             process.keep_gloo_quiet()
-    if own_process and verb in ("train", "eval", "generate"):
+    if own_process and verb in ("train", "eval", "generate", "chat"):
         process.keep_compiled()
     match verb:
         case "train" if arguments["config"].fleet:
@@ -235,6 +235,10 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
             run.evaluate(**arguments)
         case "generate":
             run.generate(**arguments)
+        case "chat":
+            from specjax import chat
+
+            chat.chat(**arguments)
         case "export":
             run.export(**arguments)
         case "combine":
@@ -300,19 +304,6 @@ def _dashed(names: Sequence[str]) -> str:
     return ", ".join(f"--{name}" for name in names)
 
 
-def _adapters(given: Sequence[str]) -> dict[str, str]:
-    """`NAME=DIR` or DIR, whose last part is then the name."""
-    adapters: dict[str, str] = {}
-    for text in given:
-        name, equals, folder = text.partition("=")
-        if not equals or Path(text).exists():
-            name, folder = Path(text).resolve().name, text
-        if name in adapters:
-            raise UserError(f"Two adapters are named '{name}': give one another name, --adapter=NAME={folder}.")
-        adapters[name] = folder
-    return adapters
-
-
 def _weights(given: Sequence[str], adapters: Mapping[str, str]) -> dict[str, float]:
     """`NAME=X` of each adapter."""
     weights: dict[str, float] = {}
@@ -329,17 +320,3 @@ def _weights(given: Sequence[str], adapters: Mapping[str, str]) -> dict[str, flo
     if missing := [name for name in adapters if name not in weights]:
         raise UserError(f"adapter {missing[0]} has no weight: give --weight={missing[0]}=0.5, or another number.")
     return weights
-
-
-def _prompts(given: Sequence[str], file: str) -> list[str]:
-    prompts = [sys.stdin.read() if text == "-" else text for text in given]
-    if file:
-        try:
-            prompts += [line for line in Path(file).read_text(encoding="utf-8").split("\n") if line.strip()]
-        except FileNotFoundError:
-            raise UserError(f"There is no file {file}: --prompt_file is a text file with a prompt per line.") from None
-    if not any(text.strip() for text in prompts):
-        raise UserError(
-            "`specjax generate` needs --prompt: a text, such as --prompt='What is VAT?', or - for standard input."
-        )
-    return prompts

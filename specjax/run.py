@@ -12,15 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import build, files, lora, process, resume, sharding
+from specjax.asked import BASE, Prompt
 from specjax.checks import ARGUMENTS
 from specjax.cluster import processes
 from specjax.config import check_length, members, refuse_fleet, resolved, settled, validate
 from specjax.data.report import show
 from specjax.errors import UserError, keys
-from specjax.generation.generate import generate as generate_texts
 from specjax.hf import load as hf_load
 from specjax.hf.tokenizer import load_tokenizer
 from specjax.lock import Lock
+from specjax.speakers import Who
+from specjax.speakers import load as load_speakers
 from specjax.train.evaluate import evaluate as evaluate_set
 from specjax.train.evaluate import most_documents
 from specjax.train.fit import fit
@@ -177,7 +179,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, dict[str, flo
 @keys({"chat=False": "--raw", "generation_config={}": "--generation_config=false"})
 def generate(
     model: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     adapters: Mapping[str, str] | None = None,
     stop: Sequence[str] = (),
@@ -186,38 +188,23 @@ def generate(
     generation_config: bool = True,
     **sampling: Any,
 ) -> None:
-    """Prints what a model, or a run's best checkpoint, answers; with several adapters, what each of them answers.
+    """Prints what a model, or a run's best checkpoint, answers to each prompt, or each of the adapters that it is for.
 
     `generation_config` False leaves the model's `generation_config.json` out; `sampling` is `specjax.generate`'s, where
     None is not given.
     """
-    mesh = sharding.make_mesh()
-    if (Path(model) / "checkpoints").is_dir():
-        decoder, config = build.load_run(model, "best", mesh)
-        _, tokenizer = build.tokenizer_of(config)
-    else:
-        decoder, tokenizer = hf_load.load(
-            model, mesh=mesh, dtype="bfloat16" if jax.default_backend() != "cpu" else "float32"
-        )
-        if tokenizer is None:
-            raise UserError(f"{model} has no tokenizer files: give a folder that has.")
-    tokenizers: dict[str | None, Any] = {None: tokenizer}
-    for name, folder in (adapters or {}).items():
-        lora.load(decoder, folder, name=name)
-        # An adapter's folder may carry the chat template that it was trained with.
-        tokenizers[name] = load_tokenizer(folder) or tokenizer
+    speakers = load_speakers(model, adapters or {})
     sampling |= {"stop": list(stop) or None, "generation_config": None if generation_config else {}}
+    everyone: list[Who] = [*(adapters or {})] or [...]
+    asked = [
+        (prompt.text, who) for prompt in prompts for who in (everyone if prompt.adapter is ... else [prompt.adapter])
+    ]
+    answers = speakers.answers(asked, chat=not raw, system=system or None, **sampling)
     console = Console(soft_wrap=True, highlight=False, markup=False, quiet=not processes.first())
-    chosen: list[str | None] = [*(adapters or {})] or [None]
-    for adapter in chosen:
-        if adapter is not None:
-            lora.use(decoder, adapter)
-        tokenizer = tokenizers[adapter]
-        answers = generate_texts(decoder, tokenizer, list(prompts), chat=not raw, system=system or None, **sampling)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            if len(prompts) > 1 or adapter is not None:
-                console.print("--- " + (f"[{adapter}] " if adapter is not None else "") + prompt)
-            console.print(answer)
+    for (text, who), answer in zip(asked, answers, strict=True):
+        if len(prompts) > 1 or adapters:
+            console.print("--- " + ("" if who is ... else f"[{who or BASE}] ") + text)
+        console.print(answer)
 
 
 @keys({"dequantise=True": "--merge --dequantise", "dequantise": "--dequantise"})

@@ -80,9 +80,9 @@ def _flags() -> Iterator[Flag]:
     # generate
     yield Flag("model", "M", "a Hugging Face folder, a hub name or a run's folder, such as --model=runs/lora")
     yield Flag("adapter", "[NAME=]DIR", "a PEFT adapter over the model", many=True)
-    yield Flag("prompt", "TEXT", "a prompt; - reads standard input", many=True)
-    yield Flag("prompt_file", "F", "a text file with a prompt per line")
-    yield Flag("system", "TEXT", "a system message before each prompt")
+    yield Flag("prompt", "TEXT", "a prompt; - reads standard input; '@hr TEXT' asks the adapter hr alone", many=True)
+    yield Flag("prompt_file", "F", 'a text file with a prompt per line, or .jsonl: {"prompt": TEXT, "adapter": NAME}')
+    yield Flag("system", "TEXT", "a system message before each prompt, or of the conversation")
     yield Flag("raw", "", "apply no chat template", bool)
     yield Flag("stop", "TEXT", "end an answer at this text", many=True)
     yield Flag("seed", "N", "seed of random draws", int, 0, least=0)
@@ -194,7 +194,17 @@ VERBS = {
         ("adapter", "prompt", "prompt_file", "raw", "system", "stop", "seed", *_DRAWING, "distributed"),
         (
             "--model=runs/lora --prompt='What is VAT?'",
-            "--model=meta-llama/Llama-3.2-1B-Instruct --adapter=tax=runs/tax/export --prompt=- --temperature=0.7",
+            "--model=meta-llama/Llama-3.2-1B-Instruct --adapter=hr=runs/hr/export --adapter=tax=runs/tax/export "
+            "--prompt='@hr Who approves leave?' --prompt='What is VAT?'",
+        ),
+    ),
+    "chat": Verb(
+        "talk to a model, a run or several adapters in the terminal",
+        ("model",),
+        ("adapter", "system", "stop", "seed", *_DRAWING),
+        (
+            "--model=runs/lora",
+            "--model=meta-llama/Llama-3.2-1B-Instruct --adapter=hr=runs/hr/export --adapter=tax=runs/tax/export",
         ),
     ),
     "export": Verb(

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import specjax
-from specjax import cli, compare, keys, run
+from specjax import asked, cli, compare, keys, run
 from specjax.checks import CHOICES, FREE, flat
 from specjax.cluster import launch
 from specjax.config import ConfigDict, get_config
@@ -146,8 +146,8 @@ def test_the_module_runs_as_the_command_does():
     done = subprocess.run([sys.executable, "-m", "specjax", "trian"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == (
-        "specjax: There is no verb 'trian': it is one of train, eval, generate, export, data, combine, compare, plan, "
-        "launch, families, env. Did you mean 'train'?\n"
+        "specjax: There is no verb 'trian': it is one of train, eval, generate, chat, export, data, combine, compare, "
+        "plan, launch, families, env. Did you mean 'train'?\n"
     )
 
 
@@ -182,7 +182,7 @@ def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_pat
     prompts.write_text("one\n\ntwo\u2028three\n", encoding="utf-8")
     adapters = ("--adapter=hr=a/x", "--adapter=b/legal", "--adapter", "c/tax")
     argv = ("generate", "--model=m", *adapters, "--prompt=Hi", "--prompt=-", f"--prompt_file={prompts}", "--top_p=0.9")
-    argv += ("--stop=END", "--stop=\n")
+    argv += ("--stop=END", "--stop=\n", "--prompt=@tax Why?", "--prompt=@base @me", "--prompt=@@home")
     assert cli.main(argv) == 0
     assert calls == [
         (
@@ -190,7 +190,10 @@ def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_pat
             {
                 "model": "m",
                 "adapters": {"hr": "a/x", "legal": "b/legal", "tax": "c/tax"},
-                "prompts": ["Hi", "from\nstdin", "one", "two\u2028three"],
+                "prompts": [
+                    *(("Hi", ...), ("from\nstdin", ...), ("Why?", "tax"), ("@me", None), ("@home", ...)),
+                    *(("one", ...), ("two\u2028three", ...)),
+                ],
                 "max_new_tokens": None,
                 "temperature": None,
                 "top_k": None,
@@ -205,6 +208,21 @@ def test_generate_takes_several_adapters_and_prompts(calls, monkeypatch, tmp_pat
             },
         )
     ]
+
+
+def test_a_file_of_rows_names_the_adapter_of_each_prompt(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "@ Hi"}\n\n{"prompt": "Hi", "adapter": "hr"}\n{"prompt": "Hi", "adapter": null}\n')
+    assert asked.prompts([], str(file), ["hr"]) == [("@ Hi", ...), ("Hi", "hr"), ("Hi", None)]
+    for line, said in {
+        '{"prompt": "Hi", "adapter": "hx"}': "no adapter is named 'hx'; there are hr, and base for none.",
+        '{"prompt": "Hi", "adaptor": "hr"}': 'write {"prompt": a text} and, where one adapter answers it, "adapter"',
+        '{"prompt": "Hi", "adapter": 3}': "adapter is 3: give a name, or null for the base",
+        "Hi": "is no JSON",
+    }.items():
+        file.write_text("\n" + line)
+        with pytest.raises(UserError, match=re.escape(f"{file}:2") + ".*" + re.escape(said)):
+            asked.prompts([], str(file), ["hr"])
 
 
 def test_export_passes_what_was_asked(calls):
@@ -242,6 +260,14 @@ def test_a_methods_own_key_is_overridden(calls):
     ("argv", "said"),
     [
         (("--workdir=w", "train"), "The verb comes first: it is one of train, eval"),
+        (
+            ("generate", "--model=m", "--adapter=hr=a", "--adapter=law=b", "--prompt=@hrr Who?"),
+            "--prompt: no adapter is named 'hrr'; there are hr, law, and base for none; write @@ where the text itself "
+            "begins with @. Did you mean 'hr'?",
+        ),
+        (("generate", "--model=m", "--adapter=hr=a", "--prompt=@hr "), "@hr names an adapter and asks it nothing"),
+        (("chat", "--model=m", "--adapter=base=a"), "named 'base', which stands for the model without an adapter"),
+        (("chat", "--model=m", "--adapter=hr=a", "--adapter=x/hr"), "Two adapters are named 'hr'"),
         (("train", CONFIG), "`specjax train` needs --workdir: the run's folder, such as --workdir=runs/lora."),
         (("train", "--workdir=w"), "`specjax train` needs --config: the file to start from"),
         (("train", "--workdir=w", "--config.seed=1"), "`specjax train` needs --config"),

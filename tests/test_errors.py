@@ -11,6 +11,7 @@ import pytest
 
 import specjax as sj
 from specjax import cli, run
+from specjax.asked import Prompt
 from specjax.checks import ARGUMENTS, flat
 from specjax.config import get_config
 from specjax.errors import UserError, argument, keys
@@ -131,10 +132,10 @@ def test_flags_of_generate_stand_for_its_arguments(tmp_path):
     shutil.copytree(BASE, base)
     (base / "generation_config.json").write_text('{"num_beams": 4}')
     with pytest.raises(UserError, match=r"give --generation_config=false to leave"):
-        run.generate(str(base), ["x"], max_new_tokens=1)
+        run.generate(str(base), [Prompt("x")], max_new_tokens=1)
     model, tokenizer = sj.load(base)
     with pytest.raises(UserError, match=r"give generation_config=\{\} to leave"):
         sj.generate(model, tokenizer, ["x"], max_new_tokens=1)
     (base / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"plain text \(--raw\)"):
-        run.generate(str(base), ["x"], max_new_tokens=1, generation_config=False)
+        run.generate(str(base), [Prompt("x")], max_new_tokens=1, generation_config=False)

@@ -40,7 +40,12 @@ ALLOWED = {
         *("build", "checks", "cluster", "config", "errors", "files", "flops", "lock", "lora", "models", "process"),
         *("resume", "sharding", "train"),
     },
+    "asked": {"errors", "values"},
+    "speakers": {"build", "generation", "hf", "lora", "models", "sharding", "cluster", "errors"},
+    "chat": {"asked", "speakers", "errors"},
     "run": {
+        "asked",
+        "speakers",
         "resume",
         "build",
         "checks",
@@ -62,6 +67,8 @@ ALLOWED = {
     "verbs": {"cluster", "process"},
     "cli": {
         *(
+            "asked",
+            "chat",
             "run",
             "fleet",
             "plan",
@@ -89,6 +96,7 @@ NARROWER = {
     "generation/prompts": {"data", "models", "errors"},
 }
 NO_JAX = {
+    "asked",
     "data",
     "sandbox",
     "values",

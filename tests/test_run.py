@@ -19,7 +19,7 @@ import torch
 import transformers
 from helpers import logged, metrics, torch_model
 from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, write_data, write_rows
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from specjax import build, flops, resume, run
 from specjax.card import LICENCE, base_licence
@@ -426,6 +426,10 @@ def test_generate_answers_from_a_run_a_folder_and_a_base_with_adapters(base, run
     place = from_base.index(heads[1])
     assert [from_base[0], from_base[place]] == heads
     assert from_base[1:place] == from_run != from_base[place + 1 :]
+    asked = ("--prompt=@worse What?", "--prompt=@base What?", *adapters)
+    addressed = answers(capsys, f"--model={base}", *asked)
+    assert [line for line in addressed if line.startswith("--- ")] == [*heads, "--- [worse] What?", "--- [base] What?"]
+    assert addressed[: len(from_base)] == from_base
     # What another run logged: the base's answer before the first step, its own after the last.
     said = [
         json.loads(line)["text"].splitlines()
@@ -433,6 +437,25 @@ def test_generate_answers_from_a_run_a_folder_and_a_base_with_adapters(base, run
     ]
     assert from_run != said[0] != said[-1]
     assert answers(capsys, f"--model={runs['sft'] / 'export'}") == said[-1]
+
+
+def test_adapters_of_another_base_are_refused_by_its_fingerprint_else_told(base, runs, tmp_path, capsys):
+    def copied(name, fingerprint, config):
+        shutil.copytree(runs["lora"] / "export", tmp_path / name)
+        weights, told = tmp_path / name / "adapter_model.safetensors", tmp_path / name / "adapter_config.json"
+        save_file(load_file(weights), weights, metadata={"format": "pt", **fingerprint})
+        told.write_text(json.dumps(json.loads(told.read_text()) | config))
+        return f"--adapter={tmp_path / name}"
+
+    flags = (f"--model={base}", f"--prompt={PROMPT}", "--max_new_tokens=1")
+    other = copied("other", {"base_fingerprint": "0" * 32}, {"base_model_name_or_path": "org/other"})
+    assert specjax("generate", other, *flags) == 2
+    assert "was trained on other weights than those of" in (said := capsys.readouterr().err)
+    assert "on org/other (fingerprint 000" in said and "give --model=org/other" in said
+    unknown = copied("unknown", {}, {}), copied("third", {}, {"base_model_name_or_path": "org/third"})
+    assert specjax("generate", *unknown, *flags) == 0
+    said = capsys.readouterr().err
+    assert f"name different bases (unknown on {base}, third on org/third); their shapes fit" in said
 
 
 def test_data_prints_counts_and_what_is_trained(base, capsys):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from specjax import sharding
@@ -60,6 +61,7 @@ def save(
     overwrite: bool = False,
     eos_token: str = "",
     card: str = "",
+    fingerprint: str = "",
 ) -> list[str]:
     """Writes an adapter as PEFT does, and reads it back before the folder appears.
 
@@ -74,6 +76,7 @@ def save(
       eos_token: the token that ends its answers, where it was taught another than the tokenizer's eos token. What ends
         a text is in the folder's tokenizer and, where the base's files do not say it, in a `generation_config.json`.
       card: the text of README.md, the model card; "": none is written.
+      fingerprint: of the base's weights, kept in the file's metadata, see `base_of`; "": not known.
 
     Returns:
       The targeted modules whose B is all zero, in which the adapter changes nothing; after training, none.
@@ -94,7 +97,8 @@ def save(
     _, generation = declared(model.origin, tokenizer, eos_token)
 
     def write(folder: Path) -> None:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        told = {"base_fingerprint": fingerprint} if fingerprint else {}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **told})
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -122,6 +126,13 @@ def load(model: Decoder, folder: str | Path, *, name: str = adapters.DEFAULT) ->
     """
     adapters.check_free(model, name)
     adapters.attach(model, name, read(model, Path(folder)))
+
+
+def base_of(folder: str | Path) -> tuple[str, str]:
+    """What an adapter's folder says of its base: the name, and the fingerprint of its weights; each may be ""."""
+    with safe_open(Path(folder) / WEIGHTS, "numpy") as file:
+        fingerprint = (file.metadata() or {}).get("base_fingerprint", "")
+    return str(read_config(Path(folder)).get("base_model_name_or_path", "")), fingerprint
 
 
 def read(model: Decoder, folder: Path) -> Adapter:

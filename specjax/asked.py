@@ -1,0 +1,130 @@
+"""What `generate` and `chat` are given: adapters by name, and prompts, which may name the adapter that answers."""
+
+import json
+import re
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import NamedTuple
+
+from specjax.errors import UserError, nearest
+from specjax.values import shown
+
+BASE = "base"  # how a prompt, and a chat, calls the model without an adapter
+
+
+class Prompt(NamedTuple):
+    """A text, and the adapter that answers it; None: the base; `...`: every adapter that was given."""
+
+    text: str
+    adapter: str | EllipsisType | None = ...
+
+
+def adapters(given: Sequence[str], *, addressed: bool = True) -> dict[str, str]:
+    """Name -> folder of `NAME=DIR` each, or of DIR, whose last part is then the name.
+
+    Args:
+      given: as on the command line.
+      addressed: whether a prompt may begin with @NAME, which wants a name that can stand there.
+
+    Raises:
+      UserError: two of one name, or a name that can't be addressed.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).exists():
+            name, folder = Path(text).resolve().name, text
+        if name in found:
+            raise UserError(f"Two adapters are named '{name}': give one another name, --adapter=NAME={folder}.")
+        if addressed and (name == BASE or not re.fullmatch(r"[^\s@]\S*", name)):
+            why = "stands for the model without an adapter" if name == BASE else "is no word without spaces and @"
+            raise UserError(f"An adapter is named {shown(name)}, which {why}: give another, --adapter=NAME={folder}.")
+        found[name] = folder
+    return found
+
+
+def prompts(given: Sequence[str], file: str, names: Collection[str]) -> list[Prompt]:
+    """The prompts of the command line and of a file.
+
+    Args:
+      given: texts; - is standard input.
+      file: a text file with a prompt a line, or `.jsonl`: {"prompt": ..., "adapter": a name, or null for the base}.
+      names: of the adapters that were given.
+
+    Raises:
+      UserError: there is none, or one names an adapter that was not given.
+    """
+    found = []
+    for text in given:
+        read, where = (sys.stdin.read(), "--prompt=-") if text == "-" else (text, "--prompt")
+        found.append(addressed(read, names, where))
+    for number, line in enumerate(_lines(file) if file else (), 1):
+        where = f"{file}:{number}"
+        if line.strip():
+            found.append(_row(line, names, where) if file.endswith(".jsonl") else addressed(line, names, where))
+    if not any(prompt.text.strip() for prompt in found):
+        raise UserError(
+            "`specjax generate` needs --prompt: a text, such as --prompt='What is VAT?', or - for standard input."
+        )
+    return found
+
+
+def addressed(text: str, names: Collection[str], where: str) -> Prompt:
+    """A text that may begin with the name of its adapter, @NAME, or with @base; @@ is an @ of the text itself.
+
+    Without adapters there is nothing to name, and an @ is text. With adapters a name that is none of theirs is an
+    error: answered as text, a misspelt name would be answered by every adapter.
+
+    Raises:
+      UserError: it names no adapter, or asks nothing.
+
+    >>> addressed("@hr Who?", ["hr"], ""), addressed("@base Who?", ["hr"], ""), addressed("@@hr", ["hr"], "").text
+    (Prompt(text='Who?', adapter='hr'), Prompt(text='Who?', adapter=None), '@hr')
+    >>> addressed("@hr Who?", [], "").text
+    '@hr Who?'
+    """
+    if not names or not text.startswith("@"):
+        return Prompt(text)
+    if text.startswith("@@"):
+        return Prompt(text[1:])
+    name = text[1:].split(maxsplit=1)[0] if text[1:].strip() else ""
+    rest = text[1 + len(name) :].strip()
+    adapter = _named(name, names, where, "; write @@ where the text itself begins with @")
+    if not rest:
+        raise UserError(f"{where}: @{name} names an adapter and asks it nothing: write a question behind it.")
+    return Prompt(rest, adapter)
+
+
+def _named(name: str, names: Collection[str], where: str, more: str = "") -> str | None:
+    if name == BASE:
+        return None
+    if name not in names:
+        raise UserError(
+            f"{where}: no adapter is named {shown(name)}; there are {', '.join(names)}, and {BASE} for none{more}."
+            f"{nearest(name, [*names, BASE])}"
+        )
+    return name
+
+
+def _row(line: str, names: Collection[str], where: str) -> Prompt:
+    """A line of a `.jsonl` file."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise UserError(f'{where} is no JSON: write {{"prompt": ..., "adapter": ...}}.') from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or row.keys() - {"prompt", "adapter"}:
+        raise UserError(f'{where}: write {{"prompt": a text}} and, where one adapter answers it, "adapter": its name.')
+    if "adapter" not in row:
+        return Prompt(row["prompt"])
+    if row["adapter"] is not None and not isinstance(row["adapter"], str):
+        raise UserError(f"{where}: adapter is {shown(row['adapter'])}: give a name, or null for the base.")
+    return Prompt(row["prompt"], None if row["adapter"] is None else _named(row["adapter"], names, where))
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        return Path(file).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"There is no file {file}: --prompt_file is a text file with a prompt per line.") from None

@@ -1,0 +1,115 @@
+"""A model and the adapters over it, each with its tokenizer: who answers in `generate` and in `chat`."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import jax
+
+from specjax import build, lora, sharding
+from specjax.cluster import processes
+from specjax.errors import UserError
+from specjax.generation.generate import generate as generate_texts
+from specjax.hf import load as hf_load
+from specjax.hf.tokenizer import load_tokenizer
+from specjax.lora.peft import base_of
+from specjax.models import Decoder
+
+Who = str | EllipsisType | None  # an adapter; None: the base alone; `...`: the model as it was loaded
+
+
+@dataclasses.dataclass
+class Speakers:
+    """Who can be asked.
+
+    Attributes:
+      model: with all adapters.
+      tokenizers: of the adapters whose folder has one, with the chat template that they were trained with.
+      tokenizer: of the base and of the others.
+    """
+
+    model: Decoder
+    tokenizers: dict[str, Any]
+    tokenizer: Any
+
+    def tokenizer_of(self, who: Who) -> Any:
+        """The tokenizer that asks them."""
+        return self.tokenizers.get(who, self.tokenizer) if isinstance(who, str) else self.tokenizer
+
+    def answers(
+        self, asked: Sequence[tuple[Any, Who]], said: Callable[[int, str], None] | None = None, **how: Any
+    ) -> list[str]:
+        """The answer to each prompt by whom it names; those whose chat templates are alike share batches.
+
+        Args:
+          asked: prompts of `specjax.generate`, and who answers them.
+          said: as in `specjax.generate`, told the numbers of `asked`.
+          **how: other arguments of `specjax.generate`.
+        """
+        groups: dict[tuple[str, str], list[int]] = {}
+        for number, (_, who) in enumerate(asked):
+            tokenizer = self.tokenizer_of(who)
+            groups.setdefault((str(tokenizer.chat_template), str(tokenizer.eos_token)), []).append(number)
+        found = [""] * len(asked)
+        for numbers in groups.values():
+            names: list[Any] = [asked[number][1] for number in numbers]
+            told = None if said is None else _renumbered(said, numbers)
+            texts = generate_texts(
+                self.model,
+                self.tokenizer_of(names[0]),
+                [asked[number][0] for number in numbers],
+                adapter=names[0] if len(set(names)) == 1 else names,
+                said=told,
+                **how,
+            )
+            for number, text in zip(numbers, texts, strict=True):
+                found[number] = text
+        return found
+
+
+def load(model: str, adapters: Mapping[str, str]) -> Speakers:
+    """A Hugging Face folder, a hub name or a run's best checkpoint, and adapters over it by their names.
+
+    Raises:
+      UserError: nothing there, or adapters of another base: told by the fingerprint of its weights where the adapter's
+        file says it, else by the shapes. Where only shapes tell, and the adapters name different bases, stderr says so.
+    """
+    mesh, known = sharding.make_mesh(), True
+    if (Path(model) / "checkpoints").is_dir():
+        decoder, config = build.load_run(model, "best", mesh)
+        _, tokenizer = build.tokenizer_of(config)
+        known = config.trainable == "lora"  # else its weights are no longer those of its base
+    else:
+        dtype = "bfloat16" if jax.default_backend() != "cpu" else "float32"
+        decoder, tokenizer = hf_load.load(model, mesh=mesh, dtype=dtype)
+        if tokenizer is None:
+            raise UserError(f"{model} has no tokenizer files: give a folder that has.")
+    tokenizers, bases = {}, {}
+    for name, folder in adapters.items():
+        lora.load(decoder, folder, name=name)
+        trained_on, fingerprint = base_of(folder)
+        is_it = decoder.origin.fingerprint.partition("+")[0] if known else ""
+        if is_it and fingerprint and fingerprint != is_it:
+            raise UserError(
+                f"adapter {name} ({folder}) was trained on other weights than those of {model}, on {trained_on} "
+                f"(fingerprint {fingerprint}, not {is_it}): give --model={trained_on}, or leave the adapter out."
+            )
+        if not (is_it and fingerprint):
+            bases[name] = trained_on
+        tokenizer_of_its_own = load_tokenizer(folder)
+        if tokenizer_of_its_own is not None:
+            tokenizers[name] = tokenizer_of_its_own
+    if len(set(bases.values())) > 1 and processes.first():
+        named = ", ".join(f"{name} on {base or 'none'}" for name, base in bases.items())
+        print(
+            f"specjax: the adapters name different bases ({named}); their shapes fit {model}, and nothing else tells.",
+            file=sys.stderr,
+        )
+    return Speakers(decoder, tokenizers, tokenizer)
+
+
+def _renumbered(said: Callable[[int, str], None], numbers: Sequence[int]) -> Callable[[int, str], None]:
+    return lambda number, text: said(numbers[number], text)
