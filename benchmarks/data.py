@@ -72,7 +72,7 @@ def pack(rows: int, folder: Path) -> None:
             grown.add("trained", np.ones(count, bool))
         arrays = grown.arrays() | {"offsets": np.append(0, np.cumsum(sizes)), "rows": np.arange(rows)}
         cache.keep(path, cache.Kept(arrays, {}))
-    said(f"grown and kept, {path.stat().st_size / rows:.0f} bytes a row", began)
+    said(f"grown and kept, {path.stat().st_size / rows:.0f} bytes per row", began)
     del arrays
     began, found = time.perf_counter(), cache.find(path)
     said("found again, its digest compared", began)
@@ -112,7 +112,7 @@ def main() -> None:
             seconds, cpu, peak = start(args.model, path, folder / "cache")
             print(f"{name:14} {seconds:7.1f} s {cpu:7.1f} s of the CPUs {peak:8.0f} MiB", flush=True)
         kept = max(path.stat().st_size for path in (folder / "cache").rglob("*.tokens"))
-        print(f"prepared: {kept / args.rows:.0f} bytes a row, {many.stat().st_size / args.rows:.0f} as JSON")
+        print(f"prepared: {kept / args.rows:.0f} bytes per row, {many.stat().st_size / args.rows:.0f} as JSON")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Greedy generation against transformers on the same machine.")
     parser.add_argument("batches", nargs="*", type=int, metavar="BATCH", help="prompts at a time; default 1 and 8")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--new", type=int, default=128, help="tokens a prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens per prompt")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--tied", action="store_true", help="one table for embedding and head")
     arguments = parser.parse_args()

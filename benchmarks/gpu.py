@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "specjax full, moments offloaded": {"who": "ours", "kind": "full", "offload": True},
 }
 COLUMNS = {
-    "ms a step": lambda row: f"{row['ms']:.0f}",
+    "ms per step": lambda row: f"{row['ms']:.0f}",
     "tokens/s": lambda row: f"{row['rate']:,.0f}",
     "MFU": lambda row: f"{row['mfu']:.1%}",
     "GiB": lambda row: f"{row['peak'] / 2**30:.1f}",

@@ -4,7 +4,7 @@
 
 Writes the shapes of Llama-3 8B and 70B and of Mixtral 8x7B, a config.json each and no weights, and compiles the
 training step of every job below for its target, a process a job. A minute or two each on two quiet cores and 2.5 GiB of
-host memory. `asked` is what the job was to stay within (GiB a device), or "fits". Nothing is run on a TPU or a GPU.
+host memory. `asked` is what the job was to stay within (GiB per device), or "fits". Nothing is run on a TPU or a GPU.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="jobs whose name or target holds this text")
     only = parser.parse_args().only
-    print("| job | target | mesh | GiB a device, at once | asked | step at least | by | collectives GiB | compile s |")
+    print("| job | target | mesh | GiB per device | asked | step at least | by | collectives GiB | compile s |")
     print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for name, shapes, config, target, asked, changes in JOBS:

@@ -4,7 +4,7 @@
 
 Each method of configs/demo.py is trained by `specjax.run.train` in a process of its own, on the demo's data where
 `make demo` has written it, else on made-up rows of the same shape. `compilations` counts what XLA really compiled under
-the step's name; `data` is the part of the training time in which the step waited for its batch, and `ms a batch` what
+the step's name; `data` is the part of the training time in which the step waited for its batch, and `ms per batch` what
 putting one together takes, in a thread beside the step.
 """
 
@@ -26,10 +26,10 @@ BATCHES = 50  # put together to time it
 MOST_DATA = 0.02  # of the step's time
 COLUMNS = {
     "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
-    "ms a step": lambda row: f"{1000 * row['seconds'] / row['steps']:.1f}",
+    "ms per step": lambda row: f"{1000 * row['seconds'] / row['steps']:.1f}",
     "compile s": lambda row: f"{row['compile_seconds']:.1f}",
     "compilations": lambda row: str(row["compilations"]),
-    "ms a batch": lambda row: f"{1000 * row['batch_seconds']:.2f}",
+    "ms per batch": lambda row: f"{1000 * row['batch_seconds']:.2f}",
     "data": lambda row: f"{row['data_share']:.2%}",
     "peak memory": lambda row: f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
     "trainable": lambda row: f"{row['trainable_parameters']:,}",
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The training step at the demo's size.")
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}; default all")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--json", action="store_true", help="a JSON object per line")
     arguments = parser.parse_args()
     rows = []
     for method in arguments.methods or METHODS:  # in a fresh interpreter each: its peak memory is its own

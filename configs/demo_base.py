@@ -4,7 +4,7 @@
 
 demo/base_config holds its config.json and its tokenizer; what the run exports is what demo/base is. The modules and
 topics that the demo asks about are held out here too. On 2 cores, shared with other work: 56 minutes, 1.6 GiB.
-Held-out loss 8.36 -> 3.45 nats a token (perplexity 31.6) after 3,543 steps, 7.2M tokens.
+Held-out loss 8.36 -> 3.45 nats per token (perplexity 31.6) after 3,543 steps, 7.2M tokens.
 """
 
 from specjax.config import ConfigDict

@@ -6,7 +6,7 @@ r"""DPO: of two answers to a prompt, the chosen one becomes more likely than the
         --config.data.train=mine.jsonl --config.data.length=2048 --config.steps=0
 
 As it stands it runs on the demo's base and corpus (`make demo` writes the corpus), on 2 cores: 2.5 minutes for 60
-steps, 1.0 GiB; held-out loss 0.693 -> 0.262 nats a pair, 92 % of the chosen answers preferred; the adapter is 1.2 MB.
+steps, 1.0 GiB; held-out loss 0.693 -> 0.262 nats per pair, 92 % of the chosen answers preferred; the adapter is 1.2 MB.
 The chosen answer is the question's own, the rejected one another's.
 
 The reference is the base, asked with the adapter off: no second model. Of configs/sft.py with --config.objective=dpo,

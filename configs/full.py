@@ -6,7 +6,7 @@ r"""Full fine-tuning: every weight trains, on raw domain text.
         --config.data.train=mine.jsonl --config.data.length=2048
 
 As it stands it runs on the demo's base and corpus (`make demo` writes the corpus), on 2 quiet cores:
-under 3 minutes for 96 steps, 0.8 GiB; held-out loss 3.48 -> 2.89 nats a token. (The base has read these
+under 3 minutes for 96 steps, 0.8 GiB; held-out loss 3.48 -> 2.89 nats per token. (The base has read these
 texts, though not in this form: `configs/demo.py` measures on modules that it never saw.)
 
 What to turn first is the learning rate. Too much of it forgets what the base knew; that shows in the loss on a general

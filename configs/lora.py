@@ -6,7 +6,7 @@ r"""LoRA: only low-rank factors beside the linear layers train, on the responses
         --config.data.train=mine.jsonl --config.data.length=2048
 
 As it stands it runs on the demo's base and corpus (`make demo` writes the corpus), on 2 quiet cores:
-2.5 minutes for 94 steps, 0.9 GiB; held-out loss 4.47 -> 2.53 nats a token; the adapter is 1.2 MB.
+2.5 minutes for 94 steps, 0.9 GiB; held-out loss 4.47 -> 2.53 nats per token; the adapter is 1.2 MB.
 
 The base stays as it was, bit for bit; a checkpoint and the exported PEFT adapter are megabytes. LoRA wants a higher
 learning rate than full training. `specjax export --workdir=runs/lora --out=DIR --merge` writes a merged model.

@@ -6,7 +6,7 @@ r"""Supervised fine-tuning (SFT): every weight trains, on the responses of instr
         --config.data.train=mine.jsonl --config.data.length=2048
 
 As it stands it runs on the demo's base and corpus (`make demo` writes the corpus), on 2 quiet cores:
-3 minutes for 94 steps, 0.8 GiB; held-out loss 4.47 -> 2.36 nats a token.
+3 minutes for 94 steps, 0.8 GiB; held-out loss 4.47 -> 2.36 nats per token.
 
 Only the response's tokens are learnt, its end-of-turn token among them; `specjax data --config=configs/sft.py` shows
 them in colour. Rows of `{instruction, response}`, `{prompt, completion}`, `{messages}` and ShareGPT's `{conversations}`

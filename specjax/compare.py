@@ -44,7 +44,7 @@ def compare(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> Table:
-    """One row a method; every set's loss before -> after, in nats a token, and its exact answers where it asks."""
+    """One row per method; every set's loss before -> after, in nats per token, and its exact answers where it asks."""
     sets, asked = (
         list(dict.fromkeys(name for summary in summaries.values() for name in summary.get(kind, ())))
         for kind in ("evals", "exact")

@@ -115,7 +115,7 @@ def is_there(path: str | Path) -> bool:
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """(line, object) of each line of a file of ours that holds a JSON object a line, but for a last one torn by a kill.
+    """(line, object) of each line of a file of ours, one JSON object per line, but for a last one torn by a kill.
 
     Raises:
       UserError: it cannot be read, or a line is something else.

@@ -13,7 +13,7 @@ from flax import nnx
 
 from specjax.models import Decoder, ModelConfig
 
-# Dense bfloat16 operations a second of one device, by how its kind begins. Sources: cloud.google.com/tpu/docs (TPU7x
+# Dense bfloat16 operations per second of one device, by how its kind begins. Sources: cloud.google.com/tpu/docs (TPU7x
 # has two devices a chip), NVIDIA's data sheets, without sparsity.
 PEAKS = {
     "TPU v4": 2.75e14,

@@ -18,7 +18,7 @@ bytes. `make parity` measures it anew, docs/parity.md says how."""
 
 
 def rows() -> list[dict[str, Any]]:
-    """The figures of `make parity`, a dict a kind of model."""
+    """The figures of `make parity`, one dict per kind of model."""
     return json.loads(files("specjax").joinpath("parity.json").read_text(encoding="utf-8"))
 
 

@@ -183,7 +183,7 @@ def hf_gradients(model: Any) -> dict[str, np.ndarray]:
         for name, weight in model.named_parameters()
         if weight.grad is not None
     }
-    # transformers keeps experts in one tensor a layer, and its files one an expert.
+    # transformers keeps experts in one tensor per layer, and its files one per expert.
     expert = {"mixtral": "block_sparse_moe.experts.{}.w2", "qwen3_moe": "mlp.experts.{}.down_proj"}
     apart = model.config.model_type in expert  # gpt-oss' files have them together too
     for name in [name for name in found if apart and name.endswith("mlp.experts.down_proj")]:

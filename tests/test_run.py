@@ -198,8 +198,8 @@ def test_mfu_is_counted_where_the_peak_is_known_and_a_trace_is_written_where_it_
     monkeypatch.setattr(flops, "PEAKS", {"cpu": 1e12})
     assert specjax("train", *flags(base, tmp_path / "run", "lora", steps=4, **{"log.every": 1}), "--profile") == 0
     said = capsys.readouterr().out
-    assert "FLOPs a token (remat not counted) / (8 x 1e+12 FLOP/s of cpu)" in said and "traced up to step 4" in said
-    a_token = float(re.search(r"x (\S+) FLOPs a token", said)[1])
+    assert "FLOPs per token (remat not counted) / (8 x 1e+12 FLOP/s of cpu)" in said and "traced up to step 4" in said
+    a_token = float(re.search(r"x (\S+) FLOPs per token", said)[1])
     for row in rows(tmp_path / "run", "loss"):
         assert row["mfu"] == pytest.approx(row["tokens_per_s"] * a_token / 8e12, rel=0.01)
     assert [path.suffix for path in (tmp_path / "run" / "profile").rglob("*.pb")] == [".pb"]

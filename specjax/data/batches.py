@@ -29,7 +29,7 @@ COLUMNS = {
 
 
 class Batches(abc.ABC):
-    """`batch_size` rows of `length` tokens a step, of an endless sequence that runs through `num_rows` rows.
+    """`batch_size` rows of `length` tokens per step, of an endless sequence that runs through `num_rows` rows.
 
     Attributes:
         length, batch_size, num_rows: see `loader.Data`.
@@ -40,7 +40,7 @@ class Batches(abc.ABC):
     batch_size: int
     num_rows: int
     sources: Sequence[str] = ()
-    _sizes: Int64[np.ndarray, " num_rows"]  # tokens a row
+    _sizes: Int64[np.ndarray, " num_rows"]  # tokens per row
 
     @abc.abstractmethod
     def steps(self, epochs: float) -> int:

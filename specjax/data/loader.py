@@ -78,7 +78,7 @@ class Data(Batches):
         self.plan: Plan = plan(offsets, length, packing, together)
         self.num_rows = len(self.plan.rows) - 1
         self.most_documents = int(np.diff(self.plan.rows).max(initial=1))
-        self._sizes = np.diff(np.append(0, np.cumsum(self.plan.sizes))[self.plan.rows])  # tokens a row
+        self._sizes = np.diff(np.append(0, np.cumsum(self.plan.sizes))[self.plan.rows])  # tokens per row
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.fingerprint, loss_tokens = self._fingerprint()
         self.report = (report or {}) | self._counts(packing, loss_tokens)
@@ -110,14 +110,14 @@ class Data(Batches):
             values: [N], the value at each of `tokens`.
 
         Raises:
-            UserError: a column of that name is there already, or there is not one value a token.
+            UserError: a column of that name is there already, or there is not one value per token.
         """
         if name in {**COLUMNS, **self._added}:
             raise UserError(f"the data has a column '{name}' already: give the new one another name.")
         if values.shape != (self.offsets[-1],):
             raise UserError(
                 f"column '{name}' has the shape {values.shape}, but the data has {self.offsets[-1]} tokens: "
-                "give one value a token."
+                "give one value per token."
             )
         wider = copy.copy(self)
         wider._added = {**self._added, name: values.astype(np.float32, copy=False)}

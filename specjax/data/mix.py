@@ -100,7 +100,7 @@ class Mixture(Batches):
         """As `Data.with_column`; the values are those of one source's tokens after another's."""
         counts = [part.report["tokens"] for part in self.parts]
         if name == SOURCE or values.shape != (sum(counts),):
-            raise UserError(f"column '{name}' {values.shape}: give another name than {SOURCE}, and one value a token.")
+            raise UserError(f"column '{name}' {values.shape}: give another name than {SOURCE}, one value per token.")
         wider = copy.copy(self)
         pieces = np.split(values, np.cumsum(counts)[:-1])
         wider.parts = [part.with_column(name, piece) for part, piece in zip(self.parts, pieces, strict=True)]

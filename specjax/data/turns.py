@@ -226,7 +226,7 @@ def _refuse(chat: Conversation, turn: int) -> NoReturn:
         )
     raise UserError(
         f"{chat.where}: the chat template renders the conversation up to message {turn + 1} otherwise than the whole "
-        "has it, so the assistant's tokens cannot be told; keep one answer a row, or use a template that does not "
+        "has it, so the assistant's tokens cannot be told; keep one answer per row, or use a template that does not "
         "rewrite earlier turns."
     )
 

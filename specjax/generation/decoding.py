@@ -1,4 +1,4 @@
-"""Prompts into a cache in one pass, then a compiled step a token.
+"""Prompts into a cache in one pass, then one compiled step per token.
 
 Prompts are padded on the left, so that all rows of a batch write the same cache slot. `prefill` reads the prompts but
 for their last tokens; then each turn of the loop in `decode` takes every row's last token and makes the next. What may

@@ -1,6 +1,6 @@
 """How each supported family reads its `config.json` and where its mathematics differ from Llama's.
 
-One function a family, from transformers' configuration object (which fills in a family's defaults and reads the
+One function per family, from transformers' configuration object (which fills in a family's defaults and reads the
 dialects of transformers 4 and 5) to the fields of `ModelConfig` that are not plain sizes.
 """
 

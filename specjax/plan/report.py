@@ -37,7 +37,7 @@ def report(
     Args:
       config: of `train`; its model's path may be a folder with a config.json and nothing else.
       target: names, see `targets.parse`; a family alone, such as v5e, is its smallest slice that holds the job.
-      json: one object a line and a target, and nothing else, on stdout.
+      json: one object per target on stdout, and nothing else.
       search: try meshes, rematerialisation and micro-batches on each target, and rank them.
       price_per_chip_hour: of a chip for an hour, in any currency; 0: unknown. Adds what a million tokens cost, an
         epoch of the config's data and the run, where it and the model's tokenizer are there to count.
@@ -212,8 +212,8 @@ def _show(figures: dict[str, Any]) -> None:
         table.add_row("optimizer in the host's memory", f"{_size(figures['host_bytes_per_device'])} a device")
     if "aliased_bytes" in figures:
         table.add_row("replaced in place", f"{_size(figures['aliased_bytes'])} a device")
-    table.add_row("tokens a step", f"{figures['tokens_per_step']:,}")
-    table.add_row("FLOPs a step", f"{figures['flops_per_step']:.3g}")
+    table.add_row("tokens per step", f"{figures['tokens_per_step']:,}")
+    table.add_row("FLOPs per step", f"{figures['flops_per_step']:.3g}")
     for operation, traffic in figures.get("collectives", {}).items():
         table.add_row(operation, f"{_size(traffic['bytes'])} a device, in {traffic['count']:,}")
     if count := figures.get("lines_not_understood"):

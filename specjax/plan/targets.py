@@ -24,12 +24,12 @@ class Chip:
 
     Attributes:
       memory: bytes that the compiler lets a program have (what it names where one does not fit).
-      flops: dense bfloat16 operations a second.
-      bandwidth: bytes a second between memory and chip.
-      links: bytes a second that a device can send to its neighbours, over all its links together, one way.
+      flops: dense bfloat16 operations per second.
+      bandwidth: bytes per second between memory and chip.
+      links: bytes per second that a device can send to its neighbours, over all its links together, one way.
       hertz: of the clock that the compiler's cycle estimates count (0: unknown).
       dimensions: of a topology's shape.
-      between_slices: bytes a second that a device can send to another slice, by the data centre's network.
+      between_slices: bytes per second that a device can send to another slice, by the data centre's network.
     """
 
     memory: int

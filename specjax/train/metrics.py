@@ -34,7 +34,7 @@ class Log:
         tensorboard: whether to write `<workdir>/tensorboard/`.
         wandb: a W&B project's name; "" does not use W&B.
         config: the resolved config, shown by W&B.
-        console: where to print; default standard output. A bar on a terminal, a line a logged step elsewhere.
+        console: where to print; default standard output. A bar on a terminal, one line per logged step elsewhere.
 
     Raises:
         UserError: when W&B is asked for and not installed.

@@ -53,6 +53,6 @@ class Throughput:
         if not self._peak:
             return ""
         return (
-            f"MFU = tokens/s x {self.flops_per_token:.3g} FLOPs a token (remat not counted) / "
+            f"MFU = tokens/s x {self.flops_per_token:.3g} FLOPs per token (remat not counted) / "
             f"({self._devices} x {self._peak:.3g} FLOP/s of {self._kind})"
         )
