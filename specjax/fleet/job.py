@@ -215,7 +215,7 @@ def _finished(workdir: Path, config: ConfigDict, name: str) -> Result:
 
 
 def _table(results: dict[str, Result]) -> Table:
-    """A row an adapter; every set's loss before -> after, in nats a token."""
+    """One row per adapter; every set's loss before -> after, in nats per token."""
     sets = list(dict.fromkeys(name for one in results.values() for name in one.evals))
     table = Table("adapter", "trainable", "steps", "best", *(f"{name} loss" for name in sets))
     for name, one in results.items():
