@@ -11,11 +11,12 @@ from rich.console import Console
 
 from specjax import files
 from specjax.errors import UserError
+from specjax.fleet.archive import Archive
 from specjax.fleet.member import ENDED, FAILED, TRAINING, WAITING, Lane, Member, adamw
 from specjax.fleet.session import Fleet
 from specjax.fleet.step import Rule
+from specjax.lora.adapters import Adapter, check_free
 from specjax.lora.adapters import attach as attach_adapter
-from specjax.lora.adapters import check_free
 from specjax.models import Decoder
 from specjax.train.fit import WRITES, own, stop_signal
 from specjax.train.metrics import Log
@@ -79,6 +80,8 @@ def fit(
         check_free(model, name)
     if workdir:
         files.claim(workdir, (*WRITES, "adapters"))
+    run: Fleet | None = None
+    wear: dict[str, Adapter] = {}
     with own(workdir), stop_signal() as stop, ExitStack() as stack:
         run = stack.enter_context(
             Fleet(
@@ -87,13 +90,11 @@ def fit(
                 rule or adamw(),
                 objective,
                 slots=slots,
-                workdir=Path(workdir) if workdir else None,
                 accumulate=accumulate,
-                keep=keep,
-                attach=attach,
             )
         )
-        resumed = run.restore()
+        archive = stack.enter_context(Archive(Path(workdir) if workdir else None, keep))
+        resumed = archive.restore(run)
         starts = {name: lane.step for name, lane in run.lanes.items() if lane.status != WAITING} if resumed else {}
         total = sum(member.steps for member in members.values())
         console = Console()
@@ -101,15 +102,16 @@ def fit(
         if resumed:
             log.note(f"resumed: {', '.join(f'{name} at step {step}' for name, step in starts.items())}")
         folder = Path(workdir) / "adapters" if workdir and tensorboard else None
-        loop = _Loop(run, log, folder, log_every, ended)
-        loop.go(stop, save_every)
+        _Loop(run, archive, log, folder, log_every, ended).go(stop, save_every)
+        wear = archive.ended(run) if attach else {}
+    if run is None:  # a signal came before anything was ready
+        return {name: Result(stopped="signal") for name in members}
     results = {name: lane.result for name, lane in run.lanes.items()}
     for result in results.values():
         result.seconds, result.compile_seconds = run.clock.seconds, run.compile_seconds
         result.stopped = "signal" if stop.early else result.stopped
-    if attach:
-        for name, adapter in run.ended().items():
-            attach_adapter(model, name, adapter)
+    for name, adapter in wear.items():
+        attach_adapter(model, name, adapter)
     if failed := [lane for lane in run.lanes.values() if lane.status == FAILED]:
         others = len(run.lanes) - len(failed)
         raise UserError(
@@ -123,8 +125,17 @@ def fit(
 class _Loop:
     """One step after another; what is due after each."""
 
-    def __init__(self, run: Fleet, log: Log, folder: Path | None, log_every: int, ended: Ended | None):
-        self.run, self.log, self._folder, self._every, self._told = run, log, folder, log_every, ended
+    def __init__(
+        self, run: Fleet, archive: Archive, log: Log, folder: Path | None, log_every: int, ended: Ended | None
+    ):
+        self.run, self.archive, self.log, self._folder, self._every, self._told = (
+            run,
+            archive,
+            log,
+            folder,
+            log_every,
+            ended,
+        )
         self._logs: dict[str, Log] = {}
 
     def go(self, stop: Any, save_every: int) -> None:
@@ -155,7 +166,7 @@ class _Loop:
                 if not stopping:
                     self._refill()
                 self.log.sync()
-                run.save()
+                self.archive.save(run)
             if stopping and (run.training() or run.waiting()):
                 for lane in (*run.training(), *run.waiting()):
                     lane.result.stopped = "signal"
@@ -201,7 +212,8 @@ class _Loop:
                 f"{lane.member.chooses!r}"
             )
         lane.status = ENDED
-        model = self.run.end(lane)
+        model = self.archive.write(self.run, lane, *self.run.end(lane))
+        self.run.free(lane)
         if self._told is not None:
             self._told(lane.name, model, lane.result)
         self._logs.pop(lane.name).end()

@@ -7,13 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from specjax.errors import UserError
+from specjax import lora
+from specjax.errors import UserError, naming
 from specjax.fleet.slots import Outline
 from specjax.fleet.step import Rule
 from specjax.models import Decoder
 from specjax.train import optim
+from specjax.train.objective import Objective
 from specjax.train.result import Result, Selection
+from specjax.train.session import check_columns, check_ids
 
 WAITING, TRAINING, ENDED, FAILED = "waiting", "training", "ended", "failed"
 
@@ -69,15 +73,11 @@ class Member:
 
 def adamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Rule:
     """`specjax.adamw` for a fleet: rate and weight decay are each adapter's."""
-    import optax
-
     return lambda rate, decay: optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=decay, mask=optim.decays)
 
 
 def lion(b1: float = 0.9, b2: float = 0.99) -> Rule:
     """`specjax.lion` for a fleet: rate and weight decay are each adapter's."""
-    import optax
-
     return lambda rate, decay: optax.lion(rate, b1=b1, b2=b2, weight_decay=decay, mask=optim.decays)
 
 
@@ -157,3 +157,39 @@ class Lane:
         self.result.best_step, self.result.stopped = meta["best_step"], meta["stopped"]
         self.result.evals, self.result.first_evals = meta["evals"], meta["first_evals"]
         self.result.step = self.step
+
+
+def checked(
+    base: Decoder, objective: Objective, members: Mapping[str, Member], accumulate: int
+) -> tuple[Objective, dict[str, Member]]:
+    """The objective and members as `Objective.prepare` makes them.
+
+    Raises:
+      UserError: what cannot be in one batch, or cannot train.
+    """
+    made, prepared = dict[str, Member](), objective
+    if not members:
+        raise UserError("a fleet without members: give at least one.")
+    if lora.names(base):
+        raise UserError(f"the base wears {', '.join(lora.names(base))}: unload all adapters first.")
+    if base.config.num_experts:
+        raise UserError("a fleet over a mixture of experts cannot be exact yet: train its adapters one by one.")
+    first = next(iter(members.values())).data
+    for name, member in members.items():
+        with naming(f"adapter {name}"):
+            data, rows = member.data, max(1, member.data.batch_size // accumulate)
+            if data.batch_size % accumulate:
+                raise UserError(f"a batch of {data.batch_size} rows does not divide into {accumulate} micro-batches.")
+            for what in ("length", "batch_size"):
+                if getattr(data, what) != getattr(first, what):
+                    raise UserError(
+                        f"its data has {what} {getattr(data, what)}, the first adapter's {getattr(first, what)}: they "
+                        "share a batch, so make them alike."
+                    )
+            for label, one in {"the data": data, **{f"the set {n!r}": d for n, d in member.eval_data.items()}}.items():
+                check_ids(label, one, base.config.vocab_size)
+            prepared, sets = objective.prepare(objective, base, lora.LORA, {"": data, **member.eval_data}, rows)
+            for label, one in sets.items():
+                check_columns(prepared, label or "the data", one)
+            made[name] = dataclasses.replace(member, data=sets.pop(""), eval_data=sets)
+    return prepared, made

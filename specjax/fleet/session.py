@@ -2,34 +2,32 @@
 
 import copy
 import dataclasses
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from specjax import flops, lora, process, sharding
 from specjax.errors import UserError, naming
 from specjax.fleet import slots as slots_lib
 from specjax.fleet import step as fleet_step
-from specjax.fleet.member import ENDED, TRAINING, WAITING, Lane, Member
+from specjax.fleet.member import TRAINING, WAITING, Lane, Member, checked
 from specjax.fleet.step import Rule, Told
-from specjax.lora.adapters import DEFAULT, Adapter, collect, on_host
+from specjax.lora.adapters import Adapter
 from specjax.models import Decoder
 from specjax.train import memory
 from specjax.train import step as steps_lib
-from specjax.train.checkpoint import Checkpoints, Damaged
 from specjax.train.evaluate import evaluate, most_documents
 from specjax.train.objective import Objective
-from specjax.train.session import aside, check_columns, check_ids
+from specjax.train.session import aside
 from specjax.train.throughput import Throughput
 
 
@@ -41,6 +39,7 @@ class Fleet:
       placed: the lane in each slot, or None.
       tick: steps of the fleet.
       steps_done: of all adapters.
+      tokens: of all adapters' steps.
       clock: of training time.
       compile_seconds: of the training step.
     """
@@ -53,15 +52,10 @@ class Fleet:
         objective: Objective,
         *,
         slots: int,
-        workdir: Path | None,
         accumulate: int,
-        keep: int,
-        attach: bool,
     ):
-        if not members:
-            raise UserError("a fleet without members: give at least one.")
-        self.base, self.rule, self.workdir, self.accumulate, self._keep = base, rule, workdir, accumulate, keep
-        self.objective, members = _checked(base, objective, members, accumulate)
+        self.base, self.rule, self.accumulate = base, rule, accumulate
+        self.objective, members = checked(base, objective, members, accumulate)
         self.count = min(slots or len(members), len(members))
         self._drawn: dict[str, Adapter] = {}
         self.lanes: dict[str, Lane] = {}
@@ -69,25 +63,24 @@ class Fleet:
             with naming(f"adapter {name}"):
                 adapter = slots_lib.fresh(base, member.lora)
                 self.lanes[name] = Lane.of(name, member, slots_lib.outline(adapter))
-                self.lanes[name].result.trainable_parameters = _size(self.lanes[name].outline, adapter)
+                sizes = (value.size for one in adapter.factors.values() for value in one.values.values())
+                self.lanes[name].result.trainable_parameters = sum(map(int, sizes))
             if number < self.count:
                 self._drawn[name] = adapter
         self.placed: list[Lane | None] = [None] * self.count
         self.slots = slots_lib.Slots(base, [lane.outline for lane in self.lanes.values()], self.count)
-        self.mesh = sharding.mesh_of(jax.tree.leaves(jax.tree.map(lambda x: x, steps_lib.split(base, lora.LORA)[2]))[0])
+        self.mesh = sharding.mesh_of(jax.tree.leaves(nnx.state(base))[0])
         first = next(iter(members.values())).data
         self.rows = first.batch_size // accumulate
         self._lay_out()
-        self._length, self._batch_size = first.length, first.batch_size
-        self.tick = self.steps_done = self._tokens = 0
+        self._length = first.length
+        self.tick = self.steps_done = self.tokens = 0
         self.compile_seconds = 0.0
         self._compiled: Any = None
         self._next: tuple[Any, Future[Any]] | None = None
         device = self.mesh.devices.flat[0] if self.mesh is not None else jax.devices()[0]
         self._device = device
         self.clock = Throughput(1 if self.mesh is None else self.mesh.size, device.device_kind)
-        self.checkpoints = Checkpoints(workdir / "checkpoints", keep=keep) if workdir else None
-        self._kept: dict[str, Adapter] | None = {} if attach else None
         self._prepare()
 
     def _lay_out(self) -> None:
@@ -125,7 +118,6 @@ class Fleet:
         )
         places = {path: leaf.sharding for path, leaf in view.items()}
         self._take = jax.jit(partial(fleet_step.taken, axes=axes), out_shardings=places)
-        self._put = jax.jit(partial(fleet_step.put, axes=axes), donate_argnums=0)
         self._finite = jax.jit(partial(fleet_step.finite, axes=axes))
 
         def better(best: Any, now: Any, chosen: Any) -> Any:
@@ -138,13 +130,11 @@ class Fleet:
             if self.mesh is not None:
                 stack.enter_context(jax.set_mesh(self.mesh))
             self._pool = stack.enter_context(ThreadPoolExecutor(1))
-            if self.checkpoints:
-                stack.callback(self.checkpoints.close)
             trainable = self._trainable
             del self._trainable
-            shapes = jax.eval_shape(partial(fleet_step.begin, self.rule, axes=self._axes, count=self.count), trainable)
-            places = jax.tree.map_with_path(partial(self._place, trainable), shapes)
             begin = partial(fleet_step.begin, self.rule, axes=self._axes, count=self.count)
+            shapes = jax.eval_shape(begin, trainable)
+            places = jax.tree.map_with_path(partial(self._place, trainable), shapes)
             self.state = jax.jit(begin, out_shardings=places, donate_argnums=0)(trainable)
             self._put = jax.jit(partial(fleet_step.put, axes=self._axes), donate_argnums=0, out_shardings=places)
             self.best = jax.tree.map(jnp.zeros_like, self.state.trainable) if self._evaluates else None
@@ -242,7 +232,7 @@ class Fleet:
             lane.step, lane.tokens = lane.step + 1, lane.tokens + tokens
             lane.result.step, lane.result.tokens = lane.step, lane.result.tokens + tokens
             lane.result.data_seconds += data_seconds
-            self._tokens += tokens
+            self.tokens += tokens
             done.append((lane.step, lane.tokens))
         self.tick, self.steps_done = self.tick + 1, self.steps_done + len(stepped)
         after = tuple(None if lane is None or lane.done else (lane.name, lane.step) for lane in self.placed)
@@ -265,8 +255,8 @@ class Fleet:
 
     def window(self) -> dict[str, Any]:
         """Tokens per second of the whole fleet since it was last asked with fresh tokens."""
-        if self._tokens != self.clock._tokens:
-            self._rate = self.clock.window(self._tokens)
+        if self.tokens != self.clock._tokens:
+            self._rate = self.clock.window(self.tokens)
         return self._rate
 
     def rows_of(self, lane: Lane, step: int, most: int = 16) -> str:
@@ -306,150 +296,27 @@ class Fleet:
         """Notes the lane's weights as its best."""
         self.best = self._better(self.best, self.state.trainable, np.array([one is lane for one in self.placed]))
 
-    def end(self, lane: Lane) -> Decoder:
-        """Writes what the lane was at its end and at its best, frees its slot; the base wearing the best."""
+    def end(self, lane: Lane) -> tuple[Adapter, Adapter]:
+        """What a lane is at its end, and what it was at its best evaluation (else the same)."""
+        slot = np.int32(self.placed.index(lane))
         with self.clock.paused():
-            last = self.slots.adapter(self._take(self.state.trainable, np.int32(self.placed.index(lane))), lane.outline)
-            best = last
-            if lane.result.best_step not in (None, lane.step):
-                best = self.slots.adapter(self._take(self.best, np.int32(self.placed.index(lane))), lane.outline)
-            if self._kept is not None:
-                self._kept[lane.name] = last
-            model = self.slots.alone(best)
-            if self.workdir:
-                self._write(lane, model, last)
-            self.free(lane)
-        return model
+            last = self.slots.adapter(self._take(self.state.trainable, slot), lane.outline)
+            if lane.result.best_step in (None, lane.step):
+                return last, last
+            return last, self.slots.adapter(self._take(self.best, slot), lane.outline)
 
-    def _folder(self, lane: Lane) -> Path:
-        assert self.workdir is not None
-        return self.workdir / "adapters" / lane.name / "checkpoints"
-
-    def _write(self, lane: Lane, model: Decoder, last: Adapter) -> None:
-        """As a lone run's checkpoints, without the optimizer's state."""
-        folder = self._folder(lane)
-        if folder.exists():  # of a start that was killed before the fleet's checkpoint was whole
-            shutil.rmtree(folder)
-        saved = Checkpoints(folder)
-        base = {"base": self.base.origin.source, "base_fingerprint": self.base.origin.fingerprint}
-        meta = lane.meta() | base
-        steps: dict[int, tuple[Decoder, float | None]] = {lane.result.best_step or lane.step: (model, lane.least)}
-        if lane.step not in steps:
-            steps[lane.step] = (self.slots.alone(last), None)
-        for step, (worn, loss) in steps.items():
-            saved.save(step, {"trainable": steps_lib.split(worn, lora.LORA)[1]}, meta | {"step": step}, loss)
-        saved.close()
-
-    def ended(self) -> dict[str, Adapter]:
-        """The adapters that ended, as they were then; of an earlier start, from their folders."""
-        assert self._kept is not None
-        found = {}
-        for lane in self.lanes.values():
-            if lane.status == ENDED:
-                found[lane.name] = self._kept[lane.name] if lane.name in self._kept else self._read(lane)
-        return found
-
-    def _read(self, lane: Lane) -> Adapter:
-        model = self.slots.alone(slots_lib.fresh(self.base, lane.member.lora))
-        saved = Checkpoints(self._folder(lane), read_only=True)
-        params = saved.load(lane.step, {"trainable": steps_lib.split(model, lora.LORA)[1]})["trainable"]
-        steps_lib.write_back(model, params)
-        saved.close()
-        return on_host(collect(model, DEFAULT))
-
-    def save(self) -> None:
-        """Starts a checkpoint of the whole fleet."""
-        if self.checkpoints is None:
-            return
-        held = [None if lane is None else lane.name for lane in self.placed]
-        meta = {"step": self.tick, "slots": held, "base_fingerprint": self.base.origin.fingerprint}
-        meta |= {"adapters": {name: lane.meta() for name, lane in self.lanes.items()}, "tokens": self._tokens}
-        with self.clock.paused():
-            self.checkpoints.save(self.tick, self._saved_state(), meta | {"steps_done": self.steps_done})
-
-    def _saved_state(self) -> dict[str, Any]:
-        held = {"trainable": self.state.trainable, "opt_state": self.state.opt_state}
-        return held | ({"best": self.best} if self.best is not None else {})
-
-    def restore(self) -> bool:
-        """Goes on from the last checkpoint that is whole, if there is one."""
-        if self.checkpoints is None:
-            return False
-        while (latest := self.checkpoints.latest()) is not None:
-            try:
-                meta = self.checkpoints.meta(latest)
-                self._check_provenance(meta)
-                restored = self.checkpoints.load(latest, self._saved_state())
-                break
-            except Damaged as error:
-                self.checkpoints.set_aside(latest, error)
-        else:
-            return False
+    def resume(self, lanes: Mapping[str, Any], placed: Sequence[str | None], restored: dict[str, Any]) -> None:
+        """Goes on from a checkpoint: how far each lane was, which were in the slots, and the arrays."""
         for name, lane in self.lanes.items():
-            lane.restore(meta["adapters"][name])
-        self.placed = [None if name is None else self.lanes[name] for name in meta["slots"]]
-        self.tick, self._tokens, self.steps_done = latest, meta["tokens"], meta["steps_done"]
-        self.clock.resume(self._tokens)
+            lane.restore(lanes[name])
+        self.placed = [None if name is None else self.lanes[name] for name in placed]
         self.best = restored.pop("best", None)
         steps = np.array([0 if lane is None else lane.step for lane in self.placed], np.int32)
         self.state = steps_lib.TrainState(**restored, step=jax.device_put(steps, self.state.step.sharding))
+        self.clock.resume(self.tokens)
         self._settle()
-        return True
 
-    def _check_provenance(self, meta: Mapping[str, Any]) -> None:
-        assert self.checkpoints is not None
-        was, now = list(meta["adapters"]), list(self.lanes)
-        if sorted(was) != sorted(now) or len(meta["slots"]) != self.count:
-            raise UserError(
-                f"{self.checkpoints.folder}: the checkpoint is of the adapters {', '.join(was)} in "
-                f"{len(meta['slots'])} slots, now {', '.join(now)} in {self.count}: restore what it was, or start "
-                "in a new workdir."
-            )
-        facts = {"base": (meta["base_fingerprint"], self.base.origin.fingerprint)}
-        for name, lane in self.lanes.items():
-            facts[f"data of {name}"] = (meta["adapters"][name]["data_fingerprint"], lane.member.data.fingerprint)
-        for what, (before, after) in facts.items():
-            if before != after:
-                raise UserError(
-                    f"{self.checkpoints.folder}: the checkpoint was made with another {what} ({before}, now {after}): "
-                    "restore what it was, or start in a new workdir."
-                )
-
-
-def _size(outline: slots_lib.Outline, adapter: Adapter) -> int:
-    """How many numbers an adapter trains."""
-    return sum(int(value.size) for path in outline for value in adapter.factors[path].values.values())
-
-
-def _checked(
-    base: Decoder, objective: Objective, members: Mapping[str, Member], accumulate: int
-) -> tuple[Objective, dict[str, Member]]:
-    """The objective and members as `Objective.prepare` makes them.
-
-    Raises:
-      UserError: what cannot be in one batch, or cannot train.
-    """
-    made, prepared = {}, objective
-    if lora.names(base):
-        raise UserError(f"the base wears {', '.join(lora.names(base))}: unload all adapters first.")
-    if base.config.num_experts:
-        raise UserError("a fleet over a mixture of experts cannot be exact yet: train its adapters one by one.")
-    first = next(iter(members.values())).data
-    for name, member in members.items():
-        with naming(f"adapter {name}"):
-            data, rows = member.data, max(1, member.data.batch_size // accumulate)
-            if data.batch_size % accumulate:
-                raise UserError(f"a batch of {data.batch_size} rows does not divide into {accumulate} micro-batches.")
-            for what in ("length", "batch_size"):
-                if getattr(data, what) != getattr(first, what):
-                    raise UserError(
-                        f"its data has {what} {getattr(data, what)}, the first adapter's {getattr(first, what)}: they "
-                        "share a batch, so make them alike."
-                    )
-            for label, one in {"the data": data, **{f"the set {n!r}": d for n, d in member.eval_data.items()}}.items():
-                check_ids(label, one, base.config.vocab_size)
-            prepared, sets = objective.prepare(objective, base, lora.LORA, {"": data, **member.eval_data}, rows)
-            for label, one in sets.items():
-                check_columns(prepared, label or "the data", one)
-            made[name] = dataclasses.replace(member, data=sets.pop(""), eval_data=sets)
-    return prepared, made
+    def saved_state(self) -> dict[str, Any]:
+        """The arrays of a checkpoint."""
+        held = {"trainable": self.state.trainable, "opt_state": self.state.opt_state}
+        return held | ({"best": self.best} if self.best is not None else {})
