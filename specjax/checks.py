@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from specjax.errors import UserError, keys, nearest
 from specjax.values import shown
 
-NESTED = ("compare", "fleet")  # groups whose names are the user's own; every value is overrides of the config
+NESTED = ("compare", "fleet", "sweep")  # groups whose names are the user's own; every value is overrides of the config
 FREE = ("data.eval", "data.columns")  # groups whose names are the user's own; every value is a string
 CHOICES = {
     "trainable": ("all", "lora"),
@@ -83,8 +83,12 @@ def check(config: ConfigDict, default: ConfigDict, device_count: int | None) -> 
     _check_steps(config, default)
     _check_data(config)
     _check_eval(config)
-    if config.slots and not config.fleet:
-        raise UserError(f"config.slots is {config.slots}, but config.fleet is empty: name adapters there, or leave it.")
+    for key in ("slots", "rungs"):
+        if config[key] and not (config.fleet or config.sweep):
+            raise UserError(
+                f"config.{key} is {config[key]}, but config.fleet is empty: name adapters there, or leave it."
+            )
+    _check_rungs(config)
     if config.accumulate and config.batch_size % config.accumulate:
         raise UserError(
             f"config.batch_size is {config.batch_size}, which config.accumulate={config.accumulate} does not divide: "
@@ -318,6 +322,17 @@ def _check_eval(config: ConfigDict) -> None:
                 f"config.eval.exact names {name!r}, which is no eval set: choose of {', '.join(names) or 'none'}."
                 f"{nearest(name, names)}"
             )
+
+
+def _check_rungs(config: ConfigDict) -> None:
+    rungs = config.rungs or ()
+    shares = isinstance(rungs, list | tuple) and all(_is_share(one) and one < 1 for one in rungs)
+    if not shares or list(rungs) != sorted(set(rungs)):
+        raise UserError(
+            f"config.rungs is {config.rungs!r}: give growing shares of the steps, such as (0.125, 0.25, 0.5)."
+        )
+    if not 0 < config.survive < 1:
+        raise UserError(f"config.survive is {config.survive!r}: give it a value between 0 and 1.")
 
 
 def groups_of_rows(config: ConfigDict, device_count: int) -> int:

@@ -225,7 +225,7 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
     if own_process and verb in ("train", "eval", "generate", "chat"):
         process.keep_compiled()
     match verb:
-        case "train" if arguments["config"].fleet:
+        case "train" if arguments["config"].fleet or arguments["config"].sweep:
             from specjax.fleet import job
 
             job.train(**arguments)

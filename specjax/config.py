@@ -6,6 +6,7 @@ before anything is loaded.
 """
 
 import ast
+import itertools
 import json
 import re
 import runpy
@@ -162,6 +163,12 @@ def get_config() -> ConfigDict:
     # Adapters that train in one run over one base, each as if alone: name -> overrides of what is its own (data, eval,
     # lora, seed, steps, epochs, and of the optimizer rate, schedule, weight decay and clip), as in configs/fleet.py.
     config.fleet = ConfigDict(sort_keys=False)
+    # Makes a fleet of one config: lists of values in place of what `fleet` overrides, as in configs/sweep.py; each
+    # combination is an adapter.
+    config.sweep = ConfigDict(sort_keys=False)
+    # Shares of the steps at which the worse adapters of a fleet stop, by the loss on `eval.best`: (0.125, 0.25, 0.5).
+    config.rungs = placeholder(object)
+    config.survive = 0.5  # the share of the adapters at a rung that goes on
     config.slots = 0  # adapters of a fleet that train at once, the others wait for a slot; 0: all
     config.lock()
     for key in (*FREE, *NESTED):
@@ -320,6 +327,36 @@ def methods(config: ConfigDict) -> dict[str, ConfigDict]:
     return made
 
 
+def swept(config: ConfigDict) -> ConfigDict:
+    """A copy in which `config.sweep` has become the adapters of `config.fleet`.
+
+    Raises:
+        UserError: it has something else than lists, or `config.fleet` has adapters too.
+    """
+    over = dict(flat(config.sweep.to_dict()))
+    if not over:
+        return config
+    for key, values in over.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise UserError(f"config.sweep.{key} is {values!r}: give a list of values.")
+    if config.fleet:
+        raise UserError("config.sweep makes the adapters of config.fleet, which has some: give one of them.")
+    made = copied(config, "fleet", "sweep")
+    made.sweep = ConfigDict()
+    made.fleet.unlock()
+    for values in itertools.product(*over.values()):
+        overrides = dict[str, Any]()
+        for key, value in zip(over, values, strict=True):
+            *groups, last = key.split(".")
+            inner = overrides
+            for group in groups:
+                inner = inner.setdefault(group, {})
+            inner[last] = value
+        parts = (f"{key.rpartition('.')[2]}-{value}" for key, value in zip(over, values, strict=True))
+        made.fleet[re.sub(r"[^\w-]+", "_", "--".join(parts))] = overrides
+    return made
+
+
 def members(config: ConfigDict) -> dict[str, ConfigDict]:
     """The config of each adapter of `config.fleet`, as if it were trained alone, in the file's order.
 
@@ -341,17 +378,17 @@ def members(config: ConfigDict) -> dict[str, ConfigDict]:
                 f"{where}.{shared[0]} is {own[shared[0]]!r}, but all adapters of a fleet share one base and one batch: "
                 f"set config.{shared[0]} for all of them, or train {name} in a run of its own."
             )
-        one.fleet, one.slots = ConfigDict(), 0
+        one.fleet, one.sweep, one.rungs, one.slots = ConfigDict(), ConfigDict(), None, 0
         made[name] = one
     return made
 
 
 def refuse_fleet(config: ConfigDict, verb: str) -> None:
     """Raises `UserError` where a config of several adapters is given to what knows one run."""
-    if config.fleet:
+    if config.fleet or config.sweep:
         raise UserError(
-            f"`{verb}` is of one run, and config.fleet has {len(config.fleet)} adapters: give it a config without "
-            "config.fleet, such as the config.json in <workdir>/adapters/<name>."
+            f"`{verb}` is of one run, and config.fleet or config.sweep names several adapters: give it a config "
+            "without them, such as the config.json in <workdir>/adapters/<name>."
         )
 
 

@@ -15,7 +15,7 @@ from specjax import build, files, lora, process, resume, sharding
 from specjax.asked import BASE, Prompt
 from specjax.checks import ARGUMENTS
 from specjax.cluster import processes
-from specjax.config import check_length, members, refuse_fleet, resolved, settled, validate
+from specjax.config import check_length, members, refuse_fleet, resolved, settled, swept, validate
 from specjax.data.report import show
 from specjax.errors import UserError, keys
 from specjax.hf import load as hf_load
@@ -276,10 +276,10 @@ def data(config: ConfigDict, *, rows: str = "") -> None:
 
     `rows`: numbers of rows of the training data, with commas between them, as a run names them: these alone.
     """
-    for name, one in members(config).items():
+    for name, one in members(swept(config)).items():
         Console().rule(f"adapter {name}")
         data(one)
-    if config.fleet:
+    if config.fleet or config.sweep:
         return
     validate(config, None)
     if rows and not re.fullmatch(r"\d{1,18}(, ?\d{1,18})*", rows):

@@ -11,7 +11,7 @@ from run_fixtures import specjax
 
 import specjax as sj
 from specjax import build, fleet, resume
-from specjax.config import load_config_file
+from specjax.config import get_config, load_config_file, members, swept
 from specjax.errors import UserError
 from specjax.fleet import job
 from specjax.fleet.session import Fleet
@@ -46,7 +46,7 @@ def rows(name):
     )
 
 
-def member(name, **changes):
+def one_of(name, **changes):
     own = ALONE[name][1]
     given = {"learning_rate": own["rate"], "weight_decay": own["decay"], "clip_norm": own["clip"], "seed": 7}
     given |= {"data": rows(name), "lora": LORA[name], "steps": STEPS}
@@ -74,7 +74,7 @@ def trained(once, tmp_path_factory):
     """The fleet's base, its log and its results, each adapter on a device of its own."""
     base, workdir = model(mesh=mesh()), tmp_path_factory.mktemp("fleet")
     given = {"workdir": workdir, "accumulate": 2, "log_every": 1, "tensorboard": False}
-    results = fleet.fit(base, {name: member(name) for name in ALONE}, **given)
+    results = fleet.fit(base, {name: one_of(name) for name in ALONE}, **given)
     return base, logged(workdir), results
 
 
@@ -85,6 +85,14 @@ def by_adapter(lines, name):
 def factors(of, name):
     found = on_host(collect(of, name)).factors
     return {f"{path}.{field}": value for path, one in found.items() for field, value in one.values.items()}
+
+
+def test_an_adapters_gradient_stays_on_the_devices_that_have_its_rows(trained, once):
+    (program,) = (compiled.as_text() for compiled in once.values())
+    assert "num_partitions=3" in program and "dot" in program
+    assert not [
+        name for name in ("all-reduce", "reduce-scatter") if f"{name}(" in program or f"{name}-start(" in program
+    ]
 
 
 @pytest.mark.parametrize("name", ["hr", "law"])
@@ -137,9 +145,9 @@ def poisoned(name):
 def test_one_that_is_poisoned_stops_alone_and_no_other_changes_by_a_bit(once, trained, tmp_path, changes, said):
     base, (healthy, lines, _) = model(mesh=mesh()), trained
     changes = {"data": poisoned("tax")} if changes.get("data") else changes
-    members = {name: member(name, **(changes if name == "tax" else {})) for name in ALONE}
+    fleets = {name: one_of(name, **(changes if name == "tax" else {})) for name in ALONE}
     with pytest.raises(UserError, match=said) as told:
-        fleet.fit(base, members, workdir=tmp_path, accumulate=2, log_every=1, tensorboard=False)
+        fleet.fit(base, fleets, workdir=tmp_path, accumulate=2, log_every=1, tensorboard=False)
     assert "the others are not touched by it" in str(told.value) and len(once) == 1
     assert sj.lora.names(base) == ["hr", "law"]
     assert len(by_adapter(logged(tmp_path), "tax")) < STEPS
@@ -152,17 +160,65 @@ def test_one_that_is_poisoned_stops_alone_and_no_other_changes_by_a_bit(once, tr
 def test_those_that_wait_take_the_slots_of_those_that_ended_and_nothing_is_compiled(once, trained, tmp_path):
     healthy, lines, _ = trained
     base, steps = model(mesh=mesh()), {"tax": 2, "hr": STEPS, "law": STEPS}
-    short = {f"short{number}": member("tax", steps=2) for number in (1, 2)}
-    members = short | {"hr": member("hr"), "law": member("law")}  # `law` waits for a slot
-    results = fleet.fit(base, members, slots=3, workdir=tmp_path, accumulate=2, log_every=1, tensorboard=False)
+    short = {f"short{number}": one_of("tax", steps=2) for number in (1, 2)}
+    fleets = short | {"hr": one_of("hr"), "law": one_of("law")}  # `law` waits for a slot
+    results = fleet.fit(base, fleets, slots=3, workdir=tmp_path, accumulate=2, log_every=1, tensorboard=False)
     assert len(once) == 1 and {name: one.step for name, one in results.items()} == {
-        name: steps[name.replace("short1", "tax").replace("short2", "tax")] for name in members
+        name: steps[name.replace("short1", "tax").replace("short2", "tax")] for name in fleets
     }
     for name in ("hr", "law"):
         for line, wanted in zip(by_adapter(logged(tmp_path), name), by_adapter(lines, name), strict=True):
             np.testing.assert_allclose(line["loss"], wanted["loss"], rtol=1e-5)
         for key, value in factors(healthy, name).items():
             assert np.linalg.norm(factors(base, name)[key] - value) < 1e-5 * np.linalg.norm(value)
+
+
+def test_the_worse_ones_stop_at_a_rung_and_the_others_go_on_as_if_they_had_not_waited(
+    once, trained, tmp_path, monkeypatch
+):
+    """Three slots, five adapters: by turns to the second step, then the best three to the end; also after a kill."""
+    losses = {"worse1": 9.0, "hr": 1.0, "worse2": 8.0, "tax": 2.0, "law": 3.0}
+    monkeypatch.setattr(Fleet, "evaluate", lambda self, lane: {"set": {"loss": losses[lane.name]}})
+    fleets = {
+        name: one_of(name.replace("worse1", "tax").replace("worse2", "hr"), eval_data={"set": rows("tax")})
+        for name in losses
+    }
+    given = {"slots": 3, "rungs": (0.4,), "accumulate": 2, "log_every": 1, "tensorboard": False, "keep": 9}
+    results = fleet.fit(model(mesh=mesh()), fleets, workdir=tmp_path / "whole", **given)
+    assert {name: (one.step, one.stopped) for name, one in results.items()} == {
+        name: (2, "halved") if "worse" in name else (STEPS, "") for name in losses
+    }
+    lines = logged(tmp_path / "whole")
+    for name in ALONE:
+        mine = [line for line in by_adapter(lines, name) if "loss" in line]
+        for line, wanted in zip(mine, by_adapter(trained[1], name), strict=True):
+            np.testing.assert_allclose(line["loss"], wanted["loss"], rtol=1e-5)
+            np.testing.assert_allclose(line["grad_norm"], wanted["grad_norm"], rtol=1e-5)
+    for tick in (2, 4):  # before and behind the last of the first turn
+        again = tmp_path / f"again{tick}"
+        shutil.copytree(tmp_path / "whole", again)
+        later = [folder for folder in (again / "checkpoints").iterdir() if folder.name.isdigit()]
+        assert str(tick) in {folder.name for folder in later}
+        for folder in (folder for folder in later if int(folder.name) > tick):
+            shutil.rmtree(folder)
+        fleet.fit(model(mesh=mesh()), fleets, workdir=again, **given)
+        assert timeless(again) == timeless(tmp_path / "whole")
+    assert len(once) == 1
+
+
+def test_a_sweep_is_a_fleet_of_every_combination():
+    config = get_config()
+    config.sweep.optimizer = {"learning_rate": [1e-4, 0.5]}
+    config.sweep.lora = {"rank": [8]}
+    made = swept(config)
+    assert made.fleet.to_dict() == {
+        "learning_rate-0_0001--rank-8": {"optimizer": {"learning_rate": 1e-4}, "lora": {"rank": 8}},
+        "learning_rate-0_5--rank-8": {"optimizer": {"learning_rate": 0.5}, "lora": {"rank": 8}},
+    }
+    assert [one.lora.rank for one in members(made).values()] == [8, 8] and not config.fleet
+    config.sweep.data = {"length": 64}
+    with pytest.raises(UserError, match="config.sweep.data.length is 64: give a list of values"):
+        swept(config)
 
 
 @pytest.fixture(scope="module")
@@ -276,8 +332,8 @@ def test_what_a_fleet_cannot_be_is_said_in_one_sentence(config, tmp_path, line, 
 
 def test_what_the_base_lacks_is_said_with_the_adapters_name(once):
     with pytest.raises(UserError, match=r"adapter tax: .*'nope_proj'"):
-        fleet.fit(model(), {"hr": member("hr"), "tax": member("tax", lora={"rank": 2, "targets": ["nope_proj"]})})
+        fleet.fit(model(), {"hr": one_of("hr"), "tax": one_of("tax", lora={"rank": 2, "targets": ["nope_proj"]})})
     with pytest.raises(UserError, match="adapter tax: its data has length 64, the first adapter's 32"):
-        fleet.fit(model(), {"hr": member("hr"), "tax": member("tax", data=data(batch_size=2))})
+        fleet.fit(model(), {"hr": one_of("hr"), "tax": one_of("tax", data=data(batch_size=2))})
     with pytest.raises(UserError, match="adapter hr: it has copies of whole modules or biases, which cannot share a"):
-        fleet.fit(model(), {"hr": member("hr", lora={"rank": 2, "targets": ["q_proj"], "modules_to_save": ["norm"]})})
+        fleet.fit(model(), {"hr": one_of("hr", lora={"rank": 2, "targets": ["q_proj"], "modules_to_save": ["norm"]})})

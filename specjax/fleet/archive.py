@@ -7,7 +7,7 @@ from typing import Any
 
 from specjax import lora
 from specjax.errors import UserError
-from specjax.fleet.member import ENDED, Lane
+from specjax.fleet.member import ENDED, HALVED, Lane
 from specjax.fleet.session import Fleet
 from specjax.fleet.slots import fresh
 from specjax.lora.adapters import DEFAULT, Adapter, collect, on_host
@@ -48,6 +48,7 @@ class Archive:
             return
         meta = {"step": run.tick, "slots": [None if lane is None else lane.name for lane in run.placed]}
         meta |= {"adapters": {name: lane.meta() for name, lane in run.lanes.items()}, "tokens": run.tokens}
+        meta |= {"held": sorted(run.held)}
         meta |= {"steps_done": run.steps_done, "base_fingerprint": run.base.origin.fingerprint}
         with run.clock.paused():
             self._checkpoints.save(run.tick, run.saved_state(), meta)
@@ -64,7 +65,7 @@ class Archive:
             try:
                 meta = self._checkpoints.meta(latest)
                 self._check_provenance(run, meta)
-                restored = self._checkpoints.load(latest, run.saved_state())
+                restored = self._checkpoints.load(latest, run.saved_state(meta["held"]))
                 break
             except Damaged as error:
                 self._checkpoints.set_aside(latest, error)
@@ -121,7 +122,7 @@ class Archive:
 
     def ended(self, run: Fleet) -> dict[str, Adapter]:
         """The adapters that ended, as they were then."""
-        lanes = [lane for lane in run.lanes.values() if lane.status == ENDED]
+        lanes = [lane for lane in run.lanes.values() if lane.status == ENDED and lane.result.stopped != HALVED]
         return {lane.name: self._ended[lane.name] if self._workdir is None else self._read(run, lane) for lane in lanes}
 
     def _read(self, run: Fleet, lane: Lane) -> Adapter:

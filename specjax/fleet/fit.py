@@ -12,7 +12,7 @@ from rich.console import Console
 from specjax import files
 from specjax.errors import UserError
 from specjax.fleet.archive import Archive
-from specjax.fleet.member import ENDED, FAILED, TRAINING, WAITING, Lane, Member, adamw
+from specjax.fleet.member import ENDED, FAILED, HALVED, PAUSED, TRAINING, WAITING, Lane, Member, adamw
 from specjax.fleet.session import Fleet
 from specjax.fleet.step import Rule
 from specjax.lora.adapters import Adapter, check_free
@@ -33,6 +33,8 @@ def fit(
     rule: Rule | None = None,
     objective: Objective = next_token,
     slots: int = 0,
+    rungs: Sequence[float] = (),
+    survive: float = 0.5,
     workdir: str | Path | None = None,
     accumulate: int = 1,
     save_every: int = 0,
@@ -56,6 +58,10 @@ def fit(
       objective: what is minimised, the same for all.
       slots: how many train at once, the others wait in the order of `members` and take the slots of those that ended,
         without a compilation; 0: all.
+      rungs: shares of the steps at which the adapters wait for each other, and those with the larger loss on the set
+        that chooses stop (successive halving: Jamieson & Talwalkar 2016, arXiv:1502.07943). With fewer slots than
+        adapters no row of a batch is empty: each rung is trained by turns.
+      survive: the share of those at a rung that goes on, rounded up.
       workdir: where checkpoints and logs go; None: nowhere. The lines of `metrics.jsonl` bear `adapter`. What an
         adapter was at its end, and at its best evaluation, lies in `adapters/<name>/checkpoints`.
       accumulate: micro-batches a step.
@@ -91,18 +97,20 @@ def fit(
                 objective,
                 slots=slots,
                 accumulate=accumulate,
+                rungs=rungs,
             )
         )
         archive = stack.enter_context(Archive(Path(workdir) if workdir else None, keep))
         resumed = archive.restore(run)
-        starts = {name: lane.step for name, lane in run.lanes.items() if lane.status != WAITING} if resumed else {}
+        begun = {name: lane.step for name, lane in run.lanes.items() if lane.step or lane.status != WAITING}
+        starts = begun if resumed else {}
         total = sum(member.steps for member in members.values())
         console = Console()
         log = stack.enter_context(Log(workdir, steps=total, start=starts, tensorboard=False, console=console))
         if resumed:
             log.note(f"resumed: {', '.join(f'{name} at step {step}' for name, step in starts.items())}")
         folder = Path(workdir) / "adapters" if workdir and tensorboard else None
-        _Loop(run, archive, log, folder, log_every, ended).go(stop, save_every)
+        _Loop(run, archive, log, folder, log_every, ended, survive).go(stop, save_every)
         wear = archive.ended(run) if attach else {}
     if run is None:  # a signal came before anything was ready
         return {name: Result(stopped="signal") for name in members}
@@ -126,16 +134,17 @@ class _Loop:
     """One step after another; what is due after each."""
 
     def __init__(
-        self, run: Fleet, archive: Archive, log: Log, folder: Path | None, log_every: int, ended: Ended | None
+        self,
+        run: Fleet,
+        archive: Archive,
+        log: Log,
+        folder: Path | None,
+        log_every: int,
+        ended: Ended | None,
+        survive: float,
     ):
-        self.run, self.archive, self.log, self._folder, self._every, self._told = (
-            run,
-            archive,
-            log,
-            folder,
-            log_every,
-            ended,
-        )
+        self.run, self.archive, self.log, self._folder, self._every = run, archive, log, folder, log_every
+        self._told, self._survive = ended, survive
         self._logs: dict[str, Log] = {}
 
     def go(self, stop: Any, save_every: int) -> None:
@@ -163,6 +172,9 @@ class _Loop:
                 for lane in due:
                     if lane.status == TRAINING and lane.done:
                         self._end(lane)
+                    elif lane.status == TRAINING and lane.climbs:
+                        lane.passed += 1
+                        run.pause(lane)
                 if not stopping:
                     self._refill()
                 self.log.sync()
@@ -183,9 +195,33 @@ class _Loop:
 
     def _refill(self) -> None:
         """Adapters that wait take the free slots, and are evaluated before their first step."""
-        for lane in self.run.fill():
-            self._open(lane)
-            self._evaluate(lane)
+        while True:
+            if not self.run.training() and not self.run.waiting():
+                self._halve()
+            begun = self.run.fill()
+            if not begun:
+                return
+            for lane in begun:
+                if lane.name not in self._logs:
+                    self._open(lane)
+                if not lane.step:
+                    self._evaluate(lane)
+
+    def _halve(self) -> None:
+        """All are at a rung: the better ones go on."""
+        there = sorted((lane for lane in self.run.lanes.values() if lane.status == PAUSED), key=lambda x: x.at_rung)
+        going = math.ceil(self._survive * len(there))
+        for lane in there[:going]:
+            lane.status = WAITING
+        for lane in there[going:]:
+            lane.status, lane.result.stopped = ENDED, HALVED
+            del self.run.held[lane.name]
+            self._logs.pop(lane.name).end() if lane.name in self._logs else None
+        if there:
+            self.log.note(
+                f"rung {there[0].passed}: {', '.join(lane.name for lane in there[:going])} go on; "
+                f"{', '.join(lane.name for lane in there[going:]) or 'none'} stop"
+            )
 
     def _evaluate(self, lane: Lane) -> None:
         if not lane.member.eval_data:
@@ -204,6 +240,8 @@ class _Loop:
             self._fail(lane, f"step {lane.step}: the loss on {lane.member.chooses!r} is {loss}: {why}.")
         elif lane.chosen(loss):
             self.run.keep_best(lane)
+        if lane.climbs:
+            lane.at_rung = loss
 
     def _end(self, lane: Lane) -> None:
         if lane.result.stopped == "patience":

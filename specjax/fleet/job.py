@@ -1,5 +1,6 @@
 """`specjax train` of a config with `fleet`: its adapters from their configs, a folder for each, one summary."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from specjax import build, files, process, resume, sharding
 from specjax.checks import ARGUMENTS, groups_of_rows
-from specjax.config import lora_settings, members, plain, resolved, settled, validate
+from specjax.config import lora_settings, members, plain, resolved, settled, swept, validate
 from specjax.errors import UserError, keys, naming
 from specjax.fleet.fit import fit
 from specjax.fleet.member import Member, adamw, lion
@@ -38,6 +39,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         raise UserError("--profile is of a single run: leave it out, or train one adapter by a config of its own.")
     workdir = Path(workdir)
     with Lock(workdir) as lock:
+        config = swept(config)
         configs = _configs(config)
         config = settled(config, jax.default_backend(), jax.device_count())
         configs = {name: settled(one, jax.default_backend(), jax.device_count()) for name, one in configs.items()}
@@ -49,7 +51,7 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
             resume.changes(workdir, plain(config), drawn=True)
         if (workdir / "summary.json").exists():
             print(f"{workdir}: the run was complete, nothing was trained")
-            return {name: _finished(workdir, one, name) for name, one in configs.items()}
+            return _finished(workdir)
         lock.take(make=False)
         made = {name: _member(name, one) for name, one in configs.items()}
         files.mark(workdir)
@@ -85,7 +87,9 @@ def _fit(config: ConfigDict, workdir: Path, made: dict[str, Any]) -> dict[str, R
         {name: member for name, (member, *_) in made.items()},
         rule=_rule(config),
         objective=build.objective_of(config),
-        slots=config.slots,
+        slots=_slots(config),
+        rungs=tuple(config.rungs or ()),
+        survive=config.survive,
         workdir=workdir,
         accumulate=config.accumulate,
         save_every=config.checkpoint.every,
@@ -132,10 +136,18 @@ def _configs(config: ConfigDict) -> dict[str, ConfigDict]:
     return configs
 
 
+def _slots(config: ConfigDict) -> int:
+    """How many adapters train at once: all, or with rungs as many as are left behind the last one."""
+    left = len(config.fleet)
+    for _ in () if config.slots else config.rungs or ():
+        left = math.ceil(config.survive * left)
+    return min(config.slots or left, left)
+
+
 def _check_rows(config: ConfigDict) -> None:
     """Raises `UserError` where the rows of a micro-batch do not divide over the devices."""
     ways = groups_of_rows(config, jax.device_count())
-    count = min(config.slots or len(config.fleet), len(config.fleet))
+    count = _slots(config)
     rows = count * config.batch_size // config.accumulate
     if config.batch_size % config.accumulate or rows % ways:
         raise UserError(
@@ -205,24 +217,22 @@ def _summary(result: Result) -> dict[str, Any]:
     }
 
 
-def _finished(workdir: Path, config: ConfigDict, name: str) -> Result:
-    found = resume.finished(workdir / "adapters" / name, config)
-    if found is None:
-        raise UserError(
-            f"{workdir} is complete, but {workdir / 'adapters' / name} is not: restore it, or choose another workdir."
-        )
-    return found
+def _finished(workdir: Path) -> dict[str, Result]:
+    """What a complete fleet did (its summary is written last)."""
+    adapters = files.read_object(workdir / "summary.json", "delete it")["adapters"]
+    kept = ("step", "best_step", "stopped", "trainable_parameters")
+    return {name: Result(**{key: one[key] for key in kept}) for name, one in adapters.items()}
 
 
 def _table(results: dict[str, Result]) -> Table:
     """One row per adapter; every set's loss before -> after, in nats per token."""
     sets = list(dict.fromkeys(name for one in results.values() for name in one.evals))
-    table = Table("adapter", "trainable", "steps", "best", *(f"{name} loss" for name in sets))
+    table = Table("adapter", "trainable", "steps", "", "best", *(f"{name} loss" for name in sets))
     for name, one in results.items():
         losses = (
             f"{one.first_evals[label]['loss']:.3f} -> {one.evals[label]['loss']:.3f}" if label in one.evals else ""
             for label in sets
         )
         best = "" if one.best_step is None else f"{one.best_step:,}"
-        table.add_row(name, f"{one.trainable_parameters:,}", f"{one.step:,}", best, *losses)
+        table.add_row(name, f"{one.trainable_parameters:,}", f"{one.step:,}", one.stopped, best, *losses)
     return table

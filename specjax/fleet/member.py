@@ -1,6 +1,7 @@
 """What an adapter of a fleet is told, and how far it is."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from specjax.train.objective import Objective
 from specjax.train.result import Result, Selection
 from specjax.train.session import check_columns, check_ids
 
-WAITING, TRAINING, ENDED, FAILED = "waiting", "training", "ended", "failed"
+WAITING, TRAINING, PAUSED, ENDED, FAILED = "waiting", "training", "paused", "ended", "failed"
+HALVED = "halved"  # how a lane ended, that was among the worse ones at a rung
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,9 @@ class Lane:
       status: one of the words above.
       why: it failed, in a sentence.
       least: the loss at `result.best_step`.
+      rungs: at which steps it waits for the others, and only the better ones go on.
+      passed: how many of them are behind it.
+      at_rung: the loss at the last one.
     """
 
     name: str
@@ -106,24 +111,34 @@ class Lane:
     status: str = WAITING
     why: str = ""
     least: float | None = None
+    rungs: tuple[int, ...] = ()
+    passed: int = 0
+    at_rung: float = math.inf
     selection: Selection = dataclasses.field(default_factory=Selection)
     result: Result = dataclasses.field(default_factory=Result)
 
     @classmethod
-    def of(cls, name: str, member: Member, outline: Outline) -> "Lane":
-        """Before its first step."""
+    def of(cls, name: str, member: Member, outline: Outline, rungs: Sequence[float] = ()) -> "Lane":
+        """Before its first step; `rungs`: shares of its steps."""
         if member.steps < 1:
             raise UserError(f"it has {member.steps} steps: give it at least 1.")
         keys = np.asarray(jax.random.key_data(jax.random.key(member.seed)))
         made = cls(name, member, outline, member.rates(), keys)
-        made.result.trainable_parameters = 0
+        made.rungs = tuple(max(1, round(share * member.steps)) for share in rungs)
+        if rungs and not member.eval_data:
+            raise UserError("it has no set to be measured on at the rungs: give it one.")
         return made
+
+    @property
+    def climbs(self) -> bool:
+        """Whether a rung was reached by the step that was just done."""
+        return self.passed < len(self.rungs) and self.step == self.rungs[self.passed]
 
     @property
     def evaluates(self) -> bool:
         """Whether an evaluation is due after the step that was just done."""
         every, m = self.member.eval_every, self.member
-        return bool(m.eval_data) and (self.step == m.steps or bool(every and self.step % every == 0))
+        return self.climbs or bool(m.eval_data) and (self.step == m.steps or bool(every and self.step % every == 0))
 
     @property
     def done(self) -> bool:
@@ -146,6 +161,7 @@ class Lane:
     def meta(self) -> dict[str, Any]:
         """As the fleet's checkpoint has it."""
         held = {"step": self.step, "tokens": self.tokens, "status": self.status, "why": self.why, "least": self.least}
+        held |= {"passed": self.passed, "at_rung": self.at_rung if math.isfinite(self.at_rung) else None}
         held |= {"best_step": self.result.best_step, "stopped": self.result.stopped, "evals": self.result.evals}
         held |= {"first_evals": self.result.first_evals, "data_fingerprint": self.member.data.fingerprint}
         return held | self.selection.meta()
@@ -156,6 +172,7 @@ class Lane:
         self.least, self.selection = meta["least"], Selection.of(dict(meta))
         self.result.best_step, self.result.stopped = meta["best_step"], meta["stopped"]
         self.result.evals, self.result.first_evals = meta["evals"], meta["first_evals"]
+        self.passed, self.at_rung = meta["passed"], math.inf if meta["at_rung"] is None else meta["at_rung"]
         self.result.step = self.step
 
 

@@ -19,7 +19,7 @@ from specjax import flops, lora, process, sharding
 from specjax.errors import UserError, naming
 from specjax.fleet import slots as slots_lib
 from specjax.fleet import step as fleet_step
-from specjax.fleet.member import TRAINING, WAITING, Lane, Member, checked
+from specjax.fleet.member import PAUSED, TRAINING, WAITING, Lane, Member, checked
 from specjax.fleet.step import Rule, Told
 from specjax.lora.adapters import Adapter
 from specjax.models import Decoder
@@ -37,6 +37,7 @@ class Fleet:
     Attributes:
       lanes: by name, in the order in which they take slots.
       placed: the lane in each slot, or None.
+      held: what lanes that are between two slots need to go on, by name.
       tick: steps of the fleet.
       steps_done: of all adapters.
       tokens: of all adapters' steps.
@@ -53,6 +54,7 @@ class Fleet:
         *,
         slots: int,
         accumulate: int,
+        rungs: Sequence[float] = (),
     ):
         self.base, self.rule, self.accumulate = base, rule, accumulate
         self.objective, members = checked(base, objective, members, accumulate)
@@ -62,12 +64,13 @@ class Fleet:
         for number, (name, member) in enumerate(members.items()):
             with naming(f"adapter {name}"):
                 adapter = slots_lib.fresh(base, member.lora)
-                self.lanes[name] = Lane.of(name, member, slots_lib.outline(adapter))
+                self.lanes[name] = Lane.of(name, member, slots_lib.outline(adapter), rungs)
                 sizes = (value.size for one in adapter.factors.values() for value in one.values.values())
                 self.lanes[name].result.trainable_parameters = sum(map(int, sizes))
             if number < self.count:
                 self._drawn[name] = adapter
         self.placed: list[Lane | None] = [None] * self.count
+        self.held: dict[str, Any] = {}
         self.slots = slots_lib.Slots(base, [lane.outline for lane in self.lanes.values()], self.count)
         self.mesh = sharding.mesh_of(jax.tree.leaves(nnx.state(base))[0])
         first = next(iter(members.values())).data
@@ -118,6 +121,9 @@ class Fleet:
         )
         places = {path: leaf.sharding for path, leaf in view.items()}
         self._take = jax.jit(partial(fleet_step.taken, axes=axes), out_shardings=places)
+        self._held = jax.jit(partial(fleet_step.held, axes=axes))
+        self._held_best = jax.jit(partial(fleet_step.taken, axes=axes))
+        self._put_best = jax.jit(partial(fleet_step.put_best, axes=axes), donate_argnums=0)
         self._finite = jax.jit(partial(fleet_step.finite, axes=axes))
 
         def better(best: Any, now: Any, chosen: Any) -> Any:
@@ -137,6 +143,9 @@ class Fleet:
             places = jax.tree.map_with_path(partial(self._place, trainable), shapes)
             self.state = jax.jit(begin, out_shardings=places, donate_argnums=0)(trainable)
             self._put = jax.jit(partial(fleet_step.put, axes=self._axes), donate_argnums=0, out_shardings=places)
+            self._put_back = jax.jit(
+                partial(fleet_step.put_back, axes=self._axes), donate_argnums=0, out_shardings=places
+            )
             self.best = jax.tree.map(jnp.zeros_like, self.state.trainable) if self._evaluates else None
             self._stack = stack.pop_all()
         return self
@@ -167,9 +176,14 @@ class Fleet:
         """Puts lanes that wait into free slots, and returns them."""
         begun = []
         for slot, lane in zip([i for i, one in enumerate(self.placed) if one is None], self.waiting(), strict=False):
-            drawn = self._drawn.pop(lane.name, None)
-            adapter = slots_lib.fresh(self.base, lane.member.lora) if drawn is None else drawn
-            self.state = self._put(self.state, np.int32(slot), self.slots.padded(adapter))
+            if lane.name in self.held:
+                state, best = self.held.pop(lane.name)
+                self.state = self._put_back(self.state, np.int32(slot), state)
+                self.best = self._put_best(self.best, np.int32(slot), best)
+            else:
+                drawn = self._drawn.pop(lane.name, None)
+                adapter = slots_lib.fresh(self.base, lane.member.lora) if drawn is None else drawn
+                self.state = self._put(self.state, np.int32(slot), self.slots.padded(adapter))
             lane.status, self.placed[slot] = TRAINING, lane
             begun.append(lane)
         if begun:
@@ -180,6 +194,16 @@ class Fleet:
         """The scales and rates of the adapters that are in the slots now."""
         outlines = [None if lane is None else lane.outline for lane in self.placed]
         self._frozen = self.slots.frozen(self._frozen, outlines)
+
+    def pause(self, lane: Lane) -> None:
+        """Takes a lane out of its slot, with all that it needs to go on in any."""
+        self.held[lane.name] = self._hold(lane)
+        lane.status = PAUSED
+        self.free(lane)
+
+    def _hold(self, lane: Lane) -> Any:
+        slot = np.int32(self.placed.index(lane))
+        return self._held(self.state, slot), self._held_best(self.best, slot)
 
     def free(self, lane: Lane) -> None:
         """Takes a lane out of its slot."""
@@ -311,12 +335,29 @@ class Fleet:
             lane.restore(lanes[name])
         self.placed = [None if name is None else self.lanes[name] for name in placed]
         self.best = restored.pop("best", None)
+        held = restored.pop("held", {})
+        self.held = {name: (steps_lib.TrainState(**one["state"]), one["best"]) for name, one in held.items()}
         steps = np.array([0 if lane is None else lane.step for lane in self.placed], np.int32)
         self.state = steps_lib.TrainState(**restored, step=jax.device_put(steps, self.state.step.sharding))
         self.clock.resume(self.tokens)
         self._settle()
 
-    def saved_state(self) -> dict[str, Any]:
-        """The arrays of a checkpoint."""
-        held = {"trainable": self.state.trainable, "opt_state": self.state.opt_state}
-        return held | ({"best": self.best} if self.best is not None else {})
+    def saved_state(self, held: Sequence[str] | None = None) -> dict[str, Any]:
+        """The arrays of a checkpoint; `held`: with places for the arrays of these lanes, between slots there."""
+        made = {"trainable": self.state.trainable, "opt_state": self.state.opt_state}
+        made |= {"best": self.best} if self.best is not None else {}
+        if held is None:
+            between = self.held
+        else:
+            slot = np.int32(0)
+            between = {name: (self._held(self.state, slot), self._held_best(self.best, slot)) for name in held}
+        if not between:
+            return made
+        kept = {
+            name: {
+                "state": {"trainable": state.trainable, "opt_state": state.opt_state, "step": state.step},
+                "best": best,
+            }
+            for name, (state, best) in between.items()
+        }
+        return made | {"held": kept}

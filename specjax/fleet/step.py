@@ -151,9 +151,27 @@ def put(state: TrainState, slot: Any, values: Params, axes: Axes) -> TrainState:
     return dataclasses.replace(state, trainable=trainable, opt_state=opt_state, step=zero(state.step, 0))
 
 
+def held(state: TrainState, slot: Any, axes: Axes) -> TrainState:
+    """All that a slot's adapter needs to go on in another slot: an axis of one in place of N."""
+    take = lambda leaf, at: jax.lax.dynamic_slice_in_dim(leaf, slot, 1, at)  # noqa: E731
+    return jax.tree.map(take, state, _axes_of(state, axes))
+
+
+def put_back(state: TrainState, slot: Any, kept: TrainState, axes: Axes) -> TrainState:
+    """What `held` took, in a slot."""
+    place = lambda leaf, value, at: jax.lax.dynamic_update_slice_in_dim(leaf, value, slot, at)  # noqa: E731
+    return jax.tree.map(place, state, kept, _axes_of(state, axes))
+
+
 def taken(params: Params, slot: Any, axes: Axes) -> Params:
     """One slot's parameters, as the view has them: an axis of one in place of N."""
     return {path: jax.lax.dynamic_slice_in_dim(leaf, slot, 1, axes[path]) for path, leaf in params.items()}
+
+
+def put_best(params: Params, slot: Any, kept: Params, axes: Axes) -> Params:
+    """What `taken` took, in a slot."""
+    place = jax.lax.dynamic_update_slice_in_dim
+    return {path: place(leaf, kept[path], slot, axes[path]) for path, leaf in params.items()}
 
 
 def finite(params: Params, axes: Axes) -> jax.Array:
