@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from specjax.train.dpo import dpo as dpo
     from specjax.train.fit import fit as fit
     from specjax.train.logprobs import token_logprobs as token_logprobs
+    from specjax.train.loraplus import lora_plus as lora_plus
     from specjax.train.objective import Objective as Objective
     from specjax.train.objective import by_group as by_group
     from specjax.train.objective import next_token as next_token
@@ -40,6 +41,7 @@ _HOMES = {
     "adamw": "specjax.train.optim",
     "lion": "specjax.train.optim",
     "optimizer": "specjax.train.optim",
+    "lora_plus": "specjax.train.loraplus",
     "Objective": "specjax.train.objective",
     "next_token": "specjax.train.objective",
     "by_group": "specjax.train.objective",

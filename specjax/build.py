@@ -33,6 +33,7 @@ from specjax.models import Decoder
 from specjax.train import optim, session
 from specjax.train.checkpoint import Checkpoints
 from specjax.train.dpo import dpo
+from specjax.train.loraplus import lora_plus
 from specjax.train.objective import Objective, next_token
 from specjax.train.step import split, write_back
 
@@ -238,10 +239,12 @@ def optimizer_of(config: ConfigDict, steps: int) -> optim.Optimizer:
     common |= {"moments": c.moments, "offload": c.offload}
     match c.name:
         case "adamw":
-            return optim.adamw(rate, eps=c.eps, **common)
+            rule = optim.adamw(rate, eps=c.eps, **common)
         case "lion":
-            return optim.lion(rate, **common)
-    raise UserError(f"config.optimizer.name is {c.name!r}: use adamw or lion.")
+            rule = optim.lion(rate, **common)
+        case _:
+            raise UserError(f"config.optimizer.name is {c.name!r}: use adamw or lion.")
+    return rule if c.loraplus_ratio == 1 else lora_plus(rule, c.loraplus_ratio)
 
 
 def sampler_of(config: ConfigDict, tokenizer: Any) -> Callable[[Decoder], Sequence[tuple[str, str]]] | None:

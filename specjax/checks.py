@@ -65,11 +65,11 @@ ARGUMENTS = {
         name: f"config.lora.{name}"
         for name in (
             *("rank", "alpha", "targets", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules"),
-            *("modules_to_save", "bias", "ensure_weight_tying", "dropout", "rslora", "dora"),
+            *("modules_to_save", "bias", "ensure_weight_tying", "dropout", "rslora", "dora", "init"),
         )
     },
 }
-POSITIVE = ("optimizer.learning_rate", "optimizer.eps")
+POSITIVE = ("optimizer.learning_rate", "optimizer.eps", "optimizer.loraplus_ratio")
 BIASES = ("none", "all", "lora_only")  # config.lora.bias
 FRACTIONS = ("data.eval_fraction", "optimizer.b1", "optimizer.b2")
 TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", tuple: "a list of strings"}
@@ -203,6 +203,11 @@ def _check_lora(config: ConfigDict) -> None:
                 f"config.model.quantise is {config.model.quantise!r}, but config.trainable is {config.trainable!r}: "
                 "what is quantised can't train, so set config.trainable='lora', or leave config.model.quantise out."
             )
+        if (ratio := config.optimizer.loraplus_ratio) != 1:
+            raise UserError(
+                f"config.optimizer.loraplus_ratio is {ratio!r}, but config.trainable is {config.trainable!r}: LoRA+ is "
+                "for LoRA's factors, so set config.trainable='lora', or leave the ratio at 1."
+            )
         if given:
             raise UserError(
                 f"config.lora.{given[0]} is {lora[given[0]]!r}, but config.trainable is {config.trainable!r}: "
@@ -221,6 +226,10 @@ def _check_lora(config: ConfigDict) -> None:
         raise UserError(f"config.lora.alpha is {lora.alpha}: give it a value above 0.")
     if lora.dropout is not None and not 0 <= lora.dropout < 1:
         raise UserError(f"config.lora.dropout is {lora.dropout}: give it a value from 0 to below 1.")
+    if lora.init is not None and lora.init != "pissa":
+        raise UserError(f"config.lora.init is {lora.init!r}: give 'pissa', or leave it out.")
+    if lora.init and lora.init_from:
+        raise UserError("config.lora.init and config.lora.init_from both say what to start from: leave one out.")
     _check_lora_names(lora)
     _check_lora_patterns(lora)
     if lora.bias is not None and lora.bias not in BIASES:

@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
     config.lora.targets = placeholder(object)
     config.lora.rslora = placeholder(bool)  # scale by alpha/sqrt(rank) instead of alpha/rank
     config.lora.dora = placeholder(bool)  # DoRA: train the magnitude of each output too
+    config.lora.init = placeholder(str)  # pissa: from the weights' largest singular parts; not set: A random, B zero
     config.lora.rank_pattern = placeholder(object)  # pattern of a module's name -> its rank: {"layers.0.*": 4}
     config.lora.alpha_pattern = placeholder(object)  # pattern of a module's name -> its alpha
     config.lora.layers_to_transform = placeholder(object)  # layer numbers, with a list of targets; not set: all
@@ -121,6 +122,7 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 0  # steps in which the rate grows to its peak
     config.optimizer.final_fraction = 0.1  # the rate at the last step, as a fraction of the peak
     config.optimizer.weight_decay = 0.0  # decoupled, times the learning rate; norms and biases do not decay
+    config.optimizer.loraplus_ratio = 1.0  # LoRA+: the rate of B as a multiple of that of A, such as 16; 1: off
     config.optimizer.b1 = 0.9  # decay of the first moment
     config.optimizer.b2 = 0.999  # decay of the second moment
     config.optimizer.eps = 1e-8  # AdamW's epsilon
@@ -254,6 +256,7 @@ def lora_settings(config: ConfigDict) -> dict[str, Any]:
         "modules_to_save": _list(lora.modules_to_save),
         "bias": lora.bias or "none",
         "ensure_weight_tying": bool(lora.ensure_weight_tying),
+        **({"init": lora.init} if lora.init else {}),  # not there in runs of before
     }
 
 

@@ -541,3 +541,43 @@ def test_factors_lie_on_the_mesh_of_their_map_and_give_the_same_logits(base, ada
     sj.lora.merge(made)
     assert tuple(made.layers[0].mlp.up_proj.kernel[...].sharding.spec) == (None, "tensor", "fsdp")
     np.testing.assert_allclose(logits(made), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_in_mlx_lms_form_is_the_same_as_in_pefts(base, tmp_path, dora):
+    made = worn(base, targets=["q_proj", "o_proj", "down_proj"], layers_to_transform=[1], dora=dora)
+    sj.lora.save(made, tmp_path / "peft")
+    theirs, last = (
+        tmp_path / "mlx",
+        {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m"},
+    )
+    theirs.mkdir()
+    tensors = {}
+    for key, value in load_file(tmp_path / "peft" / "adapter_model.safetensors").items():
+        module, end = next((key.removesuffix(f".{end}"), end) for end in last if key.endswith(end))
+        tensors[f"{module.removeprefix('base_model.model.')}.{last[end]}"] = np.ascontiguousarray(value.T)
+    save_file(tensors, theirs / "adapters.safetensors")
+
+    def settings(**changes):
+        told = {
+            "fine_tune_type": "dora" if dora else "lora",
+            "lora_parameters": {"rank": 4, "scale": 3.0, "dropout": 0.0},
+        }
+        (theirs / "adapter_config.json").write_text(json.dumps(told | changes))
+
+    settings()
+    again = ours(base)
+    sj.lora.load(again, theirs)
+    np.testing.assert_array_equal(logits(again), logits(made))
+    for changes, said in (
+        ({"fine_tune_type": "full"}, "fine_tune_type is 'full': an adapter of mlx-lm is read where it is lora or dora"),
+        ({"lora_parameters": {"rank": 4, "dropout": 0.0}}, "lora_parameters.scale must be a number other than 0"),
+        ({"lora_parameters": {"rank": 5, "scale": 3.0, "dropout": 0.0}}, r"lora_a is \[\d+, 4\], not \[\d+, 5\]"),
+    ):
+        settings(**changes)
+        with pytest.raises(UserError, match=said):
+            sj.lora.load(ours(base), theirs)
+    settings()
+    save_file({"model.embed_tokens.lora_a": np.ones((2, 4), "f4")}, theirs / "adapters.safetensors")
+    with pytest.raises(UserError, match="tensor model.embed_tokens.lora_a is of no linear map of this model"):
+        sj.lora.load(ours(base), theirs)

@@ -332,6 +332,104 @@ def test_training_follows_peft(bases, tmp_path, name):
     np.testing.assert_array_equal(logits(made), plain)
 
 
+@pytest.mark.parametrize("name", ["DoRA in some layers", "all biases", "a tied input"])
+def test_updates_of_lora_plus_are_pefts(bases, tmp_path, name):
+    import torch
+    from peft.optimizers import create_loraplus_optimizer
+
+    theirs, made = their_model(bases, name), ours(bases, name)
+    theirs.save_pretrained(tmp_path / "start", save_embedding_layers=False)
+    sj.lora.load(made, tmp_path / "start")
+    weights = {key: weight for key, weight in theirs.named_parameters() if weight.requires_grad}
+    rates = {"lr": 1e-3, "loraplus_lr_ratio": 16.0, "loraplus_weight_decay": 0.1}
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, **rates)
+    rule = sj.lora_plus(sj.adamw(1e-3, weight_decay=0.1, clip_norm=0), 16.0)
+    params = split(made, sj.LORA)[1]
+    state, generator = rule.init(params), torch.Generator().manual_seed(0)
+    for step in range(3):
+        # Gradients go the way of weights, through PEFT's files, into our layout.
+        moved = {key: weight.detach().clone() for key, weight in weights.items()}
+        for weight in weights.values():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            weight.data = weight.grad.clone()
+        theirs.save_pretrained(tmp_path / f"gradient{step}", save_embedding_layers=False)
+        for key, weight in weights.items():
+            weight.data = moved[key]
+        carrier = ours(bases, name)
+        sj.lora.load(carrier, tmp_path / f"gradient{step}")
+        updates, state = rule.update(split(carrier, sj.LORA)[1], state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        optimizer.step()
+    write_back(made, params)
+    sj.lora.save(made, tmp_path / "end")
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    found, wanted, start = (load_file(tmp_path / side / MODEL) for side in ("end", "theirs", "start"))
+    for key, value in wanted.items():
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=1e-5, err_msg=key)
+        assert np.abs(value - start[key]).max() > (0.03 if "lora_B" in key else 1e-3), key
+    with pytest.raises(UserError, match=r"LoRA\+ is for LoRA's factors, and none of them trains"):
+        rule.init({("norm", "scale"): jnp.ones(3)})
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_starts_and_is_saved_as_pefts(bases, tmp_path, rslora):
+    import peft
+    import torch
+
+    told = {"r": 4, "lora_alpha": 6, "use_rslora": rslora, "target_modules": ["q_proj", "o_proj", "down_proj"]}
+    theirs = copy.deepcopy(bases["biased"][1])
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(init_lora_weights="pissa", task_type="CAUSAL_LM", **told))
+    theirs.peft_config["default"].init_lora_weights = True  # as PEFT's example of the conversion has it
+    theirs.save_pretrained(tmp_path / "start")
+    made = load(bases["biased"][0], dtype="float32")[0]
+    plain, before = logits(made), weights(made)
+    sj.lora.inject(made, rank=4, alpha=6, rslora=rslora, targets=told["target_modules"], init="pissa")
+    np.testing.assert_allclose(logits(made), plain, rtol=0, atol=1e-5)
+    assert_same_bits(weights(made, BASE), before)
+
+    def factors(folder):
+        """Those that PEFT saved, by the paths of ours."""
+        carrier = load(bases["biased"][0], dtype="float32")[0]
+        sj.lora.load(carrier, folder)
+        held = split(carrier, sj.LORA)[1].items()
+        return {tuple("pissa" if one == "lora" else one for one in path): value for path, value in held}
+
+    # Singular vectors have no sign: ours are turned to theirs, all that follows is then equal.
+    turned = factors(tmp_path / "start")
+    ours_start = split(made, sj.LORA)[1]
+    assert ours_start.keys() == turned.keys()
+    for path, value in ours_start.items():
+        wanted = turned[path]
+        np.testing.assert_allclose(np.abs(value), np.abs(wanted), rtol=0, atol=2e-4, err_msg=str(path))
+    write_back(made, turned)
+    for path, part in linears(made).items():
+        for stack in part.updates.values():
+            stack.a0[...], stack.b0[...] = (
+                turned[*path, "updates", "pissa", "a"],
+                turned[*path, "updates", "pissa", "b"],
+            )
+    generator = torch.Generator().manual_seed(0)
+    for weight in theirs.parameters():
+        if weight.requires_grad:
+            weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    theirs.save_pretrained(tmp_path / "end")
+    write_back(made, factors(tmp_path / "end"))
+    moved = torch_logits(theirs, TOKENS)
+    np.testing.assert_allclose(logits(made), moved, rtol=0, atol=1e-4)
+    assert np.abs(moved - plain).max() > 0.05
+    sj.lora.save(made, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    found, wanted = (load_file(tmp_path / side / MODEL) for side in ("ours", "theirs"))
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=1e-6, err_msg=key)
+    ours_config, theirs_config = (json.loads((tmp_path / side / CONFIG).read_text()) for side in ("ours", "theirs"))
+    for key in ("r", "lora_alpha", "use_rslora"):
+        assert ours_config[key] == theirs_config[key], key
+    sj.lora.merge(made)
+    np.testing.assert_allclose(logits(made), moved, rtol=0, atol=1e-4)
+
+
 MATCHED = [
     {"target_modules": "all-linear"},
     {"target_modules": "ALL-LINEAR", "exclude_modules": ["down_proj", "self_attn.k_proj"]},

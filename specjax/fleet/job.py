@@ -127,10 +127,15 @@ def _configs(config: ConfigDict) -> dict[str, ConfigDict]:
             validate(one, None)
             if one.trainable != "lora":
                 raise UserError(f"config.trainable is {one.trainable!r}: a fleet trains adapters, set it to 'lora'.")
-            for key in ("init_from", "dora", "modules_to_save", "ensure_weight_tying"):
+            for key in ("init_from", "init", "dora", "modules_to_save", "ensure_weight_tying"):
                 if one.lora[key]:
                     raise UserError(f"config.lora.{key} is set: a fleet trains plain LoRA from fresh factors.")
-    for key, only in (("optimizer.moments", "float32"), ("optimizer.offload", False), ("log.wandb", "")):
+    for key, only in (
+        ("optimizer.moments", "float32"),
+        ("optimizer.offload", False),
+        ("optimizer.loraplus_ratio", 1.0),
+        ("log.wandb", ""),
+    ):
         if config[key] != only:
             raise UserError(f"config.{key} is {config[key]!r}, which a fleet does not know: leave it at {only!r}.")
     return configs

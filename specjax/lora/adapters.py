@@ -6,6 +6,7 @@ none, is in use. The base's own parameters keep their paths and values.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from specjax import sharding
 from specjax.cluster import processes
 from specjax.errors import UserError, nearest
 from specjax.lora.targets import TIED_HEAD, Layers, is_stacked, linears, parts
-from specjax.lora.variants import LoRA
+from specjax.lora.variants import LoRA, PiSSA, variant_of
 from specjax.models import Decoder
 from specjax.models.adapter import Adaptable, AdaptableMap, Own, Path
 from specjax.models.experts import ExpertLinear
@@ -110,13 +111,14 @@ def _stack(linear: AdaptableMap, variant: LoRA, rows: Sequence[tuple[Member, Map
     rank = max(max(member.ranks) for member, _ in rows)
     at = int(is_stacked(linear))  # the axis of adapters, behind that of the layers
     mesh = sharding.mesh_of(jax.tree.leaves(nnx.state(linear))[0])
-    params = {}
+    params: dict[str, nnx.LoRAParam | Constant] = {}
     for field, (shape, axes) in variant.arrays(linear, rank).items():
         whole, names = (*shape[:at], len(rows), *shape[at:]), (*axes[:at], "adapter", *axes[at:])
         padded = [_padded(values[field], shape) for _, values in rows]
         on_host = all(isinstance(one, np.ndarray) for one in padded)
         value = padded[0].reshape(whole) if len(rows) == 1 else (np if on_host else jnp).stack(padded, axis=at)
-        params[field] = placed(value, names, mesh, f"LoRA {field} of {variant.name}")
+        param = placed(value, names, mesh, f"LoRA {field} of {variant.name}")
+        params[field] = Constant(param[...], axes=names) if field in variant.frozen else param
     members = tuple(member for member, _ in rows)
     scales = np.array([member.scales for member in members], np.float32).T  # [L, A]
     alike = {scale for member in members for scale in member.scales}
@@ -185,6 +187,19 @@ def collect(model: Decoder, name: str) -> Adapter:
             values = {key: getattr(own, key)[...] for key in own.parameters}
             adapter.copies[path] = Copies(values, own.layers, own.tied)
     return adapter
+
+
+def as_saved(model: Decoder, adapter: Adapter) -> Adapter:
+    """The adapter of `on_host` as files have it: PiSSA is plain LoRA of twice the rank, and of the same scale."""
+    maps, factors = linears(model), {}
+    for path, one in adapter.factors.items():
+        if isinstance(one.variant, PiSSA):
+            values = one.variant.as_lora(dict(one.values), one.ranks, int(is_stacked(maps[path])))
+            more = math.sqrt(2) if adapter.rslora else 2.0
+            ranks, alphas = tuple(2 * rank for rank in one.ranks), tuple(more * alpha for alpha in one.alphas)
+            one = Factors(variant_of(maps[path], {}), values, ranks, alphas)
+        factors[path] = one
+    return dataclasses.replace(adapter, factors=factors)
 
 
 def on_host(adapter: Adapter) -> Adapter:

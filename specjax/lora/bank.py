@@ -22,7 +22,7 @@ from specjax.errors import UserError
 from specjax.lora import targets as targets_lib
 from specjax.lora.adapters import constant, placed, rows_of, slot_of, worn
 from specjax.lora.targets import is_stacked, linears, parts
-from specjax.lora.variants import VARIANTS, LoRA, variant_of
+from specjax.lora.variants import PISSA, VARIANTS, LoRA, variant_of
 from specjax.models import Decoder
 from specjax.models.adapter import AdaptableMap, Path
 from specjax.models.stack import Stack
@@ -141,7 +141,7 @@ def _fill(bank: _Bank, model: Decoder) -> None:
     bank.slots = max(bank.slots, _power(len(model.adapters)))
     bank.rank = max(bank.rank, _power(max(ranks, default=1)))
     bank.maps |= held.keys()
-    mesh, variants = _mesh(model), {variant.name: variant for variant in VARIANTS}
+    mesh, variants = _mesh(model), {variant.name: variant for variant in (*VARIANTS, PISSA)}
     bank.stacks = {
         (path, name): _padded(maps[path], variants[name], held.get((path, name)), bank, mesh)
         for path, name in sorted(bank.maps, key=str)
@@ -153,7 +153,7 @@ def _padded(linear: Any, variant: LoRA, stack: Stack | None, bank: _Bank, mesh: 
     """The stack of all slots, each adapter at its own; zeros where none is."""
     at = int(is_stacked(linear))
     rows = [] if stack is None else rows_of(stack)
-    params = {}
+    params: dict[str, Any] = {}
     for field, (shape, axes) in variant.arrays(linear, bank.rank).items():
         names = (*axes[:at], None, *axes[at:])  # on every device: any row may ask for any slot
         whole = np.zeros((*shape[:at], bank.slots, *shape[at:]), np.float32)

@@ -10,17 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import sharding
-from specjax.errors import UserError, argument
+from specjax.errors import UserError, argument, nearest
 from specjax.lora import fused
 from specjax.lora import targets as targets_lib
 from specjax.lora.adapters import DEFAULT, Adapter, Copies, Factors, attach, check_free
 from specjax.lora.targets import TIED_HEAD, TIED_PATH, Layers
-from specjax.lora.variants import variant_of
+from specjax.lora.variants import PISSA, variant_of
 from specjax.models import Decoder
 from specjax.models.adapter import Path
 from specjax.models.layers import Linear
+from specjax.models.quantised import Quantised
+from specjax.models.stack import Member
 
 BIASES = ("none", "all", "lora_only")
+INITS = ("", "pissa")
 
 
 def inject(
@@ -32,6 +35,7 @@ def inject(
     dropout: float = 0.0,
     rslora: bool = False,
     dora: bool = False,
+    init: str = "",
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
@@ -56,6 +60,9 @@ def inject(
       dropout: probability that an input of A is dropped while training.
       rslora: rank-stabilised scale.
       dora: train a magnitude of each output beside the update (arXiv:2402.09353).
+      init: "" as above; "pissa" from the largest singular parts of each map's weights (arXiv:2404.02948), as PEFT's
+        `init_lora_weights="pissa"` starts them, without changing the base (`variants.pissa`); it is saved as plain LoRA
+        of twice the rank.
       rank_pattern: other ranks, by a regular expression for the end of a module's name ("q_proj", "layers.0.*").
       alpha_pattern: other alphas, likewise.
       layers_to_transform: numbers of the layers to touch, where `targets` is a list; default all.
@@ -90,7 +97,10 @@ def inject(
     saved = targets_lib.match_saved(model, modules_to_save)
     copies = _copies(model, saved, chosen, bias, ensure_weight_tying)
     shapes = _shapes(model, chosen, (rank, ranks), (alpha, alphas))
-    factors = _fresh(model, shapes, {"use_dora": dora}, seed)
+    if init not in INITS:
+        offered = ", ".join(map(repr, INITS))
+        raise UserError(f"{argument('init')} is {init!r}: choose one of {offered}.{nearest(init, INITS)}")
+    factors = _principal(model, shapes, dora, rslora) if init else _fresh(model, shapes, {"use_dora": dora}, seed)
     fused.check(model, factors, dropout, dora)
     attach(model, name, Adapter(factors, copies, dropout, rslora))
 
@@ -142,6 +152,37 @@ def _fresh(
 
         values = variants[path].init(maps[path], ranks, draw)
         factors[path] = Factors(variants[path], values, ranks, alphas)
+    return factors
+
+
+def _principal(
+    model: Decoder, shapes: Mapping[Path, tuple[tuple[int, ...], tuple[float, ...]]], dora: bool, rslora: bool
+) -> dict[Path, Factors]:
+    """First values of PiSSA's factors.
+
+    Raises:
+      UserError: DoRA, experts, a quantised base, or a rank above the number of a map's singular values.
+    """
+    if dora:
+        raise UserError(f"{argument('init')} is 'pissa', which does not go with {argument('dora')}: leave one out.")
+    maps, factors = targets_lib.linears(model), {}
+    for path, (ranks, alphas) in shapes.items():
+        linear, name = maps[path], sharding.path_name(path)
+        if not isinstance(linear, Linear) or isinstance(linear.kernel, Quantised):
+            what = "is quantised" if isinstance(linear.kernel, Quantised) else "is of experts"
+            raise UserError(
+                f"{argument('init')} is 'pissa', but {name} {what}: name other {argument('targets')}, or leave "
+                f"{argument('init')} out."
+            )
+        inputs = math.prod(linear.kernel.shape[-linear.in_dims :])
+        outputs = math.prod(linear.kernel.shape[int(targets_lib.is_stacked(linear)) : -linear.in_dims])
+        if max(ranks) > min(inputs, outputs):
+            raise UserError(
+                f"{argument('rank')} is {max(ranks)}, but {name} has {min(inputs, outputs)} singular values, which "
+                f"{argument('init')}='pissa' starts from: give a smaller rank."
+            )
+        scales = Member(0, ranks, alphas, 0.0, rslora).scales
+        factors[path] = Factors(PISSA, PISSA.start(linear, ranks, scales), ranks, alphas)
     return factors
 
 

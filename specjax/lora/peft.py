@@ -25,7 +25,7 @@ from specjax.hf.ends import declared
 from specjax.hf.place import check
 from specjax.hf.tensors import Tensors
 from specjax.hf.tokenizer import save_tokenizer
-from specjax.lora import adapters, fused, targets
+from specjax.lora import adapters, fused, mlx, targets
 from specjax.lora.adapters import Adapter, Copies, Factors
 from specjax.lora.peft_config import CONFIG, WEIGHTS, read_config, write_config
 from specjax.lora.targets import TIED_HEAD, TIED_PATH
@@ -88,7 +88,7 @@ def save(
     if name is None:
         raise UserError("no adapter is in use: nothing to save.")
     refuse_base(out, model.origin.source)
-    adapter = adapters.on_host(adapters.collect(model, name))
+    adapter = adapters.as_saved(model, adapters.on_host(adapters.collect(model, name)))
     source = base or model.origin.source or None
     config = write_config(model, adapter, source, revision or (None if base else model.origin.revision or None))
     tensors = {row.key: _to_file(model, adapter, row) for row in _table(model, adapter)}
@@ -118,7 +118,7 @@ def save(
 
 
 def load(model: Decoder, folder: str | Path, *, name: str = adapters.DEFAULT) -> None:
-    """Reads a PEFT adapter folder onto the model under `name` and puts it in use.
+    """Reads a PEFT adapter folder, or one of mlx-lm's, onto the model under `name` and puts it in use.
 
     Raises:
       UserError: files absent or corrupt, an adapter of another kind, a setting that is unknown or not supported, or
@@ -130,6 +130,8 @@ def load(model: Decoder, folder: str | Path, *, name: str = adapters.DEFAULT) ->
 
 def base_of(folder: str | Path) -> tuple[str, str]:
     """What an adapter's folder says of its base: the name, and the fingerprint of its weights; each may be ""."""
+    if mlx.is_mlx(Path(folder)):
+        return mlx.base_of(Path(folder)), ""
     with safe_open(Path(folder) / WEIGHTS, "numpy") as file:
         fingerprint = (file.metadata() or {}).get("base_fingerprint", "")
     return str(read_config(Path(folder)).get("base_model_name_or_path", "")), fingerprint
@@ -137,6 +139,8 @@ def base_of(folder: str | Path) -> tuple[str, str]:
 
 def read(model: Decoder, folder: Path) -> Adapter:
     """The adapter in a folder, in arrays of this model's shapes; see `load`."""
+    if mlx.is_mlx(folder):
+        return mlx.read(model, folder)
     config = read_config(folder)
     held = Tensors([folder / WEIGHTS])
     if not held:

@@ -136,7 +136,10 @@ def _check_files(folder: Path) -> None:
             f"{folder} has only pickled weights ({PICKLED}), which can run code when opened: convert them with "
             f"`python -c {shlex.quote(code)}` (it needs torch, and runs no code of theirs)."
         )
-    raise UserError(f"{none} {WEIGHTS}.")
+    theirs = (
+        "; it is in mlx-lm's form: load it, and save it in PEFT's" if (folder / "adapters.safetensors").exists() else ""
+    )
+    raise UserError(f"{none} {WEIGHTS}{theirs}.")
 
 
 def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: str | None) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class Stack(nnx.Module):
     def __init__(
         self,
         variant: Variant,
-        values: dict[str, nnx.LoRAParam],
+        values: dict[str, nnx.LoRAParam | Constant],
         members: tuple[Member, ...],
         scale: float | Constant,
         dropout: float | Constant = 0.0,

@@ -128,12 +128,13 @@ def decays(params: Any) -> Any:
 
     They are told by the parameter's own name, the last of its path.
     """
+    return jax.tree.map_with_path(lambda path, _: name_of(path) not in _UNDECAYED, params)
 
-    def decays_at(path: tuple[Any, ...], _: Any) -> bool:
-        key = getattr(path[-1], "key", getattr(path[-1], "name", None))
-        return (key[-1] if isinstance(key, tuple) else key) not in _UNDECAYED
 
-    return jax.tree.map_with_path(decays_at, params)
+def name_of(path: tuple[Any, ...]) -> str:
+    """A parameter's own name, the last of its path in a tree of parameters."""
+    key = getattr(path[-1], "key", getattr(path[-1], "name", None))
+    return str(key[-1] if isinstance(key, tuple) else key)
 
 
 def adamw(

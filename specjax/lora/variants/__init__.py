@@ -9,10 +9,12 @@ from typing import Any
 from specjax.lora.variants.dora import DoRA
 from specjax.lora.variants.experts import ExpertLoRA
 from specjax.lora.variants.lora import LoRA
+from specjax.lora.variants.pissa import PiSSA
 from specjax.models.experts import ExpertLinear
 from specjax.models.layers import Linear
 
 VARIANTS: tuple[LoRA, ...] = (LoRA(), DoRA(), ExpertLoRA())
+PISSA = PiSSA()  # none of them: its files are plain LoRA's
 
 
 def variant_of(linear: Linear | ExpertLinear, settings: Mapping[str, Any]) -> LoRA:
@@ -21,4 +23,4 @@ def variant_of(linear: Linear | ExpertLinear, settings: Mapping[str, Any]) -> Lo
     return next(one for one in fitting if all(settings.get(key, False) == told for key, told in one.settings.items()))
 
 
-__all__ = ["VARIANTS", "DoRA", "ExpertLoRA", "LoRA", "variant_of"]
+__all__ = ["PISSA", "VARIANTS", "DoRA", "ExpertLoRA", "LoRA", "PiSSA", "variant_of"]

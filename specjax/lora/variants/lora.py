@@ -30,12 +30,14 @@ class LoRA:
       map_class: the maps that it goes beside.
       settings: the keys of PEFT's `LoraConfig` that tell it, with their values.
       shares: whether rows of one batch may bear different adapters of it while they are answered.
+      frozen: the arrays that do not train.
     """
 
     name: ClassVar[str] = "lora"
     map_class: ClassVar[type] = Linear
     settings: ClassVar[dict[str, Any]] = {"use_dora": False}
     shares: ClassVar[bool] = True
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     def arrays(self, linear: Linear | ExpertLinear, rank: int) -> dict[str, tuple[tuple[int, ...], Axes]]:
         """Shape and logical axes of each array of one adapter on a map: A [(L,) R, *in] and B [(L,) *out, R].
