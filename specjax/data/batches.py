@@ -32,8 +32,8 @@ class Batches(abc.ABC):
     """`batch_size` rows of `length` tokens per step, of an endless sequence that runs through `num_rows` rows.
 
     Attributes:
-        length, batch_size, num_rows: see `loader.Data`.
-        sources: the names of what is mixed; empty where there is one source.
+      length, batch_size, num_rows: see `loader.Data`.
+      sources: the names of what is mixed; empty where there is one source.
     """
 
     length: int
@@ -70,9 +70,9 @@ class Batches(abc.ABC):
         the batch, so has its rows of each micro-batch without an exchange.
 
         Args:
-            step: which batch.
-            count: of micro-batches; it divides `batch_size`.
-            rows: of one micro-batch, 0 to batch_size // count - 1; default all.
+          step: which batch.
+          count: of micro-batches; it divides `batch_size`.
+          rows: of one micro-batch, 0 to batch_size // count - 1; default all.
         """
         if self.batch_size % count:
             raise UserError(f"a batch of {self.batch_size} rows does not divide into {count} micro-batches.")
@@ -92,7 +92,7 @@ class Batches(abc.ABC):
         """Every row exactly once, in their numbers' order, `batch_size` at a time, the last ones empty to fill it up.
 
         Args:
-            rows: those of each batch to give, in ascending order; default all.
+          rows: those of each batch to give, in ascending order; default all.
         """
         chosen = np.arange(self.batch_size) if rows is None else rows
         for start in range(0, self.num_rows, self.batch_size):

@@ -118,8 +118,8 @@ class Spool:
     A context manager: at its end the files are closed, and the arrays stay.
 
     Args:
-        folder: of the files, or None.
-        dtypes: of the arrays, by name.
+      folder: of the files, or None.
+      dtypes: of the arrays, by name.
     """
 
     def __init__(self, folder: Path | None, dtypes: Mapping[str, str]):

@@ -55,11 +55,11 @@ def resolve(tokenizer: Any, template: str | None = None) -> str:
     """The text of a Jinja chat template.
 
     Args:
-        tokenizer: its own template serves when `template` is empty.
-        template: "", a name in `BUILT_IN`, a path to a `.jinja` file, or the template's text itself.
+      tokenizer: its own template serves when `template` is empty.
+      template: "", a name in `BUILT_IN`, a path to a `.jinja` file, or the template's text itself.
 
     Raises:
-        UserError: nothing of that name, no template at all, or one whose end-of-turn token the tokenizer lacks.
+      UserError: nothing of that name, no template at all, or one whose end-of-turn token the tokenizer lacks.
     """
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not template:
@@ -111,10 +111,10 @@ def documents(
     The end-of-text token trains like any other, even where it doubles as the padding token.
 
     Args:
-        examples: of any kinds.
-        tokenizer: a fast Hugging Face tokenizer.
-        template: the text that `resolve` gave, which only conversations need; None: the tokenizer's own.
-        exact: see `turns.rows`.
+      examples: of any kinds.
+      tokenizer: a fast Hugging Face tokenizer.
+      template: the text that `resolve` gave, which only conversations need; None: the tokenizer's own.
+      exact: see `turns.rows`.
     """
     made: list[list[Document]] = []
     for kind, group in groupby(examples, type):

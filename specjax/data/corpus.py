@@ -17,20 +17,20 @@ class Corpus:
     """A source's rows as tokens. A row is a document, or none; a preference two, one after the other; a chat several.
 
     Attributes:
-        name: of the source.
-        format: one of `specjax.data.formats.FORMATS`.
-        columns: role -> column.
-        found: the columns of the first rows.
-        tokenizer: that made the tokens.
-        template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
-        tokens: int32 [N]; these arrays may be the cache's file, mapped into memory, and processes then share them.
-        trained: bool [N], whether the loss counts each as a target.
-        offsets: int64 [D+1], where documents begin and end.
-        rows: int64 [D], the number of each one's row, from 0; a row that is not there has nothing to learn from.
-        count: of all rows.
-        empty: answers without a word in these, which do not train.
-        seed: of the order of rows and of the held-out split.
-        sides: uint64 [count], the rows with the smallest are held out; None: nothing can be.
+      name: of the source.
+      format: one of `specjax.data.formats.FORMATS`.
+      columns: role -> column.
+      found: the columns of the first rows.
+      tokenizer: that made the tokens.
+      template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
+      tokens: int32 [N]; these arrays may be the cache's file, mapped into memory, and processes then share them.
+      trained: bool [N], whether the loss counts each as a target.
+      offsets: int64 [D+1], where documents begin and end.
+      rows: int64 [D], the number of each one's row, from 0; a row that is not there has nothing to learn from.
+      count: of all rows.
+      empty: answers without a word in these, which do not train.
+      seed: of the order of rows and of the held-out split.
+      sides: uint64 [count], the rows with the smallest are held out; None: nothing can be.
     """
 
     name: str

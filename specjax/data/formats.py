@@ -37,14 +37,14 @@ def recognise(
     """The format that the columns tell, and the column of each of its roles.
 
     Args:
-        found: the columns of the first row.
-        format: "auto", one of `FORMATS`, or several of them to choose from.
-        columns: role -> column, where the data calls a role by another name.
-        own_columns: whether data that has none of the columns that `columns` names, and whose own make up a format, is
-            taken as it is.
+      found: the columns of the first row.
+      format: "auto", one of `FORMATS`, or several of them to choose from.
+      columns: role -> column, where the data calls a role by another name.
+      own_columns: whether data that has none of the columns that `columns` names, and whose own make up a format, is
+        taken as it is.
 
     Raises:
-        UserError: an unknown role or format, a column that is not there, or columns that make up no format.
+      UserError: an unknown role or format, a column that is not there, or columns that make up no format.
 
     >>> recognise(["instruction", "output", "id"])
     ('instruct', {'instruction': 'instruction', 'response': 'output', 'input': 'input'})
@@ -104,13 +104,13 @@ def examples(
     """Rows of one format, each as an `Example`.
 
     Args:
-        rows: `(where, row)`.
-        format: one of `FORMATS`.
-        mapping: role -> column, as `recognise` has it.
-        chat: whether strings go through a chat template: a pair of them is a conversation then.
+      rows: `(where, row)`.
+      format: one of `FORMATS`.
+      mapping: role -> column, as `recognise` has it.
+      chat: whether strings go through a chat template: a pair of them is a conversation then.
 
     Raises:
-        UserError: a row that lacks a column, or says what its example could not, with its place.
+      UserError: a row that lacks a column, or says what its example could not, with its place.
     """
     make = {
         "text": _text,

@@ -24,10 +24,10 @@ def check(run: Template, answers: Sequence[int], text: str, elsewhere: Sequence[
     """Raises `UserError` where the rendering leaves out something of the conversation, with its place.
 
     Args:
-        run: the template and the conversation.
-        answers: the messages whose reasoning must stand there too; what was thought before is no part of a prompt.
-        text: the rendering.
-        elsewhere: the messages that are answers of other rows, where all of them must stand; here they are a prompt.
+      run: the template and the conversation.
+      answers: the messages whose reasoning must stand there too; what was thought before is no part of a prompt.
+      text: the rendering.
+      elsewhere: the messages that are answers of other rows, where all of them must stand; here they are a prompt.
     """
     there = [number for number in elsewhere if number not in answers]
     lost = next(_missing(run.chat, answers, there, text), "") or _dropped(run, there)
@@ -128,7 +128,7 @@ class _Parts:
     """Makes a conversation of the same shape, each part of it a word that nothing else has.
 
     Attributes:
-        wanted: (word, what it stands for, its message's number from 1, or 0) of all that a template must write.
+      wanted: (word, what it stands for, its message's number from 1, or 0) of all that a template must write.
     """
 
     def __init__(self) -> None:

@@ -19,9 +19,9 @@ class Contents:
     """What a source holds now.
 
     Attributes:
-        digest: of the files' bytes, or of the rows given; None: rows that have no digest (not JSON), or can be read but
-            once.
-        total: how many rows; None: not known. Of JSON lines, blank ones count too.
+      digest: of the files' bytes, or of the rows given; None: rows that have no digest (not JSON), or can be read but
+        once.
+      total: how many rows; None: not known. Of JSON lines, blank ones count too.
     """
 
     def __init__(self, reading: Opened):
@@ -75,10 +75,10 @@ def of_tokens(contents: str, tokenizer: Any, template: str | None, how: Mapping[
     """The digest of all that a source's tokens depend on; None for a slow tokenizer, which does not tell what it is.
 
     Args:
-        contents: of the source.
-        tokenizer: a Hugging Face tokenizer.
-        template: the argument of `specjax.data.load`; the tokenizer's own may serve too.
-        how: the other arguments, JSON-able.
+      contents: of the source.
+      tokenizer: a Hugging Face tokenizer.
+      template: the argument of `specjax.data.load`; the tokenizer's own may serve too.
+      how: the other arguments, JSON-able.
     """
     if not tokenizer.is_fast:
         return None

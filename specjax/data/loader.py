@@ -36,14 +36,14 @@ class Data(Batches):
                                               segment_ids  1 1 1 2 2 0
 
     Attributes:
-        length, batch_size, seed: as given.
-        num_rows: rows of the plan.
-        most_documents: in a row.
-        together: documents that always lie side by side in one row: 2 of preference pairs, else 1.
-        template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
-        end_of_turn: id of the token that ends the assistant's turns there: generation must stop at it.
-        report: counts, JSON-able (see `specjax.data.report`).
-        fingerprint: of the tokens, masks and plan; equal data has an equal one. An added column has no part in it.
+      length, batch_size, seed: as given.
+      num_rows: rows of the plan.
+      most_documents: in a row.
+      together: documents that always lie side by side in one row: 2 of preference pairs, else 1.
+      template: the Jinja text that conversations were rendered with, None for raw text and plain pairs.
+      end_of_turn: id of the token that ends the assistant's turns there: generation must stop at it.
+      report: counts, JSON-able (see `specjax.data.report`).
+      fingerprint: of the tokens, masks and plan; equal data has an equal one. An added column has no part in it.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Data(Batches):
         """This data with one more column [B, T] float32 in every batch, 0 at padding; the arrays are shared.
 
         Args:
-            name: of the column.
-            values: [N], the value at each of `tokens`.
+          name: of the column.
+          values: [N], the value at each of `tokens`.
 
         Raises:
-            UserError: a column of that name is there already, or there is not one value per token.
+          UserError: a column of that name is there already, or there is not one value per token.
         """
         if name in {**COLUMNS, **self._added}:
             raise UserError(f"the data has a column '{name}' already: give the new one another name.")

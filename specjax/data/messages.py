@@ -58,12 +58,12 @@ def turns(where: str, row: Row, column: str) -> Turns:
     that templates know. Other keys are as they were, for the template to read.
 
     Args:
-        where: the row's place.
-        row: the row.
-        column: a list of messages, with `role` and `content` or ShareGPT's `from` and `value`.
+      where: the row's place.
+      row: the row.
+      column: a list of messages, with `role` and `content` or ShareGPT's `from` and `value`.
 
     Raises:
-        UserError: a message that is not understood, with its place.
+      UserError: a message that is not understood, with its place.
     """
     messages = value(where, row, column, list)
     if not messages:

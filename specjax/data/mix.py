@@ -28,13 +28,13 @@ def mix(parts: Sequence[tuple[Data, float]], *, shares: str = "tokens", names: S
     Replay against forgetting is `sj.data.mix([(mine, 0.8), (general, 0.2)])`.
 
     Args:
-        parts: (data, share): shares are any positive numbers, of which the sum is the whole. Of all, `length` and
-            `batch_size` are the same.
-        shares: of what: "tokens" (not padding), or "rows" of the batches.
-        names: of the sources, in metrics and reports; default "source1" and so on.
+      parts: (data, share): shares are any positive numbers, of which the sum is the whole. Of all, `length` and
+        `batch_size` are the same.
+      shares: of what: "tokens" (not padding), or "rows" of the batches.
+      names: of the sources, in metrics and reports; default "source1" and so on.
 
     Raises:
-        UserError: a share that is not positive, another `shares`, data that cannot be in one batch.
+      UserError: a share that is not positive, another `shares`, data that cannot be in one batch.
     """
     if shares not in SHARES:
         raise UserError(f"{argument('shares')} is '{shares}': use one of {', '.join(SHARES)}.{nearest(shares, SHARES)}")
@@ -54,10 +54,10 @@ class Mixture(Batches):
     """What `mix` makes; where a run wants `Data`, this will do.
 
     Attributes:
-        parts: a `Data` a source.
-        sources: their names.
-        length, batch_size, seed, num_rows, most_documents, together, template, end_of_turn, report, fingerprint: as
-            `Data` has them, of all sources; rows are numbered through all parts.
+      parts: a `Data` a source.
+      sources: their names.
+      length, batch_size, seed, num_rows, most_documents, together, template, end_of_turn, report, fingerprint: as
+        `Data` has them, of all sources; rows are numbered through all parts.
     """
 
     def __init__(self, parts: Sequence[Data], shares: Sequence[float], by: str, names: Sequence[str]):

@@ -84,11 +84,11 @@ def plan(offsets: Int64[np.ndarray, " ends"], length: int, packing: bool = True,
     """The plan of documents at `offsets` in rows of `length`; without packing, a row holds one piece.
 
     Args:
-        offsets: where documents begin and end.
-        length: tokens in a row.
-        packing: whether a row may hold more than one piece, or group of documents.
-        together: documents that go side by side into one row: groups of so many, each of at most `length` tokens. 1:
-            each for itself, cut into pieces where it is longer.
+      offsets: where documents begin and end.
+      length: tokens in a row.
+      packing: whether a row may hold more than one piece, or group of documents.
+      together: documents that go side by side into one row: groups of so many, each of at most `length` tokens. 1:
+        each for itself, cut into pieces where it is longer.
 
     >>> plan(np.array([0, 3, 8, 10, 16, 18]), 8).rows.tolist()
     [0, 2, 4, 5]

@@ -31,34 +31,34 @@ def load(
     """Reads, tokenises and packs data of any known format.
 
     Args:
-        source: a `.jsonl .json .csv .parquet .txt` file, a folder of them, a `datasets` folder, a hub name, or a list
-            of dicts or strings.
-        tokenizer: a fast Hugging Face tokenizer.
-        length: tokens in a row (T).
-        batch_size: rows in a global batch (B).
-        format: "auto" (by columns), one of `specjax.data.formats.FORMATS`, or several to choose from.
-        seed: of the order of rows and of the held-out split.
-        packing: whether several documents share a row.
-        template: see `resolve`. Prompt/completion strings go through a template only where one is named.
-        overlong: what becomes of conversations and pairs over `length`, each counted in the report: "drop" them;
-            "truncate" keeps their start; "keep_end" keeps what lies before the end of the last answer (both as TRL's
-            `truncation_mode`); "split" makes several documents of one. Raw text is cut into pieces, never lost, and
-            preference pairs can only be dropped.
-        columns: role -> column, where the data calls a role by another name.
-        own_columns: whether data that has none of `columns` may be recognised by its own instead.
-        turns: of a conversation whose template writes earlier turns otherwise once others follow (it drops their
-            reasoning, say): "exact" makes a row for each answer, which is the prompt as inference has it and the turn
-            that answers it; "whole" keeps one row, with earlier answers as they stand there.
-        split: of a hub name, a `datasets` folder, or files named after their split.
-        holdout: (fraction, "train" or "eval"): one part of a split by each row's content, which neither the rows' order
-            nor their repetition changes. None: all rows.
-        cache: the folder where tokens are kept under the digest of the rows, the tokenizer, the template and this
-            package's code, so that a second start makes none. True: `$XDG_CACHE_HOME/specjax/data`, or
-            `~/.cache/specjax/data`; False: nowhere. Any number of processes may share it.
-        progress: called now and then while tokens are made, with the rows done and how many there are, or None.
+      source: a `.jsonl .json .csv .parquet .txt` file, a folder of them, a `datasets` folder, a hub name, or a list
+        of dicts or strings.
+      tokenizer: a fast Hugging Face tokenizer.
+      length: tokens in a row (T).
+      batch_size: rows in a global batch (B).
+      format: "auto" (by columns), one of `specjax.data.formats.FORMATS`, or several to choose from.
+      seed: of the order of rows and of the held-out split.
+      packing: whether several documents share a row.
+      template: see `resolve`. Prompt/completion strings go through a template only where one is named.
+      overlong: what becomes of conversations and pairs over `length`, each counted in the report: "drop" them;
+        "truncate" keeps their start; "keep_end" keeps what lies before the end of the last answer (both as TRL's
+        `truncation_mode`); "split" makes several documents of one. Raw text is cut into pieces, never lost, and
+        preference pairs can only be dropped.
+      columns: role -> column, where the data calls a role by another name.
+      own_columns: whether data that has none of `columns` may be recognised by its own instead.
+      turns: of a conversation whose template writes earlier turns otherwise once others follow (it drops their
+        reasoning, say): "exact" makes a row for each answer, which is the prompt as inference has it and the turn
+        that answers it; "whole" keeps one row, with earlier answers as they stand there.
+      split: of a hub name, a `datasets` folder, or files named after their split.
+      holdout: (fraction, "train" or "eval"): one part of a split by each row's content, which neither the rows' order
+        nor their repetition changes. None: all rows.
+      cache: the folder where tokens are kept under the digest of the rows, the tokenizer, the template and this
+        package's code, so that a second start makes none. True: `$XDG_CACHE_HOME/specjax/data`, or
+        `~/.cache/specjax/data`; False: nowhere. Any number of processes may share it.
+      progress: called now and then while tokens are made, with the rows done and how many there are, or None.
 
     Raises:
-        UserError: anything wrong with the data, the template or these arguments, with file and line where there is one.
+      UserError: anything wrong with the data, the template or these arguments, with file and line where there is one.
     """
     check_overlong(overlong)
     corpus = tokenise(

@@ -37,10 +37,10 @@ class Opened(NamedTuple):
     """A source before its rows are read.
 
     Attributes:
-        rows: each call reads them from the start, as `(where, row)`.
-        files: where they come from; None: from memory.
-        total: how many rows, where that is known.
-        once: whether they can be read but once.
+      rows: each call reads them from the start, as `(where, row)`.
+      files: where they come from; None: from memory.
+      total: how many rows, where that is known.
+      once: whether they can be read but once.
     """
 
     rows: Callable[[], Iterator[tuple[str, Row]]]
@@ -64,7 +64,7 @@ def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Op
     files behind an address (`hf://`, `gs://`, `s3://`) is brought here first.
 
     Raises:
-        UserError: no such file or hub name, an unknown suffix; while the rows are read, a broken file.
+      UserError: no such file or hub name, an unknown suffix; while the rows are read, a broken file.
     """
     if not isinstance(source, str | Path):
         total = len(source) if isinstance(source, Sized) else None

@@ -29,11 +29,11 @@ def brought(source: str, chosen: Callable[[Sequence[Path]], Sequence[Path]]) -> 
     """Files here, each with its address.
 
     Args:
-        source: the address of a file or a folder.
-        chosen: of a folder's files, those that are wanted.
+      source: the address of a file or a folder.
+      chosen: of a folder's files, those that are wanted.
 
     Raises:
-        UserError: the package that knows the scheme is not installed, or the store gives no such file.
+      UserError: the package that knows the scheme is not installed, or the store gives no such file.
     """
     import fsspec
 

@@ -89,10 +89,10 @@ def show(
     Trained text is green on a terminal, and stands between double brackets wherever colour would be lost.
 
     Args:
-        report: `Data.report`.
-        previews: rows of documents of runs.
-        console: where to; standard output by default.
-        numbers: of these rows in the data; default the first ones, from 1 on.
+      report: `Data.report`.
+      previews: rows of documents of runs.
+      console: where to; standard output by default.
+      numbers: of these rows in the data; default the first ones, from 1 on.
     """
     console = console or Console()
     counts = lines(report)
@@ -124,9 +124,9 @@ def watched(
     """Gives a `progress` for `specjax.data.load` that shows how far it is.
 
     Args:
-        name: of the source.
-        console: on a terminal a bar, which goes when the block ends; elsewhere a line now and then; None: nothing.
-        every: seconds between two lines.
+      name: of the source.
+      console: on a terminal a bar, which goes when the block ends; elsewhere a line now and then; None: nothing.
+      every: seconds between two lines.
     """
     if console is None:
         yield None

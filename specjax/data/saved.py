@@ -23,7 +23,7 @@ def load(path: Path) -> Any:
     """What `save_to_disk` wrote. What its files name is looked at first: the library goes wherever they lead.
 
     Raises:
-        UserError: a file is no JSON, or names one outside of the folder; or the folder is not whole.
+      UserError: a file is no JSON, or names one outside of the folder; or the folder is not whole.
     """
     import datasets
     import pyarrow as pa

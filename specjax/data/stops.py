@@ -13,7 +13,7 @@ def ended(tokenizer: Any, where: str, whole: str, marks: list[Span], turns: Sequ
     Marks that touch become one. `turns` are messages and their characters, where these can be told.
 
     Raises:
-        UserError: words that no mark has stand before that token, so that the model would never learn to write it.
+      UserError: words that no mark has stand before that token, so that the model would never learn to write it.
     """
     stops = {}
     for turn, (begin, last) in turns:
@@ -43,10 +43,10 @@ def check(tokenizer: Any, whole: str, span: Span, what: str) -> None:
     """Raises `UserError` where no token ends an answer, and the one that follows it would, but does not train.
 
     Args:
-        tokenizer: whose added tokens end turns.
-        whole: a conversation in which another message follows the answer.
-        span: the characters of the answer that train.
-        what: the template, in words.
+      tokenizer: whose added tokens end turns.
+      whole: a conversation in which another message follows the answer.
+      span: the characters of the answer that train.
+      what: the template, in words.
     """
     ids, offsets = tokens_of(tokenizer, whole)
     inside = [at for at, (start, end) in enumerate(offsets) if end > span[0] and start < span[1]]

@@ -17,8 +17,8 @@ class Tally:
     """Keeps count of what is left out and why.
 
     Args:
-        length: tokens in a row.
-        overlong: what becomes of conversations and pairs over it, one of `OVERLONG` (see `specjax.data.load`).
+      length: tokens in a row.
+      overlong: what becomes of conversations and pairs over it, one of `OVERLONG` (see `specjax.data.load`).
     """
 
     def __init__(self, length: int, overlong: str):
@@ -33,10 +33,10 @@ class Tally:
         """What is kept of each chosen document, in order: [start, stop) of the flat arrays, int64 [K, 2].
 
         Args:
-            trained: bool [N], whether each token is a target that counts.
-            offsets: int64 [D+1], where documents begin and end.
-            chosen: int64 [C], which documents, in ascending order.
-            whole: whether a document over the length needs a decision; else packing cuts it.
+          trained: bool [N], whether each token is a target that counts.
+          offsets: int64 [D+1], where documents begin and end.
+          chosen: int64 [C], which documents, in ascending order.
+          whole: whether a document over the length needs a decision; else packing cuts it.
         """
         starts, stops = offsets[:-1][chosen], offsets[1:][chosen]
         learnable = _learnable(trained, offsets)[chosen]

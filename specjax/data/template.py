@@ -50,10 +50,10 @@ class Template(NamedTuple):
     """A template, run on beginnings of one conversation.
 
     Attributes:
-        text: of the template.
-        chat: the conversation.
-        names: special tokens, by the names that templates call them.
-        ready: what `ahead` rendered.
+      text: of the template.
+      chat: the conversation.
+      names: special tokens, by the names that templates call them.
+      ready: what `ahead` rendered.
     """
 
     text: str
@@ -65,14 +65,14 @@ class Template(NamedTuple):
         """The first `count` messages.
 
         Args:
-            count: how many.
-            prompt: whether the generation prompt follows them.
-            placeholder: the message whose words are replaced by `WORDS`.
-            end: what stands for the end-of-text token, where not itself.
+          count: how many.
+          prompt: whether the generation prompt follows them.
+          placeholder: the message whose words are replaced by `WORDS`.
+          end: what stands for the end-of-text token, where not itself.
 
         Raises:
-            jinja2.TemplateError: the template fails, by whatever error.
-            UserError: it takes more time, memory or room than it may.
+          jinja2.TemplateError: the template fails, by whatever error.
+          UserError: it takes more time, memory or room than it may.
         """
         return self._run(Wanted(count, prompt, placeholder, end))[0]
 
@@ -101,7 +101,7 @@ def ahead(
     """Renders at once what will be wanted of some conversations, for `Template.ready`; nothing where that is no gain.
 
     Raises:
-        UserError: as `Template.render`.
+      UserError: as `Template.render`.
     """
     if text in _own():
         return [{} for _ in chats]
@@ -114,7 +114,7 @@ def prompts(text: str, names: Mapping[str, Any], chats: Sequence[Conversation]) 
     """Conversations as a model is given them to answer, on today's date.
 
     Raises:
-        UserError: the template refuses one, or takes more time, memory or room than it may.
+      UserError: the template refuses one, or takes more time, memory or room than it may.
     """
     asked = [(chat, Wanted(len(chat.messages), prompt=True)) for chat in chats]
     made = _rendered(text, names, asked, today=True)

@@ -49,21 +49,21 @@ def tokenise(
     """Reads and tokenises all rows of a source, or finds them in the cache.
 
     Args:
-        source: as all others but the following, see `specjax.data.load`.
-        tokenizer: a fast Hugging Face tokenizer.
-        format: "auto" or a name.
-        template: see `resolve`.
-        columns: role -> column.
-        own_columns: whether data that has none of `columns` may be recognised by its own instead.
-        turns: "exact" or "whole".
-        split: of a hub name or a folder.
-        seed: of the order of rows and of the held-out split.
-        holdout: whether parts will be held out.
-        cache: a folder; True: the default one; False: nothing is kept.
-        progress: called now and then.
+      source: as all others but the following, see `specjax.data.load`.
+      tokenizer: a fast Hugging Face tokenizer.
+      format: "auto" or a name.
+      template: see `resolve`.
+      columns: role -> column.
+      own_columns: whether data that has none of `columns` may be recognised by its own instead.
+      turns: "exact" or "whole".
+      split: of a hub name or a folder.
+      seed: of the order of rows and of the held-out split.
+      holdout: whether parts will be held out.
+      cache: a folder; True: the default one; False: nothing is kept.
+      progress: called now and then.
 
     Raises:
-        UserError: anything wrong with the data, the template or these arguments, with file and line where there is one.
+      UserError: anything wrong with the data, the template or these arguments, with file and line where there is one.
     """
     name = str(source) if isinstance(source, str | Path) else "the data"
     reading = opened(source, split)

@@ -63,18 +63,18 @@ def rows(
     """The conversation as rows: one, or one for each answer where the template rewrites what others follow.
 
     Args:
-        tokenizer: its special tokens are what the template knows of it.
-        template: the text of a Jinja chat template.
-        chat: the conversation; which of its turns train, it says itself.
-        exact: whether each answer must follow what inference gives the model for it; False: one row in any case.
-        ready: see `Template`.
+      tokenizer: its special tokens are what the template knows of it.
+      template: the text of a Jinja chat template.
+      chat: the conversation; which of its turns train, it says itself.
+      exact: whether each answer must follow what inference gives the model for it; False: one row in any case.
+      ready: see `Template`.
 
     Returns:
-        Each row's text, and the [start, end) characters of it that train.
+      Each row's text, and the [start, end) characters of it that train.
 
     Raises:
-        UserError: the template refuses the conversation, leaves something of it out, or does not tell which characters
-            are the assistant's.
+      UserError: the template refuses the conversation, leaves something of it out, or does not tell which characters
+        are the assistant's.
     """
     import jinja2
 
@@ -117,7 +117,7 @@ def render(tokenizer: Any, template: str, chats: Sequence[Conversation], *, prom
     """The conversations as texts, with the generation prompt behind each where `prompt` is true.
 
     Raises:
-        UserError: the template refuses a conversation, or leaves something of it out.
+      UserError: the template refuses a conversation, or leaves something of it out.
     """
     names = tokenizer.special_tokens_map
     ready = ahead(template, names, [(chat, [Wanted(len(chat.messages), prompt)]) for chat in chats])

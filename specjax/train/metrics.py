@@ -27,17 +27,17 @@ class Log:
     """Where a run's numbers go; a context manager, so that files and bar are closed however the run ends.
 
     Args:
-        workdir: the run's folder, made if absent; None writes no files (every process but the first).
-        steps: at which the run ends, for the bar and the time left.
-        start: the step that the run resumes from, of a fleet by adapter; what was logged later is dropped. 0, or no
-            adapter, starts all files anew.
-        tensorboard: whether to write `<workdir>/tensorboard/`.
-        wandb: a W&B project's name; "" does not use W&B.
-        config: the resolved config, shown by W&B.
-        console: where to print; default standard output. A bar on a terminal, one line per logged step elsewhere.
+      workdir: the run's folder, made if absent; None writes no files (every process but the first).
+      steps: at which the run ends, for the bar and the time left.
+      start: the step that the run resumes from, of a fleet by adapter; what was logged later is dropped. 0, or no
+        adapter, starts all files anew.
+      tensorboard: whether to write `<workdir>/tensorboard/`.
+      wandb: a W&B project's name; "" does not use W&B.
+      config: the resolved config, shown by W&B.
+      console: where to print; default standard output. A bar on a terminal, one line per logged step elsewhere.
 
     Raises:
-        UserError: when W&B is asked for and not installed.
+      UserError: when W&B is asked for and not installed.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Log:
         """The log of one adapter of a fleet: its lines, which bear its name, go into the same files.
 
         Args:
-            name: the adapter's.
-            steps: its own.
-            tensorboard: a folder for its event files; None: none.
-            start: the step that it resumes from.
+          name: the adapter's.
+          steps: its own.
+          tensorboard: a folder for its event files; None: none.
+          start: the step that it resumes from.
         """
         made = copy.copy(self)
         made._adapter, made._steps, made._clock, made._bar, made._trackers = name, steps, None, None, {}
