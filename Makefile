@@ -26,7 +26,7 @@ test: $(VENV)/.test docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 	AS_SHIPPED=1 PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest tests/test_golden.py tests/test_plan.py tests/test_step.py \
 		-k "golden or h100 or as_shipped"
 	bash tests/newest.sh

@@ -14,8 +14,12 @@ from jaxtyping import install_import_hook
 assert "jax" not in sys.modules, "the devices are counted when jax is imported: nothing may import it before this file"
 
 # Hundreds of programs are compiled here to run for a moment: without LLVM's optimizations and XLA's fusion emitters
-# that takes a fifth of the time (docs/log.md). AS_SHIPPED=1 compiles as users do.
-QUICK = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+# that takes a fifth of the time, and as one LLVM module a quarter less of it (docs/log.md). AS_SHIPPED=1 compiles as
+# users do.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 os.environ["XLA_FLAGS"] = " ".join(FLAGS if "AS_SHIPPED" in os.environ else [*FLAGS, QUICK])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -36,6 +40,15 @@ install_import_hook(SHAPED, "shape_checks.checked")
 # What is kept between starts goes to a folder of this process, which its children share.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="specjax-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+# Files go to the workers whole and in this order, so that both end together: the longest first, then all others.
+LONGEST = "parity plan processes fit run quantised segments adapter_stack peft_variants dpo moments generate".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
 
 # What is built for several files. Nothing heavy is imported before a fixture is asked for.
 

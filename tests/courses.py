@@ -2,10 +2,10 @@
 
 import jax
 import numpy as np
-from helpers import data
+from helpers import data, started
 
 import specjax as sj
-from specjax.train.step import begin, make_train_step, split, write_back
+from specjax.train.step import make_train_step, split, write_back
 
 STEPS, RATE, DECAY, CLIP = 10, 3e-3, 0.1, 1.0
 
@@ -24,7 +24,7 @@ def our_losses(of, trainable, rows, parts=2):
     graph, params, frozen = split(of, trainable)
     optimizer = sj.adamw(RATE, weight_decay=DECAY, clip_norm=CLIP)
     step = jax.jit(make_train_step(graph, optimizer))
-    state, found = begin(optimizer, params), []
+    state, found = started(optimizer, params), []
     for number in range(STEPS):
         state, metrics = step(state, frozen, micro(rows.batch(number), parts), np.int32(number))
         found.append((float(metrics["loss"]), float(metrics["grad_norm"])))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from specjax import sharding
@@ -18,6 +19,7 @@ from specjax.hf.families import FAMILIES
 from specjax.hf.load import abstract
 from specjax.models import Decoder, Origin
 from specjax.train.objective import next_token
+from specjax.train.step import TrainState, begin
 
 PROMPT = 493  # long enough for a wrong rotary embedding to show, and no multiple of anything
 
@@ -240,6 +242,14 @@ def torch_model(
         if name.endswith("layer_scalar"):
             buffer.uniform_(0.7, 1.3, generator=generator)
     return made.to(dtype or torch.float32)
+
+
+def started(optimizer: Any, trainable: Any) -> TrainState:
+    """`begin`'s state where `fit` would have it: arrays that lie anywhere are another program than those of a step."""
+    mesh = sharding.mesh_of(next(iter(trainable.values())))
+    whole = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
+    state = begin(optimizer, trainable)
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding if x.ndim or whole is None else whole), state)
 
 
 def torch_logits(of: Any, tokens: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Moments in fewer bits: what is stored, that its mean is right, that training goes on as with float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,23 +64,32 @@ def test_what_is_exact_stays_and_zero_is_zero():
     np.testing.assert_array_equal(moments._round_bfloat16(x, noise, signed=True), x)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(rule, kind, folder, steps) -> losses and weights of a run; the same call is one run."""
+
+    @functools.cache
+    def trained(make, kind, folder, steps):
+        made, workdir = model(), home / make.__name__ / folder
+        options = {"steps": steps, "workdir": workdir, "tensorboard": False, "log_every": 1}
+        sj.fit(made, data(), make(3e-3 if make is sj.adamw else 3e-4, moments=kind), **options, save_every=10)
+        return [row["loss"] for row in metrics(workdir)], weights(made)
+
+    home = tmp_path_factory.mktemp("runs")
+    return trained
+
+
 @pytest.mark.parametrize("kind", LOW)
 @pytest.mark.parametrize("make", [sj.adamw, optim.lion])
-def test_a_run_follows_that_of_float32_and_resumes_bit_for_bit(tmp_path, kind, make):
-    def run(kind, folder, steps):
-        made = model()
-        options = {"steps": steps, "workdir": tmp_path / folder, "tensorboard": False, "log_every": 1}
-        sj.fit(made, data(), make(3e-3 if make is sj.adamw else 3e-4, moments=kind), **options, save_every=10)
-        return [row["loss"] for row in metrics(tmp_path / folder)], weights(made)
-
-    wanted, _ = run("float32", "whole", 30)
-    found, trained = run(kind, kind, 30)
+def test_a_run_follows_that_of_float32_and_resumes_bit_for_bit(run, kind, make):
+    wanted, _ = run(make, "float32", "float32", 30)
+    found, trained = run(make, kind, kind, 30)
     fallen = wanted[0] - wanted[-1]
     assert fallen > 0.3
     np.testing.assert_allclose(found, wanted, rtol=0, atol=0.02 * fallen)
     assert found != wanted
-    run(kind, "cut", 20)
-    losses, again = run(kind, "cut", 30)
+    run(make, kind, f"{kind} cut", 20)
+    losses, again = run(make, kind, f"{kind} cut", 30)
     assert losses == found
     assert_same_bits(again, trained)
 

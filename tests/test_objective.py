@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_same_bits, data, metrics, model, on_device, token_sums, weights
+from helpers import assert_same_bits, data, metrics, model, on_device, started, token_sums, weights
 
 import specjax as sj
 from specjax import sharding
@@ -231,7 +231,7 @@ def test_what_is_not_finite_never_reaches_the_state_nor_does_what_follows(parts)
         for number in range(4)
     ]
     batches[2] = batches[2] | {"loss_mask": batches[2]["loss_mask"] * np.float32(np.nan)}
-    state = begin(rule, params)
+    state = started(rule, params)
     for number in range(2):
         state, _ = step(state, frozen, batches[number], np.int32(number))
     good = jax.tree.map(np.asarray, state)
@@ -310,7 +310,7 @@ def test_groups_of_rows_are_clipped_and_trained_each_as_if_alone():
         for name in names:
             sj.lora.inject(made, rank=3, alpha=200, targets=["q_proj", "up_proj"], seed=int(name), name=name)
         graph, params, frozen = split(made, sj.LORA)
-        step, state, told = jax.jit(make_train_step(graph, rule, objective)), begin(rule, params), []
+        step, state, told = jax.jit(make_train_step(graph, rule, objective)), started(rule, params), []
         for number, batch in enumerate(batches):
             state, numbers = step(state, frozen, {k: v[None, part] for k, v in batch.items()}, np.int32(number))
             told.append(numbers)

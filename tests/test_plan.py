@@ -43,10 +43,10 @@ KEYS = {
 LENGTH = 128  # of few and short rows: the TPU's compiler takes five times as long over eight of 256
 KINDS = {"frozen", "trained", "optimizer", "batch", "temporaries", "total"}
 TINY = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "head_dim": 64,
 }
 
@@ -128,10 +128,12 @@ def test_a_plan_says_what_a_config_needs_there(folder, capsys, target):
 
 
 def test_an_epoch_of_the_users_own_data_has_a_price(capsys, tmp_path):
-    """The demo's base has a tokenizer; its weights are not needed."""
+    """The demo's base has a tokenizer; weights are not needed."""
     base = Path(__file__).parent.parent / "demo" / "base"
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).write_bytes((base / name).read_bytes())
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(sizes(**TINY, vocab_size=vocabulary)))
     pairs = [{"instruction": f"What is {n}?", "response": "A number. " * 20} for n in range(200)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     changes = {
@@ -153,7 +155,7 @@ def test_an_epoch_of_the_users_own_data_has_a_price(capsys, tmp_path):
 
 def test_a_job_that_does_not_fit_is_an_answer_and_no_failure(folder, capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(sizes(**TINY, vocab_size=2**24)))
-    (found,) = planned(capsys, *flags(tmp_path, "full"), "--target=v5e:2x2")
+    (found,) = planned(capsys, *flags(tmp_path, "full", batch_size=4), "--target=v5e:2x2")
     assert found["fits"] is False and found["step_seconds_bound"] is None
     need = found["bytes_per_device"]["total"]
     assert need is None or need > found["limit_bytes"]
@@ -244,9 +246,10 @@ print(json.dumps({"found": found, "same": before == after, "devices": sorted(xla
 """
 
 
-def test_a_plan_from_python_leaves_the_sessions_devices_and_settings_alone(folder, capsys, cache):
+def test_a_plan_from_python_leaves_the_sessions_devices_and_settings_alone(folder, capsys):
     """The accelerator that this session would have is none that there is: asking for it would fail."""
     given = flags(folder, batch_size=1)
+    there = planned(capsys, *given, "--target=v5e:1x1", "--target=cpu:1")
     place = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "XLA_FLAGS"))}
     command = [sys.executable, "-c", SESSION, *given]
     done = subprocess.run(command, env=place | {"JAX_PLATFORMS": "cuda"}, capture_output=True, text=True, check=False)
@@ -255,10 +258,9 @@ def test_a_plan_from_python_leaves_the_sessions_devices_and_settings_alone(folde
     said = json.loads(last)
     assert (said["same"], said["devices"]) == (True, [])
     assert any("v5e:1x1: fits" in line for line in shown) and any("cpu:1: needs" in line for line in shown)
-    here = planned(capsys, *given, "--target=v5e:1x1", "--target=cpu:1")
-    assert all(one["cached"] for one in here)  # the program was the session's, to the letter
+    assert all(one["cached"] for one in said["found"])  # the session's program is the command's, to the letter
     left_out = {"compile_seconds", "cached"}
-    for one, other in zip(said["found"], here, strict=True):
+    for one, other in zip(said["found"], there, strict=True):
         assert {key: one[key] for key in one if key not in left_out} == {
             key: other[key] for key in other if key not in left_out
         }
@@ -373,12 +375,12 @@ def test_a_mesh_that_does_not_fit_the_target_is_one_sentence(folder, capsys):
     ],
 )
 def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(tmp_path, monkeypatch, target, method):
-    (tmp_path / "config.json").write_text(json.dumps(sizes(**TINY, vocab_size=8192)))
+    (tmp_path / "config.json").write_text(json.dumps(sizes(**TINY, vocab_size=4096)))
     for name in ("CHUNK_ELEMENTS", "GPU_CHUNK_ELEMENTS"):
-        monkeypatch.setattr(chunks, name, 2**18)
+        monkeypatch.setattr(chunks, name, 2**16)
     parsed = targets.parse(target)
     changes = {"mesh.tensor": 2, "mesh.fsdp": 2, "lora.rank": 4} if method == "lora" else {}
-    config = config_of(tmp_path, method, **changes, **{"data.length": 256})
+    config = config_of(tmp_path, method, **changes)
     made = job.make(config, targets.devices(parsed))
     compiled = made.lowered.compile(compiler_options=made.options)
     memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -390,10 +392,10 @@ def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(tmp_pat
     # No gradient of a kernel is summed over devices where it is frozen; where it trains, it is.
     reduced = re.findall(r"= (.*) (?:all-reduce|reduce-scatter)(?:-start)?\(", text)
     summed = [dims for kinds in reduced for dims in re.findall(r"\[([\d,]+)\]", kinds)]
-    kernels = [dims for dims in summed if re.fullmatch(r"(?:1,)?(?:512|256),(?:256|512|128)", dims)]
+    kernels = [dims for dims in summed if re.fullmatch(r"(?:1,)?(?:256|128),(?:128|256|64)", dims)]
     assert bool(kernels) == (method == "full")
     # [B,T,V] is on no device, nor a device's part of it: nothing is as large as that but the output's table.
-    part = 8 * 256 * made.model.config.vocab_size // len(made.mesh.devices.flat)
+    part = 8 * LENGTH * made.model.config.vocab_size // len(made.mesh.devices.flat)
     arrays = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
     assert max(arrays) <= made.model.config.vocab_size * made.model.config.embed_dim < part
 
@@ -420,11 +422,13 @@ def test_what_waits_in_the_hosts_memory_is_none_of_the_devices(folder, tmp_path,
         job.make(config_of(folder, "full", **changes), jax.devices()[:4])
 
 
-def test_moments_in_fewer_bits_are_fewer_bytes_of_a_device(folder, monkeypatch):
+def test_moments_in_fewer_bits_are_fewer_bytes_of_a_device(tmp_path, monkeypatch):
     monkeypatch.setattr(moments_lib, "SMALL", 1)
-    parsed = targets.parse("v5e:2x2")
+    wide = TINY | {"hidden_size": 256}  # whole blocks on each device
+    (tmp_path / "config.json").write_text(json.dumps(sizes(**wide, vocab_size=256)))
+    devices = targets.devices(targets.parse("v5e:2x2"))
     made = {
-        kind: job.make(config_of(folder, "full", batch_size=4, **{"optimizer.moments": kind}), targets.devices(parsed))
+        kind: job.make(config_of(tmp_path, "full", batch_size=4, **{"optimizer.moments": kind}), devices)
         for kind in ("float32", "bfloat16", "8bit")
     }
     taken = {kind: job.device_bytes(one.opt_state) for kind, one in made.items()}
@@ -438,17 +442,17 @@ def test_a_step_counts_the_flops_that_xla_counts_of_the_products():
     sizes_ = sizes(**TINY, vocab_size=1024, num_hidden_layers=1)
     made = abstract(from_hf(sizes_), dtype="float32", param_dtype="float32")
     up = ("layers", 0, "mlp", "up_proj", "kernel")
-    per_token = 2 * (4 * 256 * 256 + 3 * 256 * 512 + 256 * 1024)
+    per_token = 2 * (4 * 128 * 128 + 3 * 128 * 256 + 128 * 1024)
     pairs = 64 * 65 // 2
-    forward = 2 * 64 * per_token + 2 * 4 * 4 * 64 * pairs
+    forward = 2 * 64 * per_token + 2 * 4 * 2 * 64 * pairs
     assert flops.of_step(made, {up}, rows=2, length=64) == 3 * forward
-    less = 3 * 2 * 4 * 4 * 64 * (pairs - (8 * 9 // 2 + 56 * 8))
+    less = 3 * 2 * 4 * 2 * 64 * (pairs - (8 * 9 // 2 + 56 * 8))
     windowed = abstract(dataclasses.replace(made.config, windows=(8,)), dtype="float32", param_dtype="float32")
     assert 3 * forward - flops.of_step(windowed, {up}, rows=2, length=64) == less
     adapted = model(**TINY, vocab_size=1024, num_hidden_layers=1)
     sj.lora.inject(adapted, rank=4, targets=["up_proj"])
     factors = {path for path, _ in nnx.to_flat_state(nnx.state(adapted, nnx.LoRAParam))}
-    wanted = 2 * 2 * 64 * per_token + 6 * 2 * 64 * 4 * (256 + 512) + 3 * 2 * 4 * 4 * 64 * pairs
+    wanted = 2 * 2 * 64 * per_token + 6 * 2 * 64 * 4 * (128 + 256) + 3 * 2 * 4 * 2 * 64 * pairs
     assert flops.of_step(adapted, factors, rows=2, length=64) == wanted
 
 
@@ -511,7 +515,7 @@ def test_lines_that_are_not_understood_are_counted(known, unknown):
 def test_the_plan_says_how_many_lines_were_not_understood(folder, capsys, monkeypatch):
     walk = hlo.walk
     monkeypatch.setattr(hlo, "walk", lambda *given: dataclasses.replace(walk(*given), not_understood=3))
-    assert main(["plan", *flags(folder), "--target=v5e:1x1"]) == 0
+    assert main(["plan", *flags(folder), "--target=cpu:1"]) == 0
     said = capsys.readouterr().out
     assert "not understood" in said and "3 lines of the program" in said
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_same_bits, data, model, prompts, sizes, weights
+from helpers import assert_same_bits, data, model, prompts, sizes, started, weights
 from jax.sharding import NamedSharding
 from run_fixtures import flags, specjax, write_base, write_data
 
@@ -75,7 +75,7 @@ def train(of, steps=10, **options):
     sj.lora.inject(of, rank=4, **options)
     graph, params, frozen = split(of, sj.LORA)
     optimizer, rows = sj.adamw(1e-2), data()
-    state, found = begin(optimizer, params), []
+    state, found = started(optimizer, params), []
     step = jax.jit(make_train_step(graph, optimizer))
     for number in range(steps):
         batch = sharding.put_batch(rows.batch(number), sharding.mesh_of(next(iter(params.values()))), rows.batch_size)

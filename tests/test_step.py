@@ -10,7 +10,7 @@ import optax
 import pytest
 from courses import RATE, assert_same_course, assert_same_movement, micro, our_losses, packed, torch_losses
 from flax import nnx
-from helpers import data, model, prompts, token_sums, torch_model, weights
+from helpers import data, model, prompts, started, token_sums, torch_model, weights
 from safetensors.numpy import load_file
 
 import specjax as sj
@@ -375,7 +375,7 @@ def test_lion_trains_by_the_rate_that_is_logged_and_keeps_one_moment():
     rows, (graph, params, frozen) = data(), split(model(), sj.ALL)
     rate = schedule("linear", learning_rate=4e-3, steps=10, warmup_steps=2, final_fraction=0.0)
     optimizer = optim.lion(rate)
-    step, state, found = jax.jit(make_train_step(graph, optimizer)), begin(optimizer, params), []
+    step, state, found = jax.jit(make_train_step(graph, optimizer)), started(optimizer, params), []
     size = sum(leaf.size for leaf in params.values())
     assert size <= sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 1.1 * size
     for number in range(11):
