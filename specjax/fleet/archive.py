@@ -19,15 +19,14 @@ from specjax.train.checkpoint import Checkpoints, Damaged
 class Archive:
     """The checkpoints of a fleet in its workdir, those of its adapters in `adapters/<name>`.
 
-    Without a workdir it keeps what ended in memory alone.
-
     Args:
       workdir: of the fleet; None: nothing is written.
       keep: how many of the fleet's last checkpoints stay.
+      remember: keep what ended in memory too, for `ended`.
     """
 
-    def __init__(self, workdir: Path | None, keep: int):
-        self._workdir = workdir
+    def __init__(self, workdir: Path | None, keep: int, *, remember: bool):
+        self._workdir, self._remember = workdir, remember
         self._checkpoints = Checkpoints(workdir / "checkpoints", keep=keep) if workdir else None
         self._ended: dict[str, Adapter] = {}
 
@@ -104,8 +103,9 @@ class Archive:
           The base wearing the best.
         """
         model = run.slots.alone(best)
-        if self._workdir is None:
+        if self._remember:
             self._ended[lane.name] = last
+        if self._workdir is None:
             return model
         folder = self._folder(lane.name)
         if folder.exists():  # of a start that was killed before the fleet's checkpoint was whole
@@ -121,9 +121,9 @@ class Archive:
         return model
 
     def ended(self, run: Fleet) -> dict[str, Adapter]:
-        """The adapters that ended, as they were then."""
+        """The adapters that ended, as they were then; of an earlier start, from their folders."""
         lanes = [lane for lane in run.lanes.values() if lane.status == ENDED and lane.result.stopped != HALVED]
-        return {lane.name: self._ended[lane.name] if self._workdir is None else self._read(run, lane) for lane in lanes}
+        return {lane.name: self._ended.get(lane.name) or self._read(run, lane) for lane in lanes}
 
     def _read(self, run: Fleet, lane: Lane) -> Adapter:
         model = run.slots.alone(fresh(run.base, lane.member.lora))

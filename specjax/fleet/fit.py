@@ -100,7 +100,7 @@ def fit(
                 rungs=rungs,
             )
         )
-        archive = stack.enter_context(Archive(Path(workdir) if workdir else None, keep))
+        archive = stack.enter_context(Archive(Path(workdir) if workdir else None, keep, remember=attach))
         resumed = archive.restore(run)
         begun = {name: lane.step for name, lane in run.lanes.items() if lane.step or lane.status != WAITING}
         starts = begun if resumed else {}
