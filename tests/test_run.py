@@ -19,7 +19,7 @@ import torch
 import transformers
 from helpers import logged, metrics, torch_model
 from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, write_data, write_rows
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from specjax import build, flops, resume, run
 from specjax.card import LICENCE, base_licence
@@ -442,13 +442,13 @@ def test_generate_answers_from_a_run_a_folder_and_a_base_with_adapters(base, run
 def test_adapters_of_another_base_are_refused_by_its_fingerprint_else_told(base, runs, tmp_path, capsys):
     def copied(name, fingerprint, config):
         shutil.copytree(runs["lora"] / "export", tmp_path / name)
-        weights, told = tmp_path / name / "adapter_model.safetensors", tmp_path / name / "adapter_config.json"
-        save_file(load_file(weights), weights, metadata={"format": "pt", **fingerprint})
+        (tmp_path / name / "base.json").write_text(json.dumps(fingerprint))
+        told = tmp_path / name / "adapter_config.json"
         told.write_text(json.dumps(json.loads(told.read_text()) | config))
         return f"--adapter={tmp_path / name}"
 
     flags = (f"--model={base}", f"--prompt={PROMPT}", "--max_new_tokens=1")
-    other = copied("other", {"base_fingerprint": "0" * 32}, {"base_model_name_or_path": "org/other"})
+    other = copied("other", {"fingerprint": "0" * 32}, {"base_model_name_or_path": "org/other"})
     assert specjax("generate", other, *flags) == 2
     assert "was trained on other weights than those of" in (said := capsys.readouterr().err)
     assert "on org/other (fingerprint 000" in said and "give --model=org/other" in said

@@ -13,13 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from specjax import sharding
 from specjax.cluster import processes
 from specjax.errors import UserError, keys
-from specjax.files import refuse_base
+from specjax.files import read_object, refuse_base
 from specjax.hf import names as hf_names
 from specjax.hf.ends import declared
 from specjax.hf.place import check
@@ -37,6 +36,7 @@ from specjax.models.layers import Linear
 from specjax.models.moe import Router
 
 _PREFIX = "base_model.model."
+BASE = "base.json"  # no file of PEFT's, which passes over it: {"fingerprint": ...} of the base's weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ def save(
       eos_token: the token that ends its answers, where it was taught another than the tokenizer's eos token. What ends
         a text is in the folder's tokenizer and, where the base's files do not say it, in a `generation_config.json`.
       card: the text of README.md, the model card; "": none is written.
-      fingerprint: of the base's weights, kept in the file's metadata, see `base_of`; "": not known.
+      fingerprint: of the base's weights, kept in a file beside the adapter's, see `base_of`; "": not known.
 
     Returns:
       The targeted modules whose B is all zero, in which the adapter changes nothing; after training, none.
@@ -97,8 +97,9 @@ def save(
     _, generation = declared(model.origin, tokenizer, eos_token)
 
     def write(folder: Path) -> None:
-        told = {"base_fingerprint": fingerprint} if fingerprint else {}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", **told})
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})  # a second key of it would come in any order
+        if fingerprint:
+            (folder / BASE).write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -132,9 +133,8 @@ def base_of(folder: str | Path) -> tuple[str, str]:
     """What an adapter's folder says of its base: the name, and the fingerprint of its weights; each may be ""."""
     if mlx.is_mlx(Path(folder)):
         return mlx.base_of(Path(folder)), ""
-    with safe_open(Path(folder) / WEIGHTS, "numpy") as file:
-        fingerprint = (file.metadata() or {}).get("base_fingerprint", "")
-    return str(read_config(Path(folder)).get("base_model_name_or_path", "")), fingerprint
+    told = read_object(Path(folder) / BASE) if (Path(folder) / BASE).is_file() else {}
+    return str(read_config(Path(folder)).get("base_model_name_or_path", "")), str(told.get("fingerprint") or "")
 
 
 def read(model: Decoder, folder: Path) -> Adapter:
