@@ -112,7 +112,7 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
     """The flags of `verb` by name, those not given at their defaults; `config` is the config, overrides applied.
 
     Raises:
-        UserError: for an unknown verb or flag, a value of the wrong type, a flag that is missing or another verb's.
+      UserError: for an unknown verb or flag, a value of the wrong type, a flag that is missing or another verb's.
     """
     if verb not in VERBS:
         what = "The verb comes first" if verb.startswith("-") else f"There is no verb '{verb}'"
@@ -156,7 +156,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The config of a file, with `--config.KEY=VALUE` overrides, each typed as the key is.
 
     Raises:
-        UserError: for what is wrong with the file, a key or a value.
+      UserError: for what is wrong with the file, a key or a value.
     """
     config = load_config_file(path)
     typed, prompts = [], []

@@ -182,8 +182,8 @@ def validate(config: ConfigDict, device_count: int | None = None) -> None:
     """Raises `UserError` at the first key whose value is impossible or contradicts another's.
 
     Args:
-        config: as `get_config` makes it.
-        device_count: devices of the mesh over all processes; None leaves the mesh unchecked (`specjax data`).
+      config: as `get_config` makes it.
+      device_count: devices of the mesh over all processes; None leaves the mesh unchecked (`specjax data`).
     """
     check(config, get_config(), device_count)
 
@@ -205,9 +205,9 @@ def settled(config: ConfigDict, platform: str, device_count: int = 1) -> ConfigD
     """A copy in which what is chosen automatically is named: `model.dtype` and `accumulate`.
 
     Args:
-        config: a valid one.
-        platform: of the devices: cpu, gpu or tpu.
-        device_count: of the mesh.
+      config: a valid one.
+      platform: of the devices: cpu, gpu or tpu.
+      device_count: of the mesh.
     """
     made = copied(config, "model")
     if made.model.dtype == "auto":
@@ -303,7 +303,7 @@ def merge(config: ConfigDict, overrides: Mapping[str, Any], where: str = "config
     """A new config: `config` with the nested `overrides` (a mapping, or a `resolved` config read back).
 
     Raises:
-        UserError: for a key that does not exist or a value of the wrong type, named as `<where>.<key>`.
+      UserError: for a key that does not exist or a value of the wrong type, named as `<where>.<key>`.
     """
     merged = get_config()
     _update(merged, config.to_dict(), "config")
@@ -315,7 +315,7 @@ def methods(config: ConfigDict) -> dict[str, ConfigDict]:
     """The config of each method in `config.compare`, in the file's order.
 
     Raises:
-        UserError: when there is none, or when one's overrides are wrong.
+      UserError: when there is none, or when one's overrides are wrong.
     """
     if not config.compare:
         raise UserError(
@@ -334,7 +334,7 @@ def swept(config: ConfigDict) -> ConfigDict:
     """A copy in which `config.sweep` has become the adapters of `config.fleet`.
 
     Raises:
-        UserError: it has something else than lists, or `config.fleet` has adapters too.
+      UserError: it has something else than lists, or `config.fleet` has adapters too.
     """
     over = dict(flat(config.sweep.to_dict()))
     if not over:
@@ -364,7 +364,7 @@ def members(config: ConfigDict) -> dict[str, ConfigDict]:
     """The config of each adapter of `config.fleet`, as if it were trained alone, in the file's order.
 
     Raises:
-        UserError: when one's overrides are wrong, or are of what all share.
+      UserError: when one's overrides are wrong, or are of what all share.
     """
     made, base = {}, dict(flat(copied(config, "fleet").to_dict()))
     for name, overrides in config.fleet.items():
@@ -405,7 +405,7 @@ def load_config_file(path: str) -> ConfigDict:
     """The config that a `.py` file's `get_config()` makes, or that a run saved as `config.json`.
 
     Raises:
-        UserError: when there is no such file or it fails, with the file and line.
+      UserError: when there is no such file or it fails, with the file and line.
     """
     if not Path(path).is_file():
         raise UserError(f"There is no config file {path}: give one such as --config=configs/lora.py.")
