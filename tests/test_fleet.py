@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers import assert_same_bits, contents, data, logged, model
+from helpers import assert_same_bits, contents, data, logged, model, started
 from run_fixtures import specjax
 
 import specjax as sj
@@ -17,7 +17,7 @@ from specjax.fleet import job
 from specjax.fleet.session import Fleet
 from specjax.lora.adapters import collect, on_host
 from specjax.train.optim import schedule
-from specjax.train.step import begin, make_train_step, split, write_back
+from specjax.train.step import make_train_step, split, write_back
 
 STEPS = 5
 RATE = schedule("cosine", learning_rate=1e-2, steps=STEPS, warmup_steps=2)
@@ -103,7 +103,7 @@ def test_an_adapter_of_a_fleet_is_the_adapter_trained_alone(trained, name):
     rule = sj.adamw(own["rate"], weight_decay=own["decay"], clip_norm=own["clip"])
     graph, params, frozen = split(alone, sj.LORA)
     start = {path: np.array(value, copy=True) for path, value in params.items()}
-    step, state, packed = jax.jit(make_train_step(graph, rule, seed=7)), begin(rule, params), rows(name)
+    step, state, packed = jax.jit(make_train_step(graph, rule, seed=7)), started(rule, params), rows(name)
     mine, norms = by_adapter(lines, name), []
     assert [line["step"] for line in mine] == [*range(1, STEPS + 1)] and results[name].step == STEPS
     for number, line in enumerate(mine):

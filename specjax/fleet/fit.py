@@ -216,7 +216,8 @@ class _Loop:
         for lane in there[going:]:
             lane.status, lane.result.stopped = ENDED, HALVED
             del self.run.held[lane.name]
-            self._logs.pop(lane.name).end() if lane.name in self._logs else None
+            if lane.name in self._logs:
+                self._logs.pop(lane.name).end()
         if there:
             self.log.note(
                 f"rung {there[0].passed}: {', '.join(lane.name for lane in there[:going])} go on; "
