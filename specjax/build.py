@@ -63,13 +63,13 @@ def data_of(
     config: ConfigDict, tokenizer: Any, console: Console | None = None
 ) -> tuple[Data | Mixture, dict[str, Data]]:
     """`train_data_of` and `eval_data_of`, of one reading of the training rows where some of them are held out."""
-    corpora = _training(config, tokenizer, console)
+    corpora = corpora_of(config, tokenizer, console)
     return _train(config, corpora), eval_data_of(config, tokenizer, console, corpora)
 
 
 def train_data_of(config: ConfigDict, tokenizer: Any, console: Console | None = None) -> Data | Mixture:
     """The training rows, without those held out."""
-    return _train(config, _training(config, tokenizer, console))
+    return _train(config, corpora_of(config, tokenizer, console))
 
 
 def eval_data_of(
@@ -94,11 +94,12 @@ def eval_data_of(
         return {name: _packed(config, corpus, rows) for name, corpus in sets.items()}
     if not config.data.eval_fraction:
         return {}
-    corpora = corpora or _training(config, tokenizer, console)
+    corpora = corpora or corpora_of(config, tokenizer, console)
     return {name: _packed(config, corpora[source], rows, "eval") for name, source in heldout(config).items()}
 
 
-def _training(config: ConfigDict, tokenizer: Any, console: Console | None) -> dict[str, Corpus]:
+def corpora_of(config: ConfigDict, tokenizer: Any, console: Console | None = None) -> dict[str, Corpus]:
+    """All training rows as tokens, by source."""
     named = sources(config)
     several = len(named) > 1  # which may be of several kinds, and call their columns otherwise
     return {

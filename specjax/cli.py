@@ -124,7 +124,10 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
         rest = values(["specjax", *others])[1:]
         if rest:
             raise UserError(f"`specjax {verb}` takes flags alone, and {rest[0]!r} is none.{_as_flag(needs, rest[0])}")
-        present = {name for name in values if values[name].present} | ({"config"} if path or overrides else set())
+        if own := VERBS[verb].keys:
+            _check_keys(verb, own, overrides)
+        named = path or (overrides and not own)
+        present = {name for name in values if values[name].present} | ({"config"} if named else set())
         for name in sorted(present.difference(needs, may)):
             raise UserError(
                 f"--{name} is no flag of `specjax {verb}`, which takes {_dashed((*needs, *may)) or 'none'}."
@@ -132,6 +135,8 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
         arguments = {name: values[name].value for name in (*needs, *may) if name != "config"}
         if "config" in needs and path:
             arguments["config"] = read_config(path, overrides)
+        if own:
+            arguments["config"] = read_config("", overrides)
         if verb == "launch":
             arguments["given"] = [f"--config={path}", *overrides]
     except flags.Error as error:
@@ -153,12 +158,12 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The config of a file, with `--config.KEY=VALUE` overrides, each typed as the key is.
+    """The config of a file (""; the defaults), with `--config.KEY=VALUE` overrides, each typed as the key is.
 
     Raises:
       UserError: for what is wrong with the file, a key or a value.
     """
-    config = load_config_file(path)
+    config = load_config_file(path) if path else get_config()
     typed, prompts = [], []
     for override in overrides:
         key, _, value = override.removeprefix("--config.").partition("=")
@@ -188,6 +193,17 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
+def _check_keys(verb: str, own: str, overrides: Sequence[str]) -> None:
+    """Raises `UserError` for a key of the config that a verb which takes some of them does not take."""
+    for override in overrides:
+        key = override.partition("=")[0].removeprefix("--noconfig.").removeprefix("--config.")
+        if not re.fullmatch(own, key):
+            raise UserError(
+                f"--config.{key} is none of the keys that `specjax {verb}` takes, which say how the data are read: "
+                "leave it out, and give it to `specjax train`."
+            )
+
+
 def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
     """Calls the function that the verb names; returns the exit status."""
     if verb == "launch":  # the config was read for its mistakes: what is started reads it again
@@ -208,6 +224,13 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
         if own_process:
             process.ask_for_no_device(targets.cpus(arguments["target"]))
         report.report(**arguments)
+        return 0
+    if verb == "advise":  # by shapes alone: it must ask for no device
+        from specjax.advise import report as advice
+
+        if own_process:
+            process.ask_for_no_device()
+        advice.advise(**arguments)
         return 0
     if verb == "compare":  # its children train: this process must not take the accelerator
         from specjax.compare import compare

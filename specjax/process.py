@@ -21,7 +21,7 @@ PARTS = {
     "torch_block": "transformers may not load torch, unless the config file imports either of them",
     "quiet": "transformers, datasets, Orbax and the compilers print errors only",
     "compile_cache": "programs compiled for a GPU or TPU are kept in ~/.cache/specjax/xla",
-    "cpu_only": "`plan`, which compiles for devices that are not here, uses none that are",
+    "cpu_only": "`plan` and `advise`, which are about devices that are not here, use none that are",
     "memory_trim": "memory that compiling a step took goes back to the system",
 }
 

@@ -94,7 +94,9 @@ def _flags() -> Iterator[Flag]:
     yield Flag("repetition_penalty", "X", "make tokens that have occurred less likely", float, least=0.0)
     yield Flag("generation_config", "false", "ignore the model's generation_config.json", bool, True)
     # export
-    yield Flag("out", "DIR", "the folder to write, such as --out=exported")
+    yield Flag(
+        "out", "PATH", "what to write: a folder, such as --out=exported; of `advise`, a config, --out=advised.py"
+    )
     yield Flag("merge", "", "fold LoRA into the base's weights", bool)
     yield Flag("dequantise", "", "with --merge: merge into the dequantised weights of a quantised base", bool)
     yield Flag("step", "N", "the checkpoint's step; default: the best, or the last", int, least=0)
@@ -102,6 +104,15 @@ def _flags() -> Iterator[Flag]:
     yield Flag("dtype", "bfloat16|float32|float16", "of the files; default: that of the base's files")
     # data
     yield Flag("rows", "N,N", "show only these rows of the training data, by the numbers that a run prints")
+    # advise
+    yield Flag("data", "F", "what would train: a file, a folder or a hub name, such as --data=mine.jsonl")
+    yield Flag(
+        "hardware",
+        "FAMILY:SHAPE",
+        "cpu, which is this machine, or hardware as --target of `specjax plan` has it, such as h100:1 or v5e:4x4",
+        default="cpu",
+    )
+    yield Flag("explain", "", "print every rule with its source and how strong the evidence is", bool)
     # combine
     yield Flag("weight", "NAME=X", "an adapter's weight, such as --weight=hr=0.7", many=True)
     yield Flag(
@@ -158,12 +169,16 @@ FLAGS = {flag.name: flag for flag in _flags()}
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """What a verb does, the flags that it needs, those that it may have, and examples of it."""
+    """What a verb does, the flags that it needs, those that it may have, and examples of it.
+
+    `keys`: a pattern of the config's keys that it takes without a config file.
+    """
 
     does: str
     needs: tuple[str, ...]
     may: tuple[str, ...] = ()
     examples: tuple[str, ...] = ()
+    keys: str = ""
 
 
 _DRAWING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "generation_config")
@@ -218,6 +233,16 @@ VERBS = {
         ("config",),
         ("rows",),
         ("--config=configs/sft.py --config.data.train=mine.jsonl", "--config=configs/lora.py --rows=3,14"),
+    ),
+    "advise": Verb(
+        "say which method and settings to start from, for your data, model and hardware",
+        ("data", "model"),
+        ("hardware", "out", "explain"),
+        (
+            "--data=mine.jsonl --model=meta-llama/Llama-3.2-1B-Instruct --hardware=h100:1 --out=advised.py",
+            "--data=mine.jsonl --model=M --explain --config.data.columns.response=reply",
+        ),
+        r"seed|model\.revision|data\.((eval|columns)\.\w+|eval_fraction|template|format|turns|split|packing|overlong|cache)",
     ),
     "combine": Verb(
         "make one PEFT adapter of several, each with its weight",
@@ -310,6 +335,8 @@ def help_of(name: str) -> str:
             "--config.data.eval.NAME=FILE adds an eval set, --config.data.columns.ROLE=COLUMN names a column,",
         ]
         lines += ["--config.eval.prompts=TEXT may be repeated. `specjax help config` has every key and its default."]
+    if verb.keys:
+        lines += ["", "--config.data.KEY=VALUE says how the data are read, as in a config; `specjax help config.data`."]
     if name == "train":
         lines += ["", f"{DISABLE}, in the environment, leaves out what the command does to its own process: all, or"]
         lines += [line for part, does in PARTS.items() for line in _wrapped(f"  {part}: {does}", "    ")]

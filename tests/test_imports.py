@@ -35,6 +35,7 @@ ALLOWED = {
     "config": {"checks", "errors", "files"},
     "build": {"card", "checks", "config", "files", "train", "generation", "hf", "lora", "data", "models", "errors"},
     "plan": {"build", "checks", "config", "data", "flops", "train", "hf", "models", "sharding", "errors"},
+    "advise": {"build", "checks", "config", "data", "errors", "hf", "models", "plan", "train"},
     "resume": {"checks", "config", "data", "errors", "files", "hf", "train"},
     "fleet": {
         *("build", "checks", "cluster", "config", "errors", "files", "flops", "lock", "lora", "models", "process"),
@@ -67,6 +68,7 @@ ALLOWED = {
     "verbs": {"cluster", "process"},
     "cli": {
         *(
+            "advise",
             "asked",
             "chat",
             "run",
@@ -114,7 +116,9 @@ NO_JAX = {
 }
 # foreign library -> the parts that may import it
 FOREIGN = {
-    "ml_collections": {"config", "checks", "keys", "cli", "build", "plan", "resume", "run", "compare", "fleet"},
+    "ml_collections": {
+        *("config", "checks", "keys", "cli", "build", "plan", "resume", "run", "compare", "fleet", "advise"),
+    },
     "absl": {"cli", "verbs"},
     "jax": set(ALLOWED) - NO_JAX,
     "flax": set(ALLOWED) - NO_JAX,

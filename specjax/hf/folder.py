@@ -18,7 +18,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 
 def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local folder of a path or hub name (downloaded to the hub's cache; without `weights`, its JSON files alone).
+    """The local folder of a path or hub name (downloaded to the hub's cache; without `weights`, all but these).
 
     A name of two parts is asked of the hub, unless its first part is a folder here: then it is a path.
 
@@ -47,7 +47,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # Mistral's repositories hold the same weights a second time, as "consolidated", and gpt-oss' in "original".
-    wanted = ["*.json", "README.md", *(["*.safetensors", "*.model", "*.jinja", "*.txt"] if weights else [])]
+    wanted = ["*.json", "*.model", "*.jinja", "*.txt", "README.md", *(["*.safetensors"] if weights else [])]
     try:
         folder = Path(
             huggingface_hub.snapshot_download(

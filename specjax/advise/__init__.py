@@ -1,0 +1,1 @@
+"""Which method, and which settings, for somebody's data, model and hardware: by published rules, without training."""

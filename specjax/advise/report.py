@@ -1,0 +1,255 @@
+"""`specjax advise`: what the data are, what fits, which settings to start from, each with its rule and source."""
+
+import shlex
+import textwrap
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from specjax import build
+from specjax.advise import facts as facts_lib
+from specjax.advise import fits, rules, written
+from specjax.config import copied, get_config, validate
+from specjax.errors import UserError, keys
+from specjax.hf import config as hf_config
+from specjax.hf import folder as hf_folder
+from specjax.models import ModelConfig
+from specjax.plan import targets
+
+WIDTH, INDENT = 116, 18
+CPU = "cpu"  # this machine's
+
+
+class Line(NamedTuple):
+    """A piece of advice: what, its value in words, the rules that it follows, and what is to be known beside."""
+
+    what: str
+    value: str
+    rules: tuple[str, ...]
+    note: str = ""
+
+
+@keys({"target": "--hardware"})
+def advise(
+    data: str,
+    model: str,
+    *,
+    hardware: str = CPU,
+    out: str = "",
+    explain: bool = False,
+    config: ConfigDict | None = None,
+) -> ConfigDict:
+    """Prints the advice, and returns it as a config; nothing is trained or compiled, and no weight is read.
+
+    Args:
+      data: what trains: a file, a folder or a hub name.
+      model: a folder, of which config.json and the tokenizer are enough, or a hub name.
+      hardware: cpu, which is this machine, or a target of `specjax plan`, such as h100:1.
+      out: a file to write the config into.
+      explain: print every rule too.
+      config: the defaults, with keys of how the data are read.
+
+    Raises:
+      UserError: what can't be read or is not known, or a file that is there already.
+    """
+    target = targets.parse(f"{CPU}:1" if hardware == CPU else hardware)
+    if out:
+        written.check(out)
+    start = copied(config if config is not None else get_config(), "data", "model")
+    start.model.path, start.data.train = model, data
+    sizes = hf_config.from_folder(hf_folder.resolve(model, start.model.revision or None, weights=False))
+    start.data.length = min(start.data.length, sizes.max_positions)
+    validate(start, None)
+    _, tokenizer = build.tokenizer_of(start, weights=False)
+    found = facts_lib.facts(start, tokenizer)
+    if start.data.template and found.text:
+        raise UserError(
+            f"config.data.template is {start.data.template!r}, but {data} is raw text, which goes through no template: "
+            "leave it out."
+        )
+    advised, lines, tried = _advised(start, found, sizes, target)
+    validate(advised, targets.count(target))
+    sets = build.eval_data_of(advised, tokenizer) if advised.data.eval else {}
+    named = [(f"set {name}", f"{data.report['rows']:,} rows") for name, data in sets.items()]
+    _say("Data", facts_lib.lines(found, advised.data.length) + named)
+    _say("Fits", fits.lines(advised, tried, target, hardware))
+    print("Advice: a start by rules that others published; measure before you trust it")
+    for line in lines:
+        _entry(line.what, line.value)
+        for name in line.rules:
+            rule = rules.RULES[name]
+            _entry("", f"{rule.says} [{rule.source}; {rule.strength}]", mark="- ")
+        if line.note:
+            _entry("", line.note, mark="! ")
+    print()
+    if missing := list(_missing(advised, found)):
+        _say("Missing", missing)
+    if explain:
+        _say("Rules", [(name, f"{rule.says} [{rule.source}; {rule.strength}]") for name, rule in rules.RULES.items()])
+    if out:
+        written.write(out, advised, _reasons(lines))
+        print(f"{out} is written; train: specjax train --config={shlex.quote(out)} --workdir=runs/advised")
+    else:
+        print("--out=advised.py writes this as a config for `specjax train`.")
+    return advised
+
+
+def _advised(
+    start: ConfigDict, found: facts_lib.Facts, sizes: ModelConfig, target: targets.Target
+) -> tuple[ConfigDict, list[Line], list[fits.Fit]]:
+    """The advice as a config and in words, and what was tried."""
+    devices = targets.count(target)
+    made = copied(start, "data", "lora", "optimizer", "model", "dpo", "eval")
+    made.data.length = rules.length(found.sizes, sizes.max_positions, text=found.text)
+    if not made.data.eval and start.data.eval_fraction == get_config().data.eval_fraction:
+        made.data.eval_fraction = rules.held_out(found.distinct)
+    part = (made.data.eval_fraction, "train") if made.data.eval_fraction and not made.data.eval else None
+    packed = _packed(made, found, part)
+    examples = len(found.sizes) * packed[1]
+    per_row = 1.0 if found.text else examples / packed[0]
+    made.batch_size, epochs, steps = rules.course(packed[0], per_row, devices)
+    made.epochs = float(epochs)
+    base = fits.base_of(made, sizes, target, devices)
+    rank = rules.rank(found.loss_tokens, base.per_rank)
+    tried = fits.tries(made, base, rank or rules.RANKS[-1], target, devices)
+    method, note = _method(found, rank, tried)
+    made.update_from_flattened_dict(method.settings)
+    adapter = made.trainable == "lora"
+    if found.preference:
+        made.objective, made.dpo.beta = "dpo", rules.DPO_BETA
+    rate = rules.rate(sizes.family, sizes.embed_dim, adapter=adapter, steps=steps, dpo=found.preference)
+    made.optimizer.learning_rate = rate
+    if made.data.eval or made.data.eval_fraction:
+        made.eval.every = max(1, steps // 10)
+    lines = [Line("method", method.name, ("preference", "method") if found.preference else ("method",), note)]
+    if adapter:
+        lines += _of_adapter(made, base, rank, sizes)
+    lines += [_of_rate(rate, sizes, adapter, steps, found.preference)]
+    lines += _of_course(made, found, per_row, steps, devices)
+    return made, lines, tried
+
+
+@keys({"length": "config.data.length", "holdout": "config.data.eval_fraction", "overlong": "config.data.overlong"})
+def _packed(config: ConfigDict, found: facts_lib.Facts, part: tuple[float, str] | None) -> tuple[int, float]:
+    """Packed rows of what trains, and its share of the examples."""
+    d = config.data
+    made = found.corpus.pack(length=d.length, batch_size=1, packing=d.packing, overlong=d.overlong, holdout=part)
+    return made.num_rows, (len(made.offsets) - 1) / (len(found.corpus.offsets) - 1)
+
+
+def _method(found: facts_lib.Facts, rank: int | None, tried: list[fits.Fit]) -> tuple[fits.Fit, str]:
+    """What is advised, and what is to be known of it."""
+    full, *adapters = tried
+    much = found.text and found.loss_tokens >= rules.CONTINUED
+    every = (much or rank is None) and full.fits is not False
+    fitting = [fit for fit in adapters if fit.fits] or [fit for fit in adapters if fit.fits is None]
+    chosen = full if every else (fitting or adapters[-1:])[0]
+    notes = []
+    if every and not much:
+        notes.append("no rank up to 256 holds what these tokens may say; between the ends the evidence is thin")
+    elif not every and (much or rank is None):
+        notes.append("every weight should train on so much, which does not fit here: LoRA will learn less")
+    elif not every and (found.text or len(found.sizes) > rules.MANY_PAIRS):
+        notes.append("thin: this amount lies between the sizes that were studied; compare both on a part of the data")
+    if chosen.fits is False:
+        notes.append("nothing fits this hardware by this estimate: give a larger one")
+    return chosen, "; ".join(notes)
+
+
+def _of_adapter(config: ConfigDict, base: fits.Base, rank: int | None, sizes: ModelConfig) -> Iterator[Line]:
+    trained = config.lora.rank * base.per_rank
+    value = f"{config.lora.rank}: {trained:,} trained parameters, {facts_lib.percent(trained / base.parameters)}"
+    note = "the largest that is tried; it does not hold all that these tokens may say" if rank is None else ""
+    yield Line("rank", value, ("capacity",), note)
+    yield Line("alpha", f"{config.lora.alpha:g}", ("alpha",))
+    note = "experts: " + rules.RULES["experts"].says if sizes.num_experts else ""
+    yield Line("targets", "all-linear", ("targets", "variants"), note)
+
+
+def _of_rate(rate: float, sizes: ModelConfig, adapter: bool, steps: int, dpo: bool) -> Line:
+    if dpo:
+        return Line("rate", f"{rate:g}", ("rate of DPO",))
+    measured = rules.exponent(sizes.family) is not None
+    note = "" if measured else f"thin for {sizes.family}"
+    if measured and not 1000 <= sizes.embed_dim <= 10_000:
+        note = f"a hidden size of {sizes.embed_dim} is far from those that this was fitted on: sweep around it"
+    if adapter and steps < rules.SHORT:
+        note = "; ".join(filter(None, (f"{rules.LORA_TIMES_SHORT} times, for {steps} steps are few", note)))
+    names = ("rate" if measured else "rate of others", *(("times",) if adapter else ()))
+    return Line("rate", f"{rate:g}", names, note)
+
+
+def _of_course(config: ConfigDict, found: facts_lib.Facts, per_row: float, steps: int, devices: int) -> Iterator[Line]:
+    size, about = config.batch_size, config.batch_size * per_row
+    what = "" if found.text else f", about {about:.0f} {'pairs' if found.preference else 'examples'}"
+    note = f"{devices} devices want a row each" if about >= rules.FEWER_THAN else ""
+    yield Line(
+        "batch size", f"{size} row{'' if size == 1 else 's'} of {config.data.length} tokens{what}", ("batch",), note
+    )
+    note = f"fewer than {rules.SHORT} steps: too few by this rule" if steps < rules.SHORT else ""
+    yield Line("epochs", f"{config.epochs:g}, {steps:,} steps", ("epochs", "steps"), note)
+    long, _ = found.over(config.data.length)
+    note = f"{long:,} longer examples are dropped: data.overlong=keep_end keeps their ends" if long else ""
+    note = note if not found.preference else note.partition(":")[0]
+    yield Line("length", f"{config.data.length}", ("length",), note)
+    if not config.data.eval:
+        rows = round(config.data.eval_fraction * found.rows)
+        share = facts_lib.percent(config.data.eval_fraction)
+        yield Line("held out", f"{share}, {rows} rows", ("held out",))
+
+
+def _missing(config: ConfigDict, found: facts_lib.Facts) -> Iterator[tuple[str, str]]:
+    """What would make the advice, or the training, better founded."""
+    if not found.text and found.distinct < rules.FEW_PAIRS:
+        rule = rules.RULES["pairs"]
+        yield "examples", f"{found.distinct:,} different rows are few: {rule.says} ({rule.source})"
+    held = round(config.data.eval_fraction * found.rows)
+    if not config.data.eval and held < rules.HELD_OUT:
+        few = f"{held} held-out rows are too few to tell two settings apart" if held else "no row is held out"
+        yield "evaluation set", f"{few}: name a set by --config.data.eval.domain=FILE"
+    if "general" not in config.data.eval:
+        source = rules.RULES["forgetting"].source
+        yield "general set", f"without one nothing shows what is forgotten: --config.data.eval.general=FILE ({source})"
+    if found.rows > found.distinct:
+        yield (
+            "duplicates",
+            f"{found.rows - found.distinct:,} rows say what another says, and train twice: a look at them",
+        )
+
+
+def _reasons(lines: list[Line]) -> dict[str, str]:
+    """Key -> the rules that set it, for the file."""
+    places = {
+        "method": "trainable",
+        "rank": "lora.rank",
+        "alpha": "lora.alpha",
+        "targets": "lora.targets",
+        "rate": "optimizer.learning_rate",
+        "batch size": "batch_size",
+        "epochs": "epochs",
+        "length": "data.length",
+        "held out": "data.eval_fraction",
+    }
+    own = {"model.remat": "each layer is computed a second time, to save memory", "accumulate": "to save memory"}
+    return own | {
+        places[line.what]: "; ".join(f"{rules.RULES[name].says} ({rules.RULES[name].source})" for name in line.rules)
+        for line in lines
+    }
+
+
+def _say(title: str, entries: Iterable[tuple[str, str]]) -> None:
+    print(title)
+    for what, value in entries:
+        _entry(what, value)
+    print()
+
+
+def _entry(what: str, value: str, mark: str = "") -> None:
+    if value.startswith("specjax "):  # a command stays on its line, to be copied
+        print(f"    {value}")
+        return
+    indent = " " * (INDENT + 2)
+    first = f"  {what:<{INDENT}}{mark}"
+    more = indent + " " * len(mark)
+    print(textwrap.fill(value, WIDTH, initial_indent=first, subsequent_indent=more, break_on_hyphens=False))

@@ -1,0 +1,235 @@
+"""The advice: each rule's number at its boundary, memory against compiled steps, the config that is written."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from specjax import build
+from specjax.advise import facts, memory, report, rules
+from specjax.cli import main, parse, read_config
+from specjax.config import validate
+from specjax.hf.config import from_hf
+
+ROOT = Path(__file__).parent.parent
+BASE = str(ROOT / "demo" / "base_config")  # config.json and tokenizer alone
+GIB = 2**30
+PAIRS = [{"instruction": f"What is {n}?", "response": f"The number {n}."} for n in range(18)]
+ROWS = {
+    "pairs": [*PAIRS, PAIRS[0], {"instruction": "And?", "response": " "}],
+    "chats": [{"messages": [{"role": role, "content": f"{n}?"} for role in ("user", "assistant")]} for n in range(9)],
+    "preference pairs": [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": "No."} for n in range(9)],
+    "raw text": [{"text": f"The number {n} is a number. " * 60} for n in range(9)],
+}  # fmt: skip
+LLAMA_8B = {
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096},
+    **{"intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    **{"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": False},
+}
+PARAMETERS, FACTORS = 8_030_261_248, 41_943_040  # of it, and of rank 16 on all its maps
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Data of every kind, and no cache of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for kind, rows in ROWS.items():
+        Path(f"{kind.split()[0]}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_rank_holds_two_bits_a_parameter_and_none_holds_too_much():
+    assert [rules.rank(tokens, 1000) for tokens in (1, 32_000, 32_001, 512_000, 512_001)] == [16, 16, 32, 256, None]
+
+
+@pytest.mark.parametrize(
+    "family, width, changes, wanted",
+    [
+        ("llama", 2000, {}, 5e-4),
+        ("llama", 2000, {"steps": 99}, 7.5e-4),
+        ("llama", 2000, {"adapter": False}, 5e-5),
+        ("llama", 2000, {"adapter": False, "steps": 99}, 5e-5),
+        ("llama", 4096, {}, 2.9e-4),
+        ("qwen3", 4096, {}, 4.7e-4),
+        ("gemma2", 4096, {}, 2e-4),
+        ("llama", 4096, {"dpo": True, "steps": 99}, 1e-5),
+        ("llama", 4096, {"dpo": True, "adapter": False}, 1e-6),
+    ],
+)
+def test_the_rate_is_by_width_ten_times_for_lora_and_fifteen_times_under_a_hundred_steps(
+    family, width, changes, wanted
+):
+    assert rules.rate(family, width, **({"adapter": True, "steps": 100} | changes)) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "rows, per_row, groups, wanted",
+    [
+        (16_000, 1.0, 1, (16, 1, 1000)),  # 1,000 steps are enough
+        (15_984, 1.0, 1, (16, 2, 1998)),  # 999 are not
+        (7_000, 1.0, 1, (16, 3, 1312)),
+        (533, 1.0, 1, (16, 3, 100)),  # 100 steps are enough
+        (530, 1.0, 1, (8, 3, 199)),  # 99 are not: a smaller batch
+        (10, 1.0, 1, (1, 10, 100)),  # then more passes
+        (6, 1.0, 1, (1, 15, 90)),  # but not more than that
+        (16_000, 1.99, 1, (16, 1, 1000)),
+        (16_000, 2.0, 1, (8, 1, 2000)),  # 32 examples are too many
+        (10, 1.0, 16, (16, 15, 9)),  # a device has a row at least
+    ],
+)
+def test_the_course_is_a_small_batch_and_a_hundred_to_a_thousand_steps(rows, per_row, groups, wanted):
+    assert rules.course(rows, per_row, groups) == wanted
+
+
+def test_length_and_held_out_share():
+    lengths = [rules.length(np.array([3, n]), 8192, text=False) for n in (10, 256, 257, 4097)]
+    assert lengths == [256, 256, 384, 4096]
+    assert rules.length(np.array([9000]), 512, text=False) == 512
+    assert [rules.length(np.array([9000]), most, text=True) for most in (512, 8192)] == [512, 1024]
+    assert [rules.held_out(n) for n in (1, 2, 500, 1000, 2500, 10_000)] == [0.0, 0.1, 0.1, 0.05, 0.02, 0.02]
+
+
+GLM = {"hidden_size": 6144, "num_hidden_layers": 61, "num_attention_heads": 48, "num_key_value_heads": 2}
+GLM |= {"head_dim": 128, "intermediate_size": 23040, "vocab_size": 151552}
+GRANITE = {"hidden_size": 2560, "num_hidden_layers": 40, "num_attention_heads": 40, "head_dim": 64}
+GRANITE |= {"intermediate_size": 8192, "vocab_size": 100352}
+APERTUS = {"intermediate_size": 21504, "vocab_size": 131072}  # two maps in its MLP, not three
+# What a compiled step needs, remat full, 2,048 tokens a row: docs/measurements.md, both tables of plans.
+# Sizes, hardware, devices, rows, trained parameters, bytes of the frozen base, GiB, by how much the estimate is off,
+# and docs/guides/choose.md says the same.
+COMPILED = [
+    ({}, "v5e", 16, 1, FACTORS, 2 * PARAMETERS, 2.8, 0.06),
+    ({}, "v5p", 16, 2, PARAMETERS, 0, 10.3, -0.02),
+    ({}, "h100", 8, 2, FACTORS, 2 * PARAMETERS, 7.1, -0.09),
+    ({}, "h100", 8, 4, PARAMETERS, 0, 23.1, -0.10),
+    ({"quantised": True}, "v5e", 4, 1, FACTORS, 5_726_273_536, 4.5, -0.16),
+    (GLM, "v5p", 4, 2, int(1.29 * GIB / 12), int(4 * 15.16 * GIB), 23.11, -0.06),
+    (GRANITE, "v5e", 4, 2, int(0.33 * GIB / 12), int(4 * 1.58 * GIB), 3.47, 0.01),
+    (APERTUS | {"gate": ""}, "v5e", 4, 2, int(0.45 * GIB / 12), int(4 * 3.75 * GIB), 6.76, -0.03),
+]
+
+
+@pytest.mark.parametrize("changes, family, devices, rows, trained, frozen, compiled, off", COMPILED)
+def test_memory_is_within_a_quarter_of_compiled_steps(changes, family, devices, rows, trained, frozen, compiled, off):
+    sizes = from_hf(LLAMA_8B | {key: value for key, value in changes.items() if isinstance(value, int)})
+    sizes = dataclasses.replace(sizes, gate=changes.get("gate", sizes.gate))
+    placed = {"devices": devices, "rows": rows, "length": 2048, "family": family}
+    placed["quantised"] = "quantised" in changes
+    need = memory.need(sizes, trained=trained, frozen=frozen, **placed)
+    assert need.more is not None
+    estimated = (need.state + need.more) / GIB
+    assert estimated == pytest.approx(compiled, rel=memory.MARGIN - 1)
+    assert estimated / compiled - 1 == pytest.approx(off, abs=0.006)
+
+
+def test_what_surely_fits_what_surely_does_not_and_what_must_be_compiled():
+    assert [memory.Need(60, 20).fits(n) for n in (59, 60, 99, 100)] == [False, None, None, True]
+    assert [memory.Need(60, None).fits(n) for n in (59, 60, 6000)] == [False, None, None]
+    sizes = from_hf(LLAMA_8B)
+    placed = {"frozen": 0, "devices": 1, "rows": 1, "length": 1}
+    assert memory.need(sizes, trained=10, family="cpu", **placed) == (240, None)
+    assert memory.need(sizes, trained=10, family="v5e", **placed).state == 160
+    assert memory.need(sizes, trained=10, family="v5e", **placed | {"frozen": 40, "devices": 4}).state == 170
+    experts = dataclasses.replace(sizes, num_experts=8)
+    assert memory.need(experts, trained=10, family="v5e", **placed) == (160, None)
+
+
+@pytest.mark.parametrize(
+    "text, tokens, rank, full, lora, wanted, said",
+    [
+        (False, 10, 16, True, True, "LoRA", ""),
+        (False, 10**6, None, True, True, "every", "no rank up to 256"),
+        (False, 10**6, None, False, True, "LoRA", "every weight should train"),
+        (True, 10**9 - 1, 256, True, True, "LoRA", "thin"),
+        (True, 10**9, 256, True, True, "every", ""),
+        (True, 10**9, 256, False, None, "LoRA", "every weight should train"),
+        (False, 10, 16, False, False, "nf4", "nothing fits"),
+    ],
+)
+def test_the_method_is_lora_until_the_tokens_are_too_many_and_fit(text, tokens, rank, full, lora, wanted, said):
+    names = [("every", full), ("LoRA", lora), *([] if lora else [("nf4", False)])]
+    tried = [SimpleNamespace(name=name, fits=fits) for name, fits in names]
+    found = SimpleNamespace(text=text, loss_tokens=tokens, sizes=range(9))
+    method, note = report._method(found, rank, tried)
+    assert method.name == wanted
+    assert said in note and bool(said) == bool(note)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_facts_are_of_the_tokens_that_train(kind):
+    config = parse("advise", ["--data=x", "--model=y"])["config"]
+    config.data.train, config.model.path = f"{kind.split()[0]}.jsonl", BASE
+    _, tokenizer = build.tokenizer_of(config, weights=False)
+    found = facts.facts(config, tokenizer)
+    assert found.kind == kind and found.rows == len(ROWS[kind])
+    assert (found.rows - found.distinct, found.blank) == ((1, 1) if kind == "pairs" else (0, 0))
+    config.data.eval_fraction = 0.0
+    packed = build.train_data_of(config, tokenizer)
+    assert (found.loss_tokens, found.tokens) == (packed.report["loss_tokens"], packed.report["tokens"])
+    assert len(found.sizes) == packed.report["documents"] // packed.together
+    assert found.over(int(found.sizes.max())) == (0, 0)
+    longest = int((found.sizes == found.sizes.max()).sum())
+    assert found.over(int(found.sizes.max()) - 1)[0] == (0 if kind == "raw text" else longest)
+
+
+def test_advice_for_too_few_pairs_is_written_and_says_what_is_missing(capsys):
+    argv = ("advise", "--data=pairs.jsonl", f"--model={BASE}", "--hardware=h100:1", "--out=advised.py", "--explain")
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "20, of which 1 say what another says" in out
+    for said in (
+        "19 different rows are few",
+        "2 held-out rows are too few",
+        "without one nothing shows what is forgot",
+    ):
+        assert said in " ".join(out.split())
+    for rule in rules.RULES.values():  # --explain
+        assert rule.source.split(",")[0] in " ".join(out.split())
+    [plan] = [line for line in out.splitlines() if "specjax plan --config=configs/lora.py --target=h100:1" in line]
+    config = read_config("advised.py")
+    validate(config, 1)
+    assert (config.data.train, config.model.path) == ("pairs.jsonl", BASE)
+    assert (config.trainable, config.lora.rank, config.lora.alpha, config.lora.targets) == (
+        *("lora", 16, 32.0, "all-linear"),
+    )
+    assert (config.model.remat, config.epochs, config.data.length) == ("full", 15.0, 256)
+    assert f"--config.batch_size={config.batch_size} " in plan
+    before = Path("advised.py").read_text()
+    assert main(argv) == 2
+    assert "--out=advised.py is there already" in capsys.readouterr().err
+    assert Path("advised.py").read_text() == before
+
+
+def test_pairs_of_answers_are_advised_dpo_and_named_sets_are_kept(capsys):
+    argv = ("--data=preference.jsonl", f"--model={BASE}", "--out=dpo.py", "--config.data.eval.domain=pairs.jsonl")
+    assert main(("advise", *argv)) == 0
+    out = capsys.readouterr().out
+    assert "set domain        20 rows" in out and "held out" not in out
+    config = read_config("dpo.py")
+    assert (config.objective, config.dpo.beta, config.optimizer.learning_rate) == ("dpo", 0.1, 1e-5)
+    assert config.data.eval.to_dict() == {"domain": "pairs.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"hardware": "a100:1"}, "--hardware=a100:1 is no target: give one such as v5e:4x4, "),
+        ({"model": "nowhere"}, "model 'nowhere': no such folder"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"out": "advised.txt"}, "--out=advised.txt is no Python file"),
+        ({"out": "no/advised.py"}, "there is no folder no"),
+        ({"config.lora.rank": "8"}, "--config.lora.rank is none of the keys that `specjax advise` takes"),
+        ({"data": "raw.jsonl", "config.data.template": "chatml"}, "which goes through no template"),
+        ({"config.data.columns.response": "reply"}, "config.data.columns.response is 'reply', a column that"),
+        ({"config": "dpo.py"}, "--config is no flag of `specjax advise`"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_and_exit_status_2(capsys, changes, said):
+    given = {"data": "pairs.jsonl", "model": BASE} | changes
+    assert main(["advise", *(f"--{name}={value}" for name, value in given.items())]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("specjax: ") and err.count("\n") == 1
+    assert said in err
