@@ -136,7 +136,7 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
         if "config" in needs and path:
             arguments["config"] = read_config(path, overrides)
         if own:
-            arguments["config"] = read_config("", overrides)
+            arguments["start"] = read_config("", overrides)
         if verb == "launch":
             arguments["given"] = [f"--config={path}", *overrides]
     except flags.Error as error:

@@ -160,7 +160,7 @@ def test_the_method_is_lora_until_the_tokens_are_too_many_and_fit(text, tokens, 
 
 @pytest.mark.parametrize("kind", ROWS)
 def test_the_facts_are_of_the_tokens_that_train(kind):
-    config = parse("advise", ["--data=x", "--model=y"])["config"]
+    config = parse("advise", ["--data=x", "--model=y"])["start"]
     config.data.train, config.model.path = f"{kind.split()[0]}.jsonl", BASE
     _, tokenizer = build.tokenizer_of(config, weights=False)
     found = facts.facts(config, tokenizer)
@@ -208,6 +208,7 @@ def test_pairs_of_answers_are_advised_dpo_and_named_sets_are_kept(capsys):
     assert main(("advise", *argv)) == 0
     out = capsys.readouterr().out
     assert "set domain        20 rows" in out and "held out" not in out
+    assert out.count(" --config.objective=dpo ") == 2  # in the plans too
     config = read_config("dpo.py")
     assert (config.objective, config.dpo.beta, config.optimizer.learning_rate) == ("dpo", 0.1, 1e-5)
     assert config.data.eval.to_dict() == {"domain": "pairs.jsonl"}

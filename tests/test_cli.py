@@ -146,8 +146,8 @@ def test_the_module_runs_as_the_command_does():
     done = subprocess.run([sys.executable, "-m", "specjax", "trian"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == (
-        "specjax: There is no verb 'trian': it is one of train, eval, generate, chat, export, data, combine, compare, "
-        "plan, launch, families, env. Did you mean 'train'?\n"
+        "specjax: There is no verb 'trian': it is one of train, eval, generate, chat, export, data, advise, combine, "
+        "compare, plan, launch, families, env. Did you mean 'train'?\n"
     )
 
 

@@ -141,6 +141,8 @@ def lines(config: ConfigDict, tried: list[Fit], target: targets.Target, hardware
 def _plan(config: ConfigDict, fit: Fit, target: targets.Target) -> str:
     file = "full" if fit.settings["trainable"] == "all" else "lora"
     keys = {"model.path": config.model.path, "batch_size": config.batch_size, "data.length": config.data.length}
+    if config.objective != "next_token":
+        keys["objective"] = config.objective
     same = ("trainable", "lora.alpha", "lora.targets")
     keys |= {key: value for key, value in fit.settings.items() if key not in same}
     given = " ".join(f"--config.{key}={shlex.quote(str(value))}" for key, value in keys.items())

@@ -38,7 +38,7 @@ def advise(
     hardware: str = CPU,
     out: str = "",
     explain: bool = False,
-    config: ConfigDict | None = None,
+    start: ConfigDict | None = None,
 ) -> ConfigDict:
     """Prints the advice, and returns it as a config; nothing is trained or compiled, and no weight is read.
 
@@ -48,7 +48,7 @@ def advise(
       hardware: cpu, which is this machine, or a target of `specjax plan`, such as h100:1.
       out: a file to write the config into.
       explain: print every rule too.
-      config: the defaults, with keys of how the data are read.
+      start: the defaults, with keys of how the data are read.
 
     Raises:
       UserError: what can't be read or is not known, or a file that is there already.
@@ -56,7 +56,7 @@ def advise(
     target = targets.parse(f"{CPU}:1" if hardware == CPU else hardware)
     if out:
         written.check(out)
-    start = copied(config if config is not None else get_config(), "data", "model")
+    start = copied(get_config() if start is None else start, "data", "model")
     start.model.path, start.data.train = model, data
     sizes = hf_config.from_folder(hf_folder.resolve(model, start.model.revision or None, weights=False))
     start.data.length = min(start.data.length, sizes.max_positions)
