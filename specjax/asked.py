@@ -1,12 +1,12 @@
 """What `generate` and `chat` are given: adapters by name, and prompts, which may name the adapter that answers."""
 
-import json
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from specjax.errors import UserError, nearest
 from specjax.values import shown
@@ -58,12 +58,16 @@ def prompts(given: Sequence[str], file: str, names: Collection[str]) -> list[Pro
     """
     found = []
     for text in given:
-        read, where = (sys.stdin.read(), "--prompt=-") if text == "-" else (text, "--prompt")
-        found.append(addressed(read, names, where))
-    for number, line in enumerate(_lines(file) if file else (), 1):
-        where = f"{file}:{number}"
-        if line.strip():
-            found.append(_row(line, names, where) if file.endswith(".jsonl") else addressed(line, names, where))
+        where = "--prompt=-" if text == "-" else "--prompt"
+        with utf8("the standard input"):
+            found.append(addressed(sys.stdin.read() if text == "-" else text, names, where))
+    if file.endswith(".jsonl"):
+        from specjax.data.read import read  # most prompts are texts
+
+        found += [_row(row, names, where) for where, row in read(file)]
+    elif file:
+        lines = enumerate(_lines(file), 1)
+        found += [addressed(line, names, f"{file}:{number}") for number, line in lines if line.strip()]
     if not any(prompt.text.strip() for prompt in found):
         raise UserError(
             "`specjax generate` needs --prompt: a text, such as --prompt='What is VAT?', or - for standard input."
@@ -108,13 +112,9 @@ def _named(name: str, names: Collection[str], where: str, more: str = "") -> str
     return name
 
 
-def _row(line: str, names: Collection[str], where: str) -> Prompt:
-    """A line of a `.jsonl` file."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise UserError(f'{where} is no JSON: write {{"prompt": ..., "adapter": ...}}.') from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or row.keys() - {"prompt", "adapter"}:
+def _row(row: Mapping[str, Any], names: Collection[str], where: str) -> Prompt:
+    """A row of a `.jsonl` file."""
+    if not isinstance(row.get("prompt"), str) or row.keys() - {"prompt", "adapter"}:
         raise UserError(f'{where}: write {{"prompt": a text}} and, where one adapter answers it, "adapter": its name.')
     if "adapter" not in row:
         return Prompt(row["prompt"])
@@ -123,8 +123,22 @@ def _row(line: str, names: Collection[str], where: str) -> Prompt:
     return Prompt(row["prompt"], None if row["adapter"] is None else _named(row["adapter"], names, where))
 
 
+@contextmanager
+def utf8(what: str) -> Iterator[None]:
+    """Text is read in here.
+
+    Raises:
+      UserError: it is no UTF-8.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text: {error.reason} at byte {error.start}: save it as UTF-8.") from error
+
+
 def _lines(file: str) -> list[str]:
     try:
-        return Path(file).read_text(encoding="utf-8").split("\n")
+        with utf8(file):
+            return Path(file).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise UserError(f"There is no file {file}: --prompt_file is a text file with a prompt per line.") from None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -225,17 +226,22 @@ def check_ids(config: ConfigDict, folder: Path, data: Data | Mixture, eval_data:
         session.check_ids(f"the set {name!r}", one, rows)
 
 
-@keys(ARGUMENTS)
-def optimizer_of(config: ConfigDict, steps: int) -> optim.Optimizer:
-    """The optimizer, its schedule laid over `steps`."""
+def rate_of(config: ConfigDict, steps: int) -> optax.Schedule:
+    """The learning rate, its schedule laid over `steps`."""
     c = config.optimizer
-    rate = optim.schedule(
+    return optim.schedule(
         c.schedule,
         learning_rate=c.learning_rate,
         steps=steps,
         warmup_steps=c.warmup_steps,
         final_fraction=c.final_fraction,
     )
+
+
+@keys(ARGUMENTS)
+def optimizer_of(config: ConfigDict, steps: int) -> optim.Optimizer:
+    """The optimizer, its rate laid over `steps`."""
+    c, rate = config.optimizer, rate_of(config, steps)
     common = {"weight_decay": c.weight_decay, "b1": c.b1, "b2": c.b2, "clip_norm": c.clip_norm}
     common |= {"moments": c.moments, "offload": c.offload}
     match c.name:

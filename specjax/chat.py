@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from specjax.asked import BASE
+from specjax.asked import BASE, utf8
 from specjax.errors import UserError, keys, nearest
 from specjax.speakers import Speakers, Who, load
 
@@ -205,7 +205,8 @@ def chat(
 def _lines(talk: Chat, terminal: bool) -> Iterator[str]:
     """The lines of the input; on a terminal with a prompt, and with the editing of `readline` where Python has it."""
     if not terminal:
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        with utf8("the standard input"):
+            yield from (line.rstrip("\n") for line in sys.stdin)
         return
     try:
         import readline  # noqa: F401  (changes `input`)

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,25 @@ def torch_model(
         if name.endswith("layer_scalar"):
             buffer.uniform_(0.7, 1.3, generator=generator)
     return made.to(dtype or torch.float32)
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """A list that grows by one with each program that is compiled in here."""
+    found: list[str] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 41)(1.0)
+        assert len(found) == 1, "the count does not see compilations"
+        found.clear()
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def started(optimizer: Any, trainable: Any) -> TrainState:

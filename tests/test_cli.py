@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import specjax
-from specjax import asked, cli, compare, keys, run
+from specjax import asked, chat, cli, compare, keys, run
 from specjax.checks import CHOICES, FREE, flat
 from specjax.cluster import launch
 from specjax.config import ConfigDict, get_config
@@ -218,11 +218,24 @@ def test_a_file_of_rows_names_the_adapter_of_each_prompt(tmp_path):
         '{"prompt": "Hi", "adapter": "hx"}': "no adapter is named 'hx'; there are hr, and base for none.",
         '{"prompt": "Hi", "adaptor": "hr"}': 'write {"prompt": a text} and, where one adapter answers it, "adapter"',
         '{"prompt": "Hi", "adapter": 3}': "adapter is 3: give a name, or null for the base",
-        "Hi": "is no JSON",
+        "Hi": "is not JSON",
+        "[" * 100_000: "is not JSON that can be read: it is nested too deeply",
     }.items():
         file.write_text("\n" + line)
         with pytest.raises(UserError, match=re.escape(f"{file}:2") + ".*" + re.escape(said)):
             asked.prompts([], str(file), ["hr"])
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "-"])
+def test_prompts_that_are_no_utf8_are_one_sentence(tmp_path, monkeypatch, name):
+    file = tmp_path / name
+    file.write_bytes(b'{"prompt": "\xff"}\n')
+    with file.open(encoding="utf-8") as stream, pytest.raises(UserError, match=r"is not UTF-8 text: .* at byte 12"):
+        monkeypatch.setattr("sys.stdin", stream)
+        asked.prompts(["-"] if name == "-" else [], "" if name == "-" else str(file), [])
+    with file.open(encoding="utf-8") as stream, pytest.raises(UserError, match="the standard input is not UTF-8"):
+        monkeypatch.setattr("sys.stdin", stream)
+        list(chat._lines(None, terminal=False))
 
 
 def test_export_passes_what_was_asked(calls):
@@ -276,6 +289,7 @@ def test_a_methods_own_key_is_overridden(calls):
         (("generate", "--model=m", "--prompt= "), "`specjax generate` needs --prompt"),
         (("generate", "--prompt=x"), "`specjax generate` needs --model"),
         (("generate", "--model=m", "--prompt_file=absent"), "There is no file absent"),
+        (("generate", "--model=m", "--prompt_file=absent.jsonl"), "no such data file or folder: absent.jsonl"),
         (("generate", "--model=m", "--adapter=a/x", "--adapter=b/x", "--prompt=p"), "Two adapters are named 'x'"),
         (("export", "--workdir=w"), "`specjax export` needs --out"),
         (

@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 import transformers
 from flax import nnx
-from helpers import YARN
+from helpers import YARN, compilations
 
 import specjax as sj
 from demo.tokenizer import train_tokenizer
@@ -275,24 +275,13 @@ def test_nothing_compiles_again_within_a_bucket(llama):
     generate_tokens(llama.model, PROMPTS, max_new_tokens=16)
     generate_tokens(llama.model, PROMPTS, max_new_tokens=16, temperature=1.0)
     generate_tokens(llama.model, PROMPTS, max_new_tokens=16, temperature=1.0, top_k=9)
-    compiled = []
-
-    def listen(event, seconds, **_):
-        if event.endswith("backend_compile_duration"):
-            compiled.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        jax.jit(lambda x: x + 41)(1.0)
-        assert len(compiled) == 1, "the count does not see compilations"
+    with compilations() as compiled:
         again, _ = sj.load(llama.folder, dtype="float32")
         for some in options:
             for model in (llama.model, again):  # the weights are arguments
                 for prompts in (PROMPTS, [[9] * n for n in (31, 40, 64, 7, 8, 9, 2)]):
                     generate_tokens(model, prompts, **{"max_new_tokens": 16, **some})
-        assert len(compiled) == 1
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        assert not compiled
 
 
 def test_a_seed_gives_the_same_draws_and_another_seed_others(llama):

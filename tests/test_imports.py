@@ -41,7 +41,7 @@ ALLOWED = {
         *("build", "checks", "cluster", "config", "errors", "files", "flops", "lock", "lora", "models", "process"),
         *("resume", "sharding", "train"),
     },
-    "asked": {"errors", "values"},
+    "asked": {"data", "errors", "values"},
     "speakers": {"build", "generation", "hf", "lora", "models", "sharding", "cluster", "errors"},
     "chat": {"asked", "speakers", "errors"},
     "run": {

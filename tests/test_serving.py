@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import BASE, model, prompts
+from helpers import BASE, compilations, model, prompts
 
 import specjax as sj
 from specjax.errors import UserError
@@ -114,16 +114,7 @@ def test_loading_unloading_and_switching_compile_nothing_and_copy_no_base(folder
 
     assert_mixed("hr", None, "hr", None, "hr", None)
     base = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(made, BASE))}
-    compiled = []
-
-    def listen(event, seconds, **_):
-        if event.endswith("backend_compile_duration"):
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        jax.jit(lambda x: x + 43)(1.0)
-        assert len(compiled) == 1, "the count does not see compilations"
+    with compilations() as compiled:
         sj.lora.load(made, folders["tax"], name="tax")
         assert_mixed("tax", "hr", None, "hr", "tax", "tax")
         sj.lora.load(made, folders["law"], name="law")
@@ -137,9 +128,7 @@ def test_loading_unloading_and_switching_compile_nothing_and_copy_no_base(folder
             sj.lora.use(made, name)
             assert generate_tokens(made, PROMPTS, max_new_tokens=NEW) == found
             assert_answered(alone, [name] * len(PROMPTS), found)
-        assert len(compiled) == 1, "something was compiled"
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        assert not compiled
     served = dict(nnx.to_flat_state(nnx.state(bank.serving(made), BASE)))
     assert served.keys() == base.keys() and all(served[path][...] is value for path, value in base.items())
     # What was trained, or written into, since the bank was made is what answers.

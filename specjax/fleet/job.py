@@ -18,7 +18,6 @@ from specjax.fleet.member import Member, adamw, lion
 from specjax.fleet.step import Rule
 from specjax.lock import Lock
 from specjax.models import Decoder
-from specjax.train import optim
 from specjax.train.result import Result
 
 
@@ -170,18 +169,11 @@ def _member(name: str, config: ConfigDict) -> tuple[Member, ConfigDict, dict[str
         build.check_pairs(config, data)
         build.check_ids(config, folder, data, sets)
     steps, c = config.steps or data.steps(config.epochs), config.optimizer
-    rate = optim.schedule(
-        c.schedule,
-        learning_rate=c.learning_rate,
-        steps=steps,
-        warmup_steps=c.warmup_steps,
-        final_fraction=c.final_fraction,
-    )
     member = Member(
         data=data,
         steps=steps,
         lora=lora_settings(config) | {"seed": config.seed + build.SEED_LORA},
-        learning_rate=rate,
+        learning_rate=build.rate_of(config, steps),
         weight_decay=c.weight_decay,
         clip_norm=c.clip_norm,
         seed=config.seed,
