@@ -167,7 +167,7 @@ def _row(stack: Stack, field: str, member: Member, value: Any) -> Any:
 def constant(values: np.ndarray, axes: Axes, mesh: Mesh | None) -> Constant:
     """Numbers that do not train, on every device of the mesh."""
     place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return Constant(jax.device_put(jnp.asarray(values), place), axes=axes)
+    return Constant(jax.device_put(values, place), axes=axes)  # from NumPy: no program per shape
 
 
 def collect(model: Decoder, name: str) -> Adapter:
