@@ -42,7 +42,8 @@ def measure(method: str, steps: int) -> dict[str, Any]:
     from jax import monitoring
 
     from specjax import build, process, run
-    from specjax.config import load_config_file, methods
+    from specjax.config.entries import methods
+    from specjax.config.source import load_config_file
 
     compiled: list[str] = []
 

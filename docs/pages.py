@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from specjax import keys, verbs
+from specjax import verbs
+from specjax.config import keys
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -52,7 +53,7 @@ def config_keys() -> str:
     """Every key of the config in a table per group."""
     parts = [
         "# Config keys",
-        "What `specjax help config` prints, from `specjax/config.py`. On the command line a key is "
+        "What `specjax help config` prints, from `specjax/config/__init__.py`. On the command line a key is "
         "`--config.KEY=VALUE`, in a file of `configs/` it is `config.KEY = VALUE`. A key without a default is not set.",
     ]
     for group in dict.fromkeys(key.group for key in keys.keys()):

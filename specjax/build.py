@@ -13,8 +13,9 @@ from rich.console import Console
 
 from specjax import lora
 from specjax.card import card
-from specjax.checks import ARGUMENTS, heldout, sources
-from specjax.config import check_length, load_config_file, lora_settings
+from specjax.config import check_length, lora_settings
+from specjax.config.checks import ARGUMENTS, heldout, sources
+from specjax.config.source import load_config_file
 from specjax.data import Corpus, Data, Mixture, mix, tokenise
 from specjax.data.chat import resolve as resolve_template
 from specjax.data.questions import questions

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from specjax import __version__
-from specjax.checks import flat
 from specjax.config import get_config
+from specjax.config.checks import flat
 from specjax.files import read_object, read_rows
 
 LICENCE = ("license", "license_name", "license_link")  # of the hub's metadata

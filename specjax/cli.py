@@ -11,10 +11,13 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from specjax import __version__, asked, keys, process
-from specjax.checks import FREE, TYPES, nearest_key
+from specjax import __version__, process
+from specjax.chat import prompts
 from specjax.cluster.launch import launch
-from specjax.config import get_config, load_config_file
+from specjax.config import get_config
+from specjax.config import keys as config_keys
+from specjax.config.checks import FREE, TYPES, nearest_key
+from specjax.config.source import load_config_file
 from specjax.errors import UserError, nearest
 from specjax.values import shown
 from specjax.verbs import FLAGS, VERBS, WIDTH, help_of, help_of_all
@@ -99,7 +102,7 @@ def _help(argv: Sequence[str]) -> int:
         print(help_of(named[0]), end="")
     elif named and named[0].partition(".")[0] == "config":
         try:
-            print(keys.help_of(named[0], WIDTH), end="")
+            print(config_keys.help_of(named[0], WIDTH), end="")
         except UserError as error:
             print("specjax:", error, file=sys.stderr)
             return 2
@@ -148,12 +151,12 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
         if "://" in (arguments.get(name) or ""):
             raise UserError(f"--{name}={arguments[name]} is no folder: mount the bucket, and give its path.")
     if verb in ("generate", "chat", "combine"):
-        arguments["adapters"] = asked.adapters(arguments.pop("adapter"), addressed=verb != "combine")
+        arguments["adapters"] = prompts.adapters(arguments.pop("adapter"), addressed=verb != "combine")
     if verb == "combine":
         arguments["weights"] = _weights(arguments.pop("weight"), arguments["adapters"])
     if verb == "generate":
         given = arguments.pop("prompt"), arguments.pop("prompt_file")
-        arguments["prompts"] = asked.prompts(*given, arguments["adapters"])
+        arguments["prompts"] = prompts.prompts(*given, arguments["adapters"])
     return arguments
 
 
@@ -259,9 +262,9 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
         case "generate":
             run.generate(**arguments)
         case "chat":
-            from specjax import chat
+            from specjax.chat import terminal
 
-            chat.chat(**arguments)
+            terminal.chat(**arguments)
         case "export":
             run.export(**arguments)
         case "combine":

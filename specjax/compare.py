@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import process
-from specjax.config import get_config, merge, methods, refuse_fleet, resolved, validate
+from specjax.config import get_config, merge, resolved, validate
+from specjax.config.entries import methods, refuse_fleet
 from specjax.errors import UserError
 from specjax.files import read_object, read_rows, write_json
 

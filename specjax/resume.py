@@ -12,8 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from specjax import files
-from specjax.checks import sources
 from specjax.config import HOW, differing
+from specjax.config.checks import sources
 from specjax.data import Data, Mixture
 from specjax.errors import UserError
 from specjax.hf import config as hf_config

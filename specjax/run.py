@@ -12,17 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import build, files, lora, process, resume, sharding
-from specjax.asked import BASE, Prompt
-from specjax.checks import ARGUMENTS
+from specjax.chat.prompts import BASE, Prompt
+from specjax.chat.speakers import Who
+from specjax.chat.speakers import load as load_speakers
 from specjax.cluster import processes
-from specjax.config import check_length, members, refuse_fleet, resolved, settled, swept, validate
+from specjax.config import check_length, resolved, settled, validate
+from specjax.config.checks import ARGUMENTS
+from specjax.config.entries import members, refuse_fleet, swept
 from specjax.data.report import show
 from specjax.errors import UserError, keys
 from specjax.hf import load as hf_load
 from specjax.hf.tokenizer import load_tokenizer
 from specjax.lock import Lock
-from specjax.speakers import Who
-from specjax.speakers import load as load_speakers
 from specjax.train.evaluate import evaluate as evaluate_set
 from specjax.train.evaluate import most_documents
 from specjax.train.fit import fit

@@ -12,7 +12,7 @@ import pytest
 from run_fixtures import ROOT, write_base
 
 import specjax as sj
-from specjax.chat import Chat
+from specjax.chat.terminal import Chat
 from specjax.errors import UserError
 from specjax.hf.tokenizer import load_tokenizer
 

@@ -12,10 +12,12 @@ import jax
 import pytest
 
 import specjax
-from specjax import asked, chat, cli, compare, keys, run
-from specjax.checks import CHOICES, FREE, flat
+from specjax import cli, compare, run
+from specjax.chat import prompts as asked
+from specjax.chat import terminal as chat
 from specjax.cluster import launch
-from specjax.config import ConfigDict, get_config
+from specjax.config import ConfigDict, get_config, keys
+from specjax.config.checks import CHOICES, FREE, flat
 from specjax.errors import UserError
 from specjax.plan import report
 from specjax.verbs import FLAGS, VERBS

@@ -5,21 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from specjax.checks import CHOICES, eval_names, flat, sources
 from specjax.config import (
     HOW,
     ConfigDict,
     check_length,
     differing,
     get_config,
-    load_config_file,
     lora_settings,
     merge,
-    methods,
     resolved,
     settled,
     validate,
 )
+from specjax.config.checks import CHOICES, eval_names, flat, sources
+from specjax.config.entries import methods
+from specjax.config.source import load_config_file
 from specjax.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))

@@ -10,17 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from specjax.checks import FREE, NESTED, flat
 from specjax.cli import parse
-from specjax.config import (
-    check_length,
-    get_config,
-    load_config_file,
-    lora_settings,
-    methods,
-    settled,
-    validate,
-)
+from specjax.config import check_length, get_config, lora_settings, settled, validate
+from specjax.config.checks import FREE, NESTED, flat
+from specjax.config.entries import methods
+from specjax.config.source import load_config_file
 from specjax.verbs import VERBS
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from specjax import sandbox
 from specjax.cluster import processes
-from specjax.config import load_config_file
+from specjax.config.source import load_config_file
 from specjax.data.prepare import load as load_data
 from specjax.data.read import read
 from specjax.errors import UserError

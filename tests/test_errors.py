@@ -11,9 +11,9 @@ import pytest
 
 import specjax as sj
 from specjax import cli, run
-from specjax.asked import Prompt
-from specjax.checks import ARGUMENTS, flat
+from specjax.chat.prompts import Prompt
 from specjax.config import get_config
+from specjax.config.checks import ARGUMENTS, flat
 from specjax.errors import UserError, argument, keys
 from specjax.train import step
 

@@ -11,7 +11,9 @@ from run_fixtures import specjax
 
 import specjax as sj
 from specjax import build, fleet, resume
-from specjax.config import get_config, load_config_file, members, swept
+from specjax.config import get_config
+from specjax.config.entries import members, swept
+from specjax.config.source import load_config_file
 from specjax.errors import UserError
 from specjax.fleet import job
 from specjax.fleet.session import Fleet

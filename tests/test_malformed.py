@@ -11,7 +11,8 @@ import pytest
 from run_fixtures import ROOT, flags
 
 from specjax import cli, lora
-from specjax.config import load_config_file, validate
+from specjax.config import validate
+from specjax.config.source import load_config_file
 from specjax.data.chat import resolve as template_of
 from specjax.data.prepare import load as load_data
 from specjax.data.read import read

@@ -23,7 +23,8 @@ from safetensors.numpy import load_file
 
 from specjax import build, flops, resume, run
 from specjax.card import LICENCE, base_licence
-from specjax.config import get_config, load_config_file
+from specjax.config import get_config
+from specjax.config.source import load_config_file
 from specjax.data import Data
 from specjax.errors import UserError
 from specjax.train import fit

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from specjax import build
 from specjax.advise import rules
-from specjax.checks import sources
 from specjax.config import copied
+from specjax.config.checks import sources
 from specjax.data import Corpus
 from specjax.errors import UserError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from specjax.checks import FREE, flat
 from specjax.config import get_config
+from specjax.config.checks import FREE, flat
 from specjax.errors import UserError
 
 _HEAD = '''"""Written by `specjax advise`: a start by published rules, each above what it set."""

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import build, files, process, resume, sharding
-from specjax.checks import ARGUMENTS, groups_of_rows
-from specjax.config import lora_settings, members, plain, resolved, settled, swept, validate
+from specjax.config import lora_settings, plain, resolved, settled, validate
+from specjax.config.checks import ARGUMENTS, groups_of_rows
+from specjax.config.entries import members, swept
 from specjax.errors import UserError, keys, naming
 from specjax.fleet.fit import fit
 from specjax.fleet.member import Member, adamw, lion

@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from specjax import build, sharding
-from specjax.checks import ARGUMENTS
 from specjax.config import check_length, settled
+from specjax.config.checks import ARGUMENTS
 from specjax.data.loader import COLUMNS
 from specjax.errors import keys
 from specjax.hf import folder as hf_folder

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import build, flops
-from specjax.config import refuse_fleet, validate
+from specjax.config import validate
+from specjax.config.entries import refuse_fleet
 from specjax.errors import UserError, keys
 from specjax.plan import compiled, job, targets
 from specjax.plan import search as search_lib

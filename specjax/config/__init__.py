@@ -5,37 +5,26 @@ typed: an unknown key or a wrong type is refused where it is written, and `valid
 before anything is loaded.
 """
 
-import ast
-import itertools
 import json
 import re
-import runpy
-import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict as ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-from specjax.checks import FREE, NESTED, TYPES, check, eval_names, flat, groups_of_rows, nearest_key
+from specjax.config.checks import FREE, NESTED, TYPES, check, eval_names, flat, groups_of_rows, nearest_key
 from specjax.errors import UserError
-from specjax.files import read_object
 
-# Keys that say how a batch is computed, and not what: a run may go on with another value (`resume.claim`).
 MICRO_TOKENS = 256  # from so many on, a CPU's matrix products are no faster (docs/measurements.md, Beside TRL and PEFT)
-# Keys of which each adapter of a fleet may have its own value.
-OWN = re.compile(
-    r"(seed|steps|epochs)$|(lora|eval)\.|data\.(?!length$|cache$)"
-    r"|optimizer\.(learning_rate|schedule|warmup_steps|final_fraction|weight_decay|clip_norm)$"
-)
+# Keys that say how a batch is computed, and not what: a run may go on with another value (`resume.claim`).
 HOW = re.compile(r"(accumulate|mesh\..*|model\.remat|optimizer\.offload)$")
 
 
 def get_config() -> ConfigDict:
     """The defaults. 0, "" and -1 mean what the comment beside them says; a key of None is not set.
 
-    The comments above and beside a key are what `specjax help config` and the reference say of it (`specjax.keys`).
+    The comments above and beside a key are what `specjax help config` and the reference say of it (`keys.py`).
     """
     config = ConfigDict()
     config.seed = 0  # seeds the order of rows, LoRA's first factors, dropout and random weights
@@ -311,131 +300,10 @@ def merge(config: ConfigDict, overrides: Mapping[str, Any], where: str = "config
     return merged
 
 
-def methods(config: ConfigDict) -> dict[str, ConfigDict]:
-    """The config of each method in `config.compare`, in the file's order.
-
-    Raises:
-      UserError: when there is none, or when one's overrides are wrong.
-    """
-    if not config.compare:
-        raise UserError(
-            "config.compare is empty: give it a name and overrides for each method, as configs/demo.py does."
-        )
-    made = {}
-    for name, overrides in config.compare.items():
-        if not isinstance(overrides, Mapping | ConfigDict):
-            raise UserError(f"config.compare.{name} is {overrides!r}: give the overrides of this method as a dict.")
-        made[name] = merge(config, overrides, where=f"config.compare.{name}")
-        made[name].compare = ConfigDict()
-    return made
-
-
-def swept(config: ConfigDict) -> ConfigDict:
-    """A copy in which `config.sweep` has become the adapters of `config.fleet`.
-
-    Raises:
-      UserError: it has something else than lists, or `config.fleet` has adapters too.
-    """
-    over = dict(flat(config.sweep.to_dict()))
-    if not over:
-        return config
-    for key, values in over.items():
-        if not isinstance(values, list | tuple) or not values:
-            raise UserError(f"config.sweep.{key} is {values!r}: give a list of values.")
-    if config.fleet:
-        raise UserError("config.sweep makes the adapters of config.fleet, which has some: give one of them.")
-    made = copied(config, "fleet", "sweep")
-    made.sweep = ConfigDict()
-    made.fleet.unlock()
-    for values in itertools.product(*over.values()):
-        overrides = dict[str, Any]()
-        for key, value in zip(over, values, strict=True):
-            *groups, last = key.split(".")
-            inner = overrides
-            for group in groups:
-                inner = inner.setdefault(group, {})
-            inner[last] = value
-        parts = (f"{key.rpartition('.')[2]}-{value}" for key, value in zip(over, values, strict=True))
-        made.fleet[re.sub(r"[^\w-]+", "_", "--".join(parts))] = overrides
-    return made
-
-
-def members(config: ConfigDict) -> dict[str, ConfigDict]:
-    """The config of each adapter of `config.fleet`, as if it were trained alone, in the file's order.
-
-    Raises:
-      UserError: when one's overrides are wrong, or are of what all share.
-    """
-    made, base = {}, dict(flat(copied(config, "fleet").to_dict()))
-    for name, overrides in config.fleet.items():
-        where = f"config.fleet.{name}"
-        if not re.fullmatch(r"[\w-]+", name):
-            raise UserError(f"config.fleet has an adapter named {name!r}: use letters, digits, '_' and '-' alone.")
-        if not isinstance(overrides, Mapping | ConfigDict):
-            raise UserError(f"{where} is {overrides!r}: give the overrides of this adapter as a dict.")
-        one = merge(config, overrides, where=where)
-        own = dict(flat(one.to_dict()))
-        shared = [key for key in own if not OWN.match(key) and own[key] != base.get(key, own[key])]
-        if shared:
-            raise UserError(
-                f"{where}.{shared[0]} is {own[shared[0]]!r}, but all adapters of a fleet share one base and one batch: "
-                f"set config.{shared[0]} for all of them, or train {name} in a run of its own."
-            )
-        one.fleet, one.sweep, one.rungs, one.slots = ConfigDict(), ConfigDict(), None, 0
-        made[name] = one
-    return made
-
-
-def refuse_fleet(config: ConfigDict, verb: str) -> None:
-    """Raises `UserError` where a config of several adapters is given to what knows one run."""
-    if config.fleet or config.sweep:
-        raise UserError(
-            f"`{verb}` is of one run, and config.fleet or config.sweep names several adapters: give it a config "
-            "without them, such as the config.json in <workdir>/adapters/<name>."
-        )
-
-
 def plain(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON values, as it was given."""
     values: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
     return values
-
-
-def load_config_file(path: str) -> ConfigDict:
-    """The config that a `.py` file's `get_config()` makes, or that a run saved as `config.json`.
-
-    Raises:
-      UserError: when there is no such file or it fails, with the file and line.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"There is no config file {path}: give one such as --config=configs/lora.py.")
-    if path.endswith(".json"):
-        return merge(get_config(), read_object(path), where=f"{path}: config")
-    try:
-        names = runpy.run_path(path)
-        config = names["get_config"]() if "get_config" in names else None
-    except (Exception, SystemExit) as error:  # the file is the user's program: whatever it raises is a mistake in it
-        raise UserError(_failure(path, error)) from error
-    _refuse_doubles(path)
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{path} has no get_config() that returns a config: start from one of configs/.")
-    return config
-
-
-def _refuse_doubles(path: str) -> None:
-    """Raises `UserError` where a name stands twice in a dict, or in `config.fleet`: Python keeps the last."""
-    for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"), path)):
-        names = [key for key in node.keys if isinstance(key, ast.Constant)] if isinstance(node, ast.Dict) else []
-        given = [(repr(key.value), key.lineno) for key in names]
-        if isinstance(node, ast.FunctionDef):
-            targets = [target for each in node.body if isinstance(each, ast.Assign) for target in each.targets]
-            written = ((ast.unparse(target), target.lineno) for target in targets)
-            given = [one for one in written if re.search(r"\.fleet(\.\w+|\[.*\])$", one[0])]
-        seen = set[str]()
-        for name, line in given:
-            if name in seen:
-                raise UserError(f"{path}:{line}: {name} is given a second time: give one of them another name.")
-            seen.add(name)
 
 
 def _update(config: ConfigDict, values: Mapping[str, Any], where: str, group: str = "") -> None:
@@ -457,18 +325,3 @@ def _update(config: ConfigDict, values: Mapping[str, Any], where: str, group: st
         except TypeError:
             kind = TYPES.get(config.get_type(key), "another type")
             raise UserError(f"{where}.{inner} is {value!r}: it takes {kind}.") from None
-
-
-def _failure(path: str, error: BaseException) -> str:
-    """One sentence for what a config file raised, at the line of the file that is to blame."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else (lines or [0])[-1]
-    if isinstance(error, UserError):
-        return f"{path}:{line}: {error}"
-    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if unknown := re.search(r'Key \\?"(\w+)\\?" does not exist', what):
-        return f"{path}:{line}: '{unknown[1]}' is not a key of the config.{nearest_key(unknown[1], get_config())}"
-    if wrong := re.search(r"override field '(\w+)' \(reference\)\. (.*) is of .* to type <class '(\w+)'>", what):
-        kind = {kind.__name__: text for kind, text in TYPES.items()}.get(wrong[3], wrong[3])
-        return f"{path}:{line}: '{wrong[1]}' takes {kind}, not {wrong[2]!r}."
-    return f"{path}:{line}: {what.rstrip('.')}."

@@ -15,9 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from specjax.asked import BASE, utf8
+from specjax.chat.prompts import BASE, utf8
+from specjax.chat.speakers import Speakers, Who, load
 from specjax.errors import UserError, keys, nearest
-from specjax.speakers import Speakers, Who, load
 
 LONGEST = 512  # tokens of an answer, where neither a flag nor the model's files say it; at most half of its positions
 NARROWEST = 24  # columns of an answer beside others; on a narrower terminal they stand one under another

@@ -15,8 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
-from specjax.checks import CHOICES, TYPES, nearest_key
 from specjax.config import get_config
+from specjax.config.checks import CHOICES, TYPES, nearest_key
 from specjax.errors import UserError
 
 
