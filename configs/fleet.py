@@ -7,6 +7,9 @@
 `config.fleet` names the adapters; each entry has what is its own, and takes the rest from the config around it. Data,
 evaluation sets, LoRA, rate, schedule, weight decay, clip, seed and steps may differ; base, length, batch size and mesh
 are all adapters'. With `config.slots` fewer train at once, and the others take the slots of those that end.
+
+On 2 cores, shared with other work, 5 minutes and 1.7 GiB (`make demo` writes the data). Held-out loss, nats per token:
+    5.09 -> 3.28 (pairs), 3.17 (wide), 3.73 (attention); on text 4.45 -> 3.93 (code)
 """
 
 from specjax.config import ConfigDict

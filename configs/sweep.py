@@ -4,6 +4,9 @@
 
 Every combination of `config.sweep` is an adapter of a fleet (`configs/fleet.py`). At the shares of the steps that
 `config.rungs` has, the half with the smaller held-out loss goes on: of eight adapters one is trained to its end.
+
+On 2 cores, shared with other work, 4 minutes and 1.0 GiB (`make demo` writes the data). 4e-3 at rank 16 is left at the
+end: held-out loss 5.09 -> 3.10 nats per token after 80 steps; the last that it beat, 2e-3 at rank 16, 3.18 after 40.
 """
 
 from specjax.config import ConfigDict

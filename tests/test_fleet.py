@@ -1,5 +1,6 @@
 """Adapters trained together over one base are what they would be alone; one that breaks is no matter of the others'."""
 
+import dataclasses
 import json
 import shutil
 
@@ -15,11 +16,12 @@ from specjax.config import get_config
 from specjax.config.entries import members, swept
 from specjax.config.source import load_config_file
 from specjax.errors import UserError
-from specjax.fleet import job
+from specjax.fleet import job, member
 from specjax.fleet.session import Fleet
-from specjax.lora.adapters import collect, on_host
+from specjax.lora.adapters import DEFAULT, attach, collect, on_host
+from specjax.train import evaluate as train_evaluate
 from specjax.train.optim import schedule
-from specjax.train.step import make_train_step, split, write_back
+from specjax.train.step import make_eval_step, make_train_step, split, write_back
 
 STEPS = 5
 RATE = schedule("cosine", learning_rate=1e-2, steps=STEPS, warmup_steps=2)
@@ -85,8 +87,11 @@ def by_adapter(lines, name):
 
 
 def factors(of, name):
-    found = on_host(collect(of, name)).factors
-    return {f"{path}.{field}": value for path, one in found.items() for field, value in one.values.items()}
+    return values(on_host(collect(of, name)))
+
+
+def values(adapter):
+    return {f"{path}.{field}": value for path, one in adapter.factors.items() for field, value in one.values.items()}
 
 
 def test_an_adapters_gradient_stays_on_the_devices_that_have_its_rows(trained, once):
@@ -159,6 +164,37 @@ def test_one_that_is_poisoned_stops_alone_and_no_other_changes_by_a_bit(once, tr
         assert timeless(by_adapter(logged(tmp_path), name)) == timeless(by_adapter(lines, name))
 
 
+def test_evaluations_and_the_best_weights_are_each_adapters_own(once, trained, monkeypatch):
+    """Another one has its least loss at step 2, 5 and 4; the first has no patience for more than two worse ones."""
+    best, seen, found, evaluate = {"hr": 2, "tax": 5, "law": 4}, {}, {}, Fleet.evaluate
+
+    def told(self, lane):
+        seen[lane.name, lane.step] = values(self.end(lane)[0])
+        found[lane.name] = evaluate(self, lane)["set"]["loss"]
+        return {"set": {"loss": float(lane.step != best[lane.name])}}
+
+    monkeypatch.setattr(Fleet, "evaluate", told)
+    fleets = {name: one_of(name, eval_data={"set": rows("law")}, eval_every=1) for name in ALONE}
+    fleets["hr"] = dataclasses.replace(fleets["hr"], patience=2)
+    ended = {}
+    results = fleet.fit(
+        model(mesh=mesh()), fleets, accumulate=2, ended=lambda name, of, _: ended.update({name: factors(of, DEFAULT)})
+    )
+    assert len(set(found.values())) == len(ALONE)
+    assert (results["hr"].stopped, results["hr"].step) == ("patience", 4)
+    for name, step in best.items():
+        if name != "hr":
+            assert_same_bits(seen[name, STEPS], factors(trained[0], name))
+        assert results[name].best_step == step
+        assert_same_bits(ended[name], seen[name, step])
+    alone = model()
+    attach(alone, DEFAULT, on_host(collect(trained[0], "tax")))
+    sj.lora.use(alone, DEFAULT)
+    graph, params, frozen = split(alone, sj.LORA)
+    wanted = train_evaluate.evaluate(jax.jit(make_eval_step(graph)), params, frozen, rows("law"), None)
+    assert found["tax"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
 def test_the_worse_ones_stop_at_a_rung_and_the_others_go_on_as_if_they_had_not_waited(
     once, trained, tmp_path, monkeypatch
 ):
@@ -187,6 +223,20 @@ def test_the_worse_ones_stop_at_a_rung_and_the_others_go_on_as_if_they_had_not_w
             shutil.rmtree(folder)
     fleet.fit(model(mesh=mesh()), fleets, workdir=again, **given)
     assert timeless(again) == timeless(tmp_path / "whole") and len(once) == 1  # nothing was compiled for another slot
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_a_fleets_rule_is_the_one_of_a_lone_run(name):
+    params = {("layers", 0, "q_proj", "kernel"): np.ones((2, 3), np.float32), ("norm", "scale"): np.ones(3, np.float32)}
+    rng, updates = np.random.default_rng(0), []
+    gradients = [{path: rng.standard_normal(x.shape, np.float32) for path, x in params.items()} for _ in range(2)]
+    for rule in (getattr(member, name)()(1e-2, 0.1), getattr(sj, name)(1e-2, weight_decay=0.1, clip_norm=0.0)):
+        state = rule.init(params)
+        for each in gradients:
+            update, state = rule.update(each, state, params)
+        updates.append(update)
+    for path in params:
+        np.testing.assert_allclose(*(update[path] for update in updates), rtol=1e-6)
 
 
 def test_a_sweep_is_a_fleet_of_every_combination():
