@@ -22,7 +22,7 @@ from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, w
 from safetensors.numpy import load_file
 
 from specjax import build, flops, resume, run
-from specjax.card import LICENCE, base_licence
+from specjax.card import LICENCE, _losses, base_licence
 from specjax.config import get_config
 from specjax.config.source import load_config_file
 from specjax.data import Data
@@ -171,6 +171,11 @@ def test_the_export_has_a_model_card_of_the_hubs_form(base, runs, kind):
     assert ("lora.rank: 16" in card.text) == ("PeftModel" in card.text) == adapter
     assert f"step {STEPS}, 8 rows of 64 tokens per step" in card.text and "learning_rate: 0.0" in card.text
     assert str(base.parent) not in card.content  # nothing of the machine's
+
+
+def test_a_cards_losses_are_of_the_step_that_is_exported():
+    evals = [{"step": step, "eval/pairs/loss": 3.0 - step} for step in (0, 1, 2)]
+    assert [*_losses(evals, 1)][2:] == ["| pairs | loss | 3.0000 | 2.0000 |"] and not [*_losses(evals, 3)]
 
 
 @pytest.mark.parametrize(
