@@ -47,6 +47,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
     },
 }
+# A config file, because no flag gives an adapter its own values.
+FLEET = """
+from specjax.config import get_config as defaults
+
+def get_config():
+    config = defaults()
+    config.trainable, config.lora.rank = "lora", 16
+    config.fleet = {f"adapter{n}": {"optimizer": {"learning_rate": 1e-4 * (n + 1)}} for n in range(16)}
+    return config
+"""
 # name, shapes, config, target, what was asked for, overrides
 JOBS: list[tuple[str, str, str, str, str, dict[str, Any]]] = [
     ("8B LoRA r16", "8b", "lora", "v5e:4x4", "3.5", {"batch_size": 16, "data.length": 2048}),
@@ -69,6 +79,8 @@ JOBS: list[tuple[str, str, str, str, str, dict[str, Any]]] = [
         "50.2",
         {"batch_size": 512, "data.length": 4096, "mesh.tensor": 8},
     ),
+    ("8B, fleet of 16 LoRA r16", "8b", "fleet", "v5e:4x4", "fits", {"batch_size": 1, "data.length": 2048}),
+    ("8B, fleet of 16 LoRA r16", "8b", "fleet", "h100:1", "fits", {"batch_size": 1, "data.length": 2048}),
     (
         "8B LoRA r16, nf4 base",
         "8b",
@@ -116,7 +128,11 @@ def row(
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(shapes))
     keys = {"model.path": path, "model.remat": "full"} | changes
-    command = [sys.executable, "-m", "specjax", "plan", f"--config=configs/{config}.py", f"--target={target}", "--json"]
+    file = Path(f"configs/{config}.py")
+    if config == "fleet":
+        file = path / "fleet.py"
+        file.write_text(FLEET)
+    command = [sys.executable, "-m", "specjax", "plan", f"--config={file}", f"--target={target}", "--json"]
     command += [f"--config.{key}={value}" for key, value in keys.items()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

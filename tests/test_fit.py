@@ -27,7 +27,7 @@ import specjax as sj
 from specjax import process, sharding
 from specjax.errors import UserError
 from specjax.models import layers
-from specjax.train import fit, session
+from specjax.train import fit, memory, session
 from specjax.train.checkpoint import Checkpoints
 from specjax.train.evaluate import evaluate
 from specjax.train.session import Session
@@ -502,6 +502,8 @@ def test_memory_that_does_not_do_is_answered_with_figures_and_what_to_change(tmp
         )
     assert re.search(rf"does not do: {needs}.*; take more micro-batches", str(raised.value))
     assert "\n" not in str(raised.value)
+    several = memory.too_much(raised.value.__cause__, jax.devices()[0], slots=4)
+    assert "take fewer adapters at once (slots, now 4), more micro-batches" in str(several)
 
 
 class Full:

@@ -21,6 +21,7 @@ from specjax.fleet.session import Fleet
 from specjax.lora.adapters import DEFAULT, attach, collect, on_host
 from specjax.train import evaluate as train_evaluate
 from specjax.train.optim import schedule
+from specjax.train.result import Result
 from specjax.train.step import make_eval_step, make_train_step, split, write_back
 
 STEPS = 5
@@ -164,8 +165,11 @@ def test_one_that_is_poisoned_stops_alone_and_no_other_changes_by_a_bit(once, tr
         assert timeless(by_adapter(logged(tmp_path), name)) == timeless(by_adapter(lines, name))
 
 
-def test_evaluations_and_the_best_weights_are_each_adapters_own(once, trained, monkeypatch):
-    """Another one has its least loss at step 2, 5 and 4; the first has no patience for more than two worse ones."""
+def test_evaluations_and_the_best_weights_are_each_adapters_own(once, trained, monkeypatch, capsys):
+    """Another one has its least loss at step 2, 5 and 4; the first has no patience for more than two worse ones.
+
+    A step far above the ones before names the rows of its adapter.
+    """
     best, seen, found, evaluate = {"hr": 2, "tax": 5, "law": 4}, {}, {}, Fleet.evaluate
 
     def told(self, lane):
@@ -174,6 +178,7 @@ def test_evaluations_and_the_best_weights_are_each_adapters_own(once, trained, m
         return {"set": {"loss": float(lane.step != best[lane.name])}}
 
     monkeypatch.setattr(Fleet, "evaluate", told)
+    monkeypatch.setattr(Result, "spike", lambda self, loss: 0.125 if self.step == 3 else None)
     fleets = {name: one_of(name, eval_data={"set": rows("law")}, eval_every=1) for name in ALONE}
     fleets["hr"] = dataclasses.replace(fleets["hr"], patience=2)
     ended = {}
@@ -182,6 +187,9 @@ def test_evaluations_and_the_best_weights_are_each_adapters_own(once, trained, m
     )
     assert len(set(found.values())) == len(ALONE)
     assert (results["hr"].stopped, results["hr"].step) == ("patience", 4)
+    said = [line for line in capsys.readouterr().out.splitlines() if "was 0.125 before" in line]
+    wanted = [",".join(map(str, sorted(rows(name).row_ids(2).tolist()))) for name in ALONE]
+    assert [line.rpartition(" ")[2] for line in said] == wanted and len(set(wanted)) == len(ALONE)
     for name, step in best.items():
         if name != "hr":
             assert_same_bits(seen[name, STEPS], factors(trained[0], name))

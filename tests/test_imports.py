@@ -32,7 +32,7 @@ ALLOWED = {
     "env": {"__init__"},
     "config": {"errors", "files", "sharding", "values"},
     "build": {"card", "config", "files", "train", "generation", "hf", "lora", "data", "models", "errors"},
-    "plan": {"build", "config", "data", "flops", "train", "hf", "models", "sharding", "errors"},
+    "plan": {"build", "config", "data", "fleet", "flops", "train", "hf", "models", "sharding", "errors"},
     "advise": {"build", "config", "data", "errors", "hf", "models", "plan", "train"},
     "resume": {"config", "data", "errors", "files", "hf", "train"},
     "fleet": {

@@ -19,9 +19,10 @@ import specjax as sj
 from specjax import flops, plan, process, run
 from specjax.cli import main, read_config
 from specjax.errors import UserError
+from specjax.fleet import job as fleet_job
 from specjax.hf.config import from_hf
 from specjax.hf.load import abstract
-from specjax.plan import compiled, hlo, job, search, targets
+from specjax.plan import compiled, hlo, job, report, search, targets
 from specjax.train import chunks, step
 from specjax.train import moments as moments_lib
 
@@ -279,7 +280,29 @@ def test_the_command_asks_for_no_accelerator_that_is_here(folder):
     assert done.stdout == "[CpuDevice(id=0), CpuDevice(id=1), CpuDevice(id=2)]\n"
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_fleets_plan_counts_all_adapters_and_says_how_many_fit(folder, monkeypatch):
+    """Of eight, four would be within the limit; what the compiler says is put in its place."""
+    config = config_of(folder, "lora", batch_size=2)
+    config.fleet = {f"a{n}": {"lora": {"rank": 4}} for n in range(8)}
+    one = job.device_bytes(job.make(config, targets.devices(targets.parse("v5e:2x2"))).trainable) // 8
+    known = {"seconds": 1.0, "cached": False, "aliased": 0, "collectives": {}, "not_understood": 0}
+    known |= {"fits": True, "between_slices": 0.0, "cycles": 0.0}
+    limit = targets.CHIPS["v5e"].memory
+    monkeypatch.setattr(compiled, "facts", lambda made, name: known | {"total": made.slots * limit // 4 - 4 * one})
+    [found] = report.report(config, ["v5e:2x2"], json=True)
+    parts = found["bytes_per_device"]
+    assert (found["adapters"], found["slots"], found["fits"], found["slots_that_fit"]) == (8, 8, False, 4)
+    assert (parts["trained"], parts["optimizer"], parts["best"]) == (
+        8 * one,
+        pytest.approx(16 * one, rel=0.01),
+        8 * one,
+    )
+    assert parts["total"] == 2 * limit - 4 * one + parts["best"] and found["tokens_per_step"] == 8 * 2 * LENGTH
+    config.data.eval_fraction = 0.0
+    assert "slots_that_fit" not in report.report(config, ["cpu:8"], json=True)[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "fleet"])
 def test_the_program_is_that_of_train(tmp_path, monkeypatch, method):
     """To the letter, on the same devices: what is not shared between `train` and `plan` would show here."""
     base = Path(__file__).parent.parent / "demo" / "base"
@@ -287,7 +310,12 @@ def test_the_program_is_that_of_train(tmp_path, monkeypatch, method):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     changes = {"data.train": tmp_path / "pairs.jsonl", "data.length": 128, "model.path": base, "steps": 1000}
     changes |= {"batch_size": 16, "accumulate": 2, "mesh.tensor": 2, "mesh.fsdp": 4, "data.format": "instruct"}
-    config = config_of(None, method, **changes)
+    config = config_of(None, "lora" if method == "fleet" else method, **changes)
+    if method == "fleet":
+        config.data.eval_fraction = 0.0
+        config.slots, config.optimizer.name = 2, "lion"
+        config.fleet = {"a": {"lora": {"dropout": 0.1}}, "b": {"lora": {"rank": 4, "targets": ["q_proj"]}}, "c": {}}
+    train_it = fleet_job.train if method == "fleet" else run.train
     programs, lower = [], step.lower
 
     def lowered(*args):
@@ -295,7 +323,7 @@ def test_the_program_is_that_of_train(tmp_path, monkeypatch, method):
         raise UserError("enough")
 
     monkeypatch.setattr(step, "lower", lowered)
-    for make in (lambda: run.train(config, tmp_path / "run"), lambda: job.make(config, jax.devices())):
+    for make in (lambda: train_it(config, tmp_path / "run"), lambda: job.make(config, jax.devices())):
         with pytest.raises(UserError, match="enough"):
             make()
     train, plan = programs

@@ -1,6 +1,7 @@
 """Several runs in one config: the methods of a comparison, the adapters of a fleet, the combinations of a sweep."""
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -91,6 +92,14 @@ def members(config: ConfigDict) -> dict[str, ConfigDict]:
         one.fleet, one.sweep, one.rungs, one.slots = ConfigDict(), ConfigDict(), None, 0
         made[name] = one
     return made
+
+
+def slots_of(config: ConfigDict) -> int:
+    """How many adapters of `config.fleet` train at once: all, or with rungs as many as are left behind the last one."""
+    left = len(config.fleet)
+    for _ in () if config.slots else config.rungs or ():
+        left = math.ceil(config.survive * left)
+    return min(config.slots or left, left)
 
 
 def refuse_fleet(config: ConfigDict, verb: str) -> None:

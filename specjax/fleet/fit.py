@@ -18,7 +18,7 @@ from specjax.fleet.step import Rule
 from specjax.lora.adapters import Adapter, check_free
 from specjax.lora.adapters import attach as attach_adapter
 from specjax.models import Decoder
-from specjax.train.fit import WRITES, own, stop_signal
+from specjax.train.fit import WRITES, far_above, own, stop_signal
 from specjax.train.metrics import Log
 from specjax.train.objective import Objective, next_token
 from specjax.train.result import Result
@@ -110,7 +110,9 @@ def fit(
         if resumed:
             log.note(f"resumed: {', '.join(f'{name} at step {step}' for name, step in starts.items())}")
         folder = Path(workdir) / "adapters" if workdir and tensorboard else None
-        _Loop(run, archive, log, folder, log_every, ended, survive).go(stop, save_every)
+        loop = _Loop(run, archive, log, folder, log_every, ended, survive)
+        stack.callback(loop.close)
+        loop.go(stop, save_every)
         wear = archive.ended(run) if attach else {}
     if run is None:  # a signal came before anything was ready
         return {name: Result(stopped="signal") for name in members}
@@ -184,6 +186,9 @@ class _Loop:
                     lane.result.stopped = "signal"
                 self.log.note("stopped by a signal: the checkpoint is saved, call again to go on")
                 break
+
+    def close(self) -> None:
+        """Ends the logs of the adapters that have not ended."""
         for one in self._logs.values():
             one.end()
 
@@ -289,7 +294,7 @@ class _Loop:
                 self._logs[lane.name].note(f"step {step}: nothing of its rows counts for the loss")
                 del mine["loss"]
             elif usual := lane.result.spike(mine["loss"]):
-                self._logs[lane.name].note(f"step {step}: the loss is {mine['loss']:.3f}, and was {usual:.3f} before")
+                self._logs[lane.name].note(far_above(lane.member.data, step, mine["loss"], usual))
             if step % self._every == 0 or step in (1, lane.member.steps):
                 rate = self.run.window()
                 self._logs[lane.name].train(step, mine | {"tokens": tokens[1]} | rate)

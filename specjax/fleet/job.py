@@ -1,6 +1,5 @@
 """`specjax train` of a config with `fleet`: its adapters from their configs, a folder for each, one summary."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from specjax import build, files, process, resume, sharding
 from specjax.config import lora_settings, plain, resolved, settled, validate
 from specjax.config.checks import ARGUMENTS, groups_of_rows
-from specjax.config.entries import members, swept
+from specjax.config.entries import members, slots_of, swept
 from specjax.errors import UserError, keys, naming
 from specjax.fleet.fit import fit
 from specjax.fleet.member import Member, adamw, lion
@@ -40,10 +39,10 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
     workdir = Path(workdir)
     with Lock(workdir) as lock:
         config = swept(config)
-        configs = _configs(config)
+        configs = configs_of(config)
         config = settled(config, jax.default_backend(), jax.device_count())
         configs = {name: settled(one, jax.default_backend(), jax.device_count()) for name, one in configs.items()}
-        _check_rows(config)
+        check_rows(config, jax.device_count())
         for one in configs.values():
             resume.refuse_sources(workdir, one)
         files.claim(workdir)
@@ -85,9 +84,9 @@ def _fit(config: ConfigDict, workdir: Path, made: dict[str, Any]) -> dict[str, R
     results = fit(
         base,
         {name: member for name, (member, *_) in made.items()},
-        rule=_rule(config),
+        rule=rule_of(config),
         objective=build.objective_of(config),
-        slots=_slots(config),
+        slots=slots_of(config),
         rungs=tuple(config.rungs or ()),
         survive=config.survive,
         workdir=workdir,
@@ -115,7 +114,7 @@ def _fit(config: ConfigDict, workdir: Path, made: dict[str, Any]) -> dict[str, R
     return results
 
 
-def _configs(config: ConfigDict) -> dict[str, ConfigDict]:
+def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
     """The config of each adapter, each valid alone.
 
     Raises:
@@ -141,18 +140,10 @@ def _configs(config: ConfigDict) -> dict[str, ConfigDict]:
     return configs
 
 
-def _slots(config: ConfigDict) -> int:
-    """How many adapters train at once: all, or with rungs as many as are left behind the last one."""
-    left = len(config.fleet)
-    for _ in () if config.slots else config.rungs or ():
-        left = math.ceil(config.survive * left)
-    return min(config.slots or left, left)
-
-
-def _check_rows(config: ConfigDict) -> None:
-    """Raises `UserError` where the rows of a micro-batch do not divide over the devices."""
-    ways = groups_of_rows(config, jax.device_count())
-    count = _slots(config)
+def check_rows(config: ConfigDict, device_count: int) -> None:
+    """Raises `UserError` where the rows of a micro-batch do not divide over so many devices."""
+    ways = groups_of_rows(config, device_count)
+    count = slots_of(config)
     rows = count * config.batch_size // config.accumulate
     if config.batch_size % config.accumulate or rows % ways:
         raise UserError(
@@ -173,7 +164,7 @@ def _member(name: str, config: ConfigDict) -> tuple[Member, ConfigDict, dict[str
     member = Member(
         data=data,
         steps=steps,
-        lora=lora_settings(config) | {"seed": config.seed + build.SEED_LORA},
+        lora=adapter_of(config),
         learning_rate=build.rate_of(config, steps),
         weight_decay=c.weight_decay,
         clip_norm=c.clip_norm,
@@ -192,7 +183,13 @@ def _member(name: str, config: ConfigDict) -> tuple[Member, ConfigDict, dict[str
     return member, config, report, (folder, tokenizer)
 
 
-def _rule(config: ConfigDict) -> Rule:
+def adapter_of(config: ConfigDict) -> dict[str, Any]:
+    """Arguments of `lora.inject` for one adapter's config."""
+    return lora_settings(config) | {"seed": config.seed + build.SEED_LORA}
+
+
+def rule_of(config: ConfigDict) -> Rule:
+    """The optimizer that all adapters share."""
     c = config.optimizer
     return lion(c.b1, c.b2) if c.name == "lion" else adamw(c.b1, c.b2, c.eps)
 

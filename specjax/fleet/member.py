@@ -176,6 +176,14 @@ class Lane:
         self.result.step = self.step
 
 
+def check_base(base: Decoder) -> None:
+    """Raises `UserError` where a fleet cannot train over this base."""
+    if lora.names(base):
+        raise UserError(f"the base wears {', '.join(lora.names(base))}: unload all adapters first.")
+    if base.config.num_experts:
+        raise UserError("a fleet over a mixture of experts cannot be exact yet: train its adapters one by one.")
+
+
 def checked(
     base: Decoder, objective: Objective, members: Mapping[str, Member], accumulate: int
 ) -> tuple[Objective, dict[str, Member]]:
@@ -187,10 +195,7 @@ def checked(
     made, prepared = dict[str, Member](), objective
     if not members:
         raise UserError("a fleet without members: give at least one.")
-    if lora.names(base):
-        raise UserError(f"the base wears {', '.join(lora.names(base))}: unload all adapters first.")
-    if base.config.num_experts:
-        raise UserError("a fleet over a mixture of experts cannot be exact yet: train its adapters one by one.")
+    check_base(base)
     first = next(iter(members.values())).data
     for name, member in members.items():
         with naming(f"adapter {name}"):

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from specjax import flops, lora, process, sharding
 from specjax.errors import UserError, naming
@@ -139,8 +138,8 @@ class Fleet:
             trainable = self._trainable
             del self._trainable
             begin = partial(fleet_step.begin, self.rule, axes=self._axes, count=self.count)
-            shapes = jax.eval_shape(begin, trainable)
-            places = jax.tree.map_with_path(partial(self._place, trainable), shapes)
+            shapes = fleet_step.shapes(self.rule, trainable, self._axes, self.count, self.mesh)
+            places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
             self.state = jax.jit(begin, out_shardings=places, donate_argnums=0)(trainable)
             self._put = jax.jit(partial(fleet_step.put, axes=self._axes), donate_argnums=0, out_shardings=places)
             self._put_back = jax.jit(
@@ -153,16 +152,7 @@ class Fleet:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._stack.__exit__(kind, error, trace)
         if error is not None and memory.exhausted(error):
-            raise memory.too_much(error, self._device, self._compiled) from error
-
-    def _place(self, trainable: Any, path: Any, leaf: Any) -> Any:
-        """Moments like their parameters, numbers everywhere."""
-        owners = [trainable[key.key] for key in path if getattr(key, "key", None) in trainable]
-        if owners and leaf.ndim == owners[0].ndim:
-            return owners[0].sharding
-        if self.mesh is None:
-            return next(iter(trainable.values())).sharding
-        return NamedSharding(self.mesh, PartitionSpec())
+            raise memory.too_much(error, self._device, self._compiled, slots=self.count) from error
 
     def training(self) -> list[Lane]:
         """The lanes in the slots."""
@@ -266,9 +256,7 @@ class Fleet:
 
     def _compile(self, batch: Any, told: Told) -> Any:
         began = time.perf_counter()
-        kept = jax.tree.map(lambda x: x.sharding, self.state)
-        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(kept, None))
-        lowered = jitted.lower(self.state, self._frozen, batch, told)
+        lowered = steps_lib.lower(self._step, self.state, self._frozen, batch, told)
         options = steps_lib.compiler_options(self._device.platform, self.base.dtype, self.base.config.num_experts)
         one = self._take(self.state.trainable, np.int32(0))
         self.clock.flops_per_token = flops.of_step(self.slots.view, one, rows=1, length=self._length) / self._length

@@ -66,13 +66,14 @@ class Slots:
       count: N.
     """
 
-    def __init__(self, base: Decoder, outlines: Sequence[Outline], count: int):
+    def __init__(self, base: Decoder, outlines: Sequence[Outline], count: int, mesh: Mesh | None = None):
         """Empty slots, for any adapters of these outlines.
 
         Args:
-          base: without adapters; its arrays are shared.
+          base: without adapters; its arrays are shared. Of an abstract one the slots are `jax.ShapeDtypeStruct` too.
           outlines: of all adapters that will ever be in a slot.
           count: N.
+          mesh: default that of the base's arrays.
         """
         self.count, self._base = count, base
         self._maps: dict[Path, Linear] = {}
@@ -82,7 +83,8 @@ class Slots:
                 self._maps[path] = linear
         self._ranks = {path: max(max(one[path].ranks) for one in outlines if path in one) for path in self._maps}
         self._drops = any(member.dropout for one in outlines for member in one.values())
-        self._mesh = sharding.mesh_of(jax.tree.leaves(nnx.state(base))[0])
+        first = jax.tree.leaves(nnx.state(base))[0]
+        self._abstract, self._mesh = isinstance(first, jax.ShapeDtypeStruct), mesh or sharding.mesh_of(first)
         self.model, self.view = self._worn(count, ...), self._worn(1, 0)
         self.model.groups = count
 
@@ -96,8 +98,7 @@ class Slots:
             assert isinstance(linear, Linear)
             values = {}
             for field, (shape, axes) in self._arrays(path, count).items():
-                zeros = np.zeros(shape, np.float32)
-                values[field] = nnx.LoRAParam(jax.device_put(zeros, self._place(axes, shape)), axes=axes)
+                values[field] = nnx.LoRAParam(self._filled(np.float32(0), shape, self._place(axes, shape)), axes=axes)
             constants = {name: self._constant(path, np.float32(0), count) for name in ("scale", "dropout")}
             layers = len(self._layers(path))
             members = () if active is ... else (Member(0, (self._ranks[path],) * layers, (1.0,) * layers, 0.0, False),)
@@ -133,9 +134,13 @@ class Slots:
         """Numbers [(L,) N] that do not train, on all devices."""
         at = int(is_stacked(self._maps[path]))
         shape = (len(self._layers(path)), count)[1 - at :]
-        place = self._replicated(self._mesh)
-        values = jax.device_put(np.broadcast_to(np.asarray(value, np.float32), shape), place)
-        return Constant(values, axes=("layers", "adapter")[1 - at :])
+        return Constant(self._filled(value, shape, self._replicated(self._mesh)), axes=("layers", "adapter")[1 - at :])
+
+    def _filled(self, value: Any, shape: tuple[int, ...], place: Any) -> Any:
+        """float32 values, broadcast to a shape; of an abstract base their shape alone."""
+        if self._abstract:
+            return jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
+        return jax.device_put(np.broadcast_to(np.asarray(value, np.float32), shape), place)
 
     def _replicated(self, mesh: Mesh | None) -> Any:
         return self._place((), ()) if mesh is None else NamedSharding(mesh, PartitionSpec())

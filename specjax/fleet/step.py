@@ -5,11 +5,14 @@ The rows of a batch fall into N groups, each with its adapter's factors, dropout
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax.models.products import exact_float32
 from specjax.models.stack import fold_key
@@ -37,6 +40,12 @@ class Told(NamedTuple):
     decay: Any
     clip: Any
 
+    @classmethod
+    def shapes(cls, count: int) -> "Told":
+        """Of N slots, without values."""
+        of = lambda kind, *more: jax.ShapeDtypeStruct((count, *more), kind)  # noqa: E731
+        return cls(of(np.int32), of(np.uint32, 2), of(np.float32), of(np.float32), of(np.float32))
+
 
 def begin(rule: Rule, trainable: Params, axes: Axes, count: int) -> TrainState:
     """The state before the first step: `step` is int32 [N]."""
@@ -44,6 +53,23 @@ def begin(rule: Rule, trainable: Params, axes: Axes, count: int) -> TrainState:
     out = _state_axes(made, trainable, axes)
     opt_state = jax.vmap(made.init, in_axes=(axes,), out_axes=out, axis_size=count)(trainable)
     return TrainState(trainable, opt_state, jnp.zeros(count, jnp.int32))
+
+
+def shapes(rule: Rule, trainable: Params, axes: Axes, count: int, mesh: Mesh | None) -> TrainState:
+    """What `begin` makes, as `jax.ShapeDtypeStruct` where it lies: moments like their parameters, numbers everywhere.
+
+    `trainable`: arrays, or shapes with shardings.
+    """
+
+    def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        owners = [trainable[key.key] for key in path if getattr(key, "key", None) in trainable]
+        spot: Any = next(iter(trainable.values())).sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
+        if owners and leaf.ndim == owners[0].ndim:
+            spot = owners[0].sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spot)
+
+    made = jax.eval_shape(partial(begin, rule, axes=axes, count=count), trainable)
+    return jax.tree.map_with_path(placed, made)
 
 
 def _state_axes(rule: optax.GradientTransformation, trainable: Params, axes: Axes) -> Any:

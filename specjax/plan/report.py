@@ -10,8 +10,9 @@ from rich.table import Table
 
 from specjax import build, flops
 from specjax.config import validate
-from specjax.config.entries import refuse_fleet
+from specjax.config.entries import swept
 from specjax.errors import UserError, keys
+from specjax.fleet import job as fleet_job
 from specjax.plan import compiled, job, targets
 from specjax.plan import search as search_lib
 
@@ -49,7 +50,7 @@ def report(
     Raises:
       UserError: no such target, a compiler that is not installed, or a config that cannot be on it.
     """
-    refuse_fleet(config, "specjax plan")
+    config = swept(config)
     parsed = [name if name in search_lib.SLICES else targets.parse(name) for name in target]
 
     def planner(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
@@ -65,6 +66,8 @@ def report(
             tried = search_lib.smallest(config, each, planner, within)
         else:
             tried = within(config, each, planner) if within else [planner(config, each)]
+            if config.fleet and not tried[0]["fits"]:
+                tried[0]["slots_that_fit"] = search_lib.fewer_slots(config, each, planner)
         plans += tried
         if json:
             for each_found in tried:
@@ -91,6 +94,8 @@ def _show_tries(tried: list[dict[str, Any]]) -> None:
 
 def _epoch(config: ConfigDict) -> dict[str, Any]:
     """The steps of a pass over the config's data and of its run, which wants the data and a tokenizer; else why not."""
+    if config.fleet:
+        return {"steps_per_epoch": None, "steps": None, "epoch_unknown": "each adapter has epochs of its own"}
     try:
         _, tokenizer = build.tokenizer_of(config, weights=False)
         data = build.train_data_of(config, tokenizer)
@@ -114,12 +119,17 @@ def _priced(figures: dict[str, Any], price: float, epoch: dict[str, Any]) -> dic
 
 def _plan(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> dict[str, Any]:
     devices = targets.devices(target)
-    validate(config, len(devices))
+    if config.fleet:
+        fleet_job.check_rows(config, len(devices))
+    else:
+        validate(config, len(devices))
     made = job.make(config, devices)
     limit = target.chip.memory if target.chip else None
     held = {name: job.device_bytes(getattr(made, name)) for name in ("frozen", "trainable", "opt_state", "batch")}
-    tokens = config.batch_size * config.data.length
-    work = flops.of_step(made.model, made.trainable, rows=config.batch_size, length=config.data.length)
+    beside = job.device_bytes(made.best)
+    rows = config.batch_size * (made.slots or 1)
+    tokens = rows * config.data.length
+    work = flops.of_step(made.model, made.trainable, rows=rows, length=config.data.length)
     figures: dict[str, Any] = {
         "target": target.name,
         "devices": len(devices),
@@ -131,6 +141,7 @@ def _plan(config: ConfigDict, target: targets.Target, *, quick: bool = False) ->
             "trained": held["trainable"],
             "optimizer": held["opt_state"],
             "batch": held["batch"],
+            **({"best": beside} if made.slots else {}),
             "temporaries": None,
             "total": None,
         },
@@ -145,16 +156,19 @@ def _plan(config: ConfigDict, target: targets.Target, *, quick: bool = False) ->
     }
     if waiting := job.device_bytes(made.opt_state, host=True):
         figures["host_bytes_per_device"] = waiting
+    if made.slots:
+        figures |= {"adapters": len(config.fleet), "slots": made.slots}
     arguments = sum(held.values())
-    if quick and limit is not None and arguments > limit:
-        figures["bytes_per_device"]["total"] = arguments
+    if quick and limit is not None and arguments + beside > limit:
+        figures["bytes_per_device"]["total"] = arguments + beside
         return figures | {"fits": False, "compile_seconds": 0.0}
     known = compiled.facts(made, target.name)
     figures |= {"fits": known["fits"], "compile_seconds": known["seconds"], "cached": known["cached"]}
-    figures["bytes_per_device"]["total"] = total = known["total"]
+    total = known["total"] and known["total"] + beside
+    figures["bytes_per_device"]["total"] = total
     if not known["fits"]:
         return figures
-    figures["bytes_per_device"]["temporaries"] = max(0, total - arguments)
+    figures["bytes_per_device"]["temporaries"] = max(0, known["total"] - arguments)
     figures["aliased_bytes"] = known["aliased"]
     figures["fits"] = limit is None or total <= limit
     figures["collectives"] = known["collectives"]
@@ -213,6 +227,10 @@ def _show(figures: dict[str, Any]) -> None:
         table.add_row("optimizer in the host's memory", f"{_size(figures['host_bytes_per_device'])} a device")
     if "aliased_bytes" in figures:
         table.add_row("replaced in place", f"{_size(figures['aliased_bytes'])} a device")
+    if "slots" in figures:
+        table.add_row("adapters", f"{figures['adapters']}, {figures['slots']} at once")
+    if "slots_that_fit" in figures:
+        table.add_row("slots that fit", f"{figures['slots_that_fit'] or 'none'} (config.slots; the others wait)")
     table.add_row("tokens per step", f"{figures['tokens_per_step']:,}")
     table.add_row("FLOPs per step", f"{figures['flops_per_step']:.3g}")
     for operation, traffic in figures.get("collectives", {}).items():

@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from specjax.config import copied
+from specjax.config.entries import slots_of
 from specjax.errors import UserError
 from specjax.hf import config as hf_config
 from specjax.hf import folder as hf_folder
@@ -86,10 +87,23 @@ def smallest(config: ConfigDict, family: str, planner: Planner, within: Callable
     return plans
 
 
+def fewer_slots(config: ConfigDict, target: targets.Target, planner: Planner) -> int:
+    """How many adapters of a fleet that does not fit would, halved until they do; 0: not one."""
+    count = slots_of(config) // 2
+    while count:
+        try:
+            if planner(changed(config, {"slots": count}), target)["fits"]:
+                return count
+        except UserError:
+            pass  # their rows do not divide over the devices
+        count //= 2
+    return 0
+
+
 def meshes(config: ConfigDict, count: int, slices: int) -> list[dict[str, int]]:
     """Sizes of the mesh's axes that divide the job, those that cut layers and rows least first."""
     sizes = hf_config.from_folder(hf_folder.resolve(config.model.path, config.model.revision, weights=False))
-    rows, dividing = config.batch_size // (config.accumulate or 1), []
+    rows, dividing = _rows(config) // (config.accumulate or 1), []
     experts = [n for n in range(1, (sizes.num_experts or 1) + 1) if (sizes.num_experts or 1) % n == 0]
     for tensor in _powers(count):
         layers = [sizes.of(segment) for segment in sizes.segments]
@@ -110,6 +124,11 @@ def meshes(config: ConfigDict, count: int, slices: int) -> list[dict[str, int]]:
     ]
 
 
+def _rows(config: ConfigDict) -> int:
+    """Of a batch, those of all slots of a fleet together."""
+    return config.batch_size * (slots_of(config) if config.fleet else 1)
+
+
 def _powers(most: int) -> list[int]:
     return [2**n for n in range(most.bit_length()) if 2**n <= most]
 
@@ -122,7 +141,7 @@ def _steps(config: ConfigDict, mesh: dict[str, int]) -> Iterator[dict[str, Any]]
         yield on | {"model.remat": remat, "accumulate": least}
     ways = mesh["data"] * mesh["fsdp"] * mesh["expert"]
     for more in (2, 4):
-        if config.batch_size % (least * more * ways) == 0:
+        if config.batch_size % (least * more) == 0 and _rows(config) % (least * more * ways) == 0:
             yield on | {"model.remat": "full", "accumulate": least * more}
 
 

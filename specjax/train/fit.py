@@ -215,10 +215,7 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
             f"step {step}: nothing of its rows ({_listed(run.data, step - 1)} of the packed data) counts for the loss"
         )
     if counted and (usual := run.result.spike(loss)):
-        log.note(
-            f"step {step}: the loss is {loss:.3f}, and was {usual:.3f} before; its rows, which `specjax data` shows: "
-            f"{','.join(map(str, sorted(run.data.row_ids(step - 1).tolist())))}"
-        )
+        log.note(far_above(run.data, step, loss, usual))
     if step % every == 0 or step == 1 or step == steps:
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         # A source of which this batch has nothing has no loss here.
@@ -228,6 +225,14 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
         if not counted:
             del numbers["loss"]
         log.train(step, numbers | run.clock.window(metrics["tokens"]))
+
+
+def far_above(data: Any, step: int, loss: float, usual: float) -> str:
+    """What is said of a step whose loss is far above the usual one: its rows too."""
+    rows = ",".join(map(str, sorted(data.row_ids(step - 1).tolist())))
+    return (
+        f"step {step}: the loss is {loss:.3f}, and was {usual:.3f} before; its rows, which `specjax data` shows: {rows}"
+    )
 
 
 def _listed(data: Any, step: int, most: int = 16) -> str:

@@ -26,6 +26,7 @@ from specjax.train.optim import Optimizer
 
 Path = tuple[Any, ...]  # of a parameter, as NNX has it
 Params = dict[Path, jax.Array]
+NUMBER = jax.ShapeDtypeStruct((), np.int32)  # of a step
 
 
 @jax.tree_util.register_dataclass
@@ -251,14 +252,16 @@ def check_host_memory(platform: str, remat: str, optimizer: Optimizer) -> None:
     raise UserError(f"{asked}: a CPU has no memory apart from the host's; leave it out, or use a TPU or GPU.")
 
 
-def lower(train_step: Callable[..., Any], state: TrainState, frozen: Any, batch: Any) -> Any:
+def lower(train_step: Callable[..., Any], state: TrainState, frozen: Any, batch: Any, told: Any = NUMBER) -> Any:
     """The step for these arguments (arrays, or shapes with shardings), before it is compiled.
+
+    `told` is what the step takes last: the number of the step, unless it is one of a fleet.
 
     The state is donated, and comes out where it lay. Under a mesh, call it with that mesh set.
     """
     kept = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(kept, None))
-    return jitted.lower(state, frozen, batch, jax.ShapeDtypeStruct((), np.int32))
+    return jitted.lower(state, frozen, batch, told)
 
 
 def compiler_options(platform: str, dtype: Any, experts: int = 0) -> dict[str, Any]:
