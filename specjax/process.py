@@ -25,6 +25,8 @@ PARTS = {
     "memory_trim": "memory that compiling a step took goes back to the system",
 }
 
+_ONE_HOST = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}  # what libtpu asks of a host
+
 
 def enabled(part: str) -> bool:
     """Whether SPECJAX_DISABLE leaves a part of `PARTS` in.
@@ -77,6 +79,10 @@ def hush() -> None:
     for name in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
+        # Where no TPU is, JAX loads its library all the same, which asks what host this is and tells that nobody knows.
+        for name, value in _ONE_HOST.items():
+            os.environ.setdefault(name, value)
     for name in ("absl", "asyncio"):  # Orbax and tensorstore
         logging.getLogger(name).setLevel(logging.CRITICAL)
     before = sys.unraisablehook
@@ -116,7 +122,7 @@ def ask_for_no_device(cpus: int = 0) -> None:
     # Without a TPU the library would wait for a metadata server, and one stale lock file would stop other processes.
     # What it then does not know of a host it would say on stderr, though no topology asked for here depends on it.
     settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
-    settings |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    settings |= _ONE_HOST
     settings |= {"TF_CPP_MIN_LOG_LEVEL": "2"}  # NVIDIA's would say that there is no driver
     for key, value in settings.items():
         os.environ.setdefault(key, value)

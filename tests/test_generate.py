@@ -160,7 +160,10 @@ def sent(monkeypatch):
 
 
 def speaking(generation=(), hf=()):
-    return SimpleNamespace(origin=Origin(generation_config=dict(generation), config_json=dict(hf)))
+    return SimpleNamespace(
+        config=SimpleNamespace(vocab_size=VOCAB),
+        origin=Origin(generation_config=dict(generation), config_json=dict(hf)),
+    )
 
 
 def test_greedy_equals_transformers_token_for_token_on_unequal_prompts(family):
@@ -442,6 +445,10 @@ def test_end_tokens_are_the_generation_configs_then_the_configs_and_the_tokenize
     tokenizer.eos_token = None
     assert end_tokens(speaking(), tokenizer) == []
     assert end_tokens(speaking(generation={"eos_token_id": 0}, hf={"eos_token_id": 7}), tokenizer) == [0]
+    with pytest.raises(
+        UserError, match=rf"eos_token_id\) token {VOCAB} ends a text, but its embedding has {VOCAB} rows"
+    ):
+        end_tokens(speaking(generation={"eos_token_id": [3, VOCAB]}), tokenizer)
 
 
 @pytest.mark.parametrize("template", BUILT_IN)

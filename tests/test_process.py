@@ -155,6 +155,13 @@ def test_all_left_out_leaves_the_process_as_it_was():
     assert python(code, SPECJAX_DISABLE="all").stdout == "True False 0 True\n"
 
 
+@pytest.mark.skipif(any(Path("/dev").glob("accel*")), reason="there is a TPU, which the library tells of")
+def test_where_no_tpu_is_its_library_says_nothing_of_the_host():
+    code = "from specjax import process; process.prepare(); import jax; print(jax.devices()[0].platform)"
+    done = python(code, JAX_PLATFORMS="", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
 def test_train_starts_anew_with_huge_pages_once(monkeypatch):
     started = []
     monkeypatch.setattr(process.os, "execv", lambda *program: started.append(program))

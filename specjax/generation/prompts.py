@@ -12,8 +12,20 @@ from specjax.models import Decoder
 
 
 def end_tokens(model: Decoder, tokenizer: Any, *, chat: bool = False) -> list[int]:
-    """The ids of the tokens that end a text of this model, see `specjax.data.ends`; an export declares them all."""
-    return ends.end_tokens(tokenizer, model.origin.eos_ids, chat=chat)
+    """The ids of the tokens that end a text of this model, see `specjax.data.ends`; an export declares them all.
+
+    Raises:
+      UserError: one is no token of the model's, so that no text would end there.
+    """
+    found, rows = ends.end_tokens(tokenizer, model.origin.eos_ids, chat=chat), model.config.vocab_size
+    if beyond := [token for token in found if token >= rows]:
+        files = "its config.json or generation_config.json (eos_token_id)"
+        where = files if beyond[0] in model.origin.eos_ids else "its tokenizer's files (eos_token)"
+        raise UserError(
+            f"{model.origin.source or 'the model'}: by {where} token {beyond[0]} ends a text, but its embedding has "
+            f"{rows} rows, and no text would ever end: correct it there, or take it out."
+        )
+    return found
 
 
 def render(tokenizer: Any, prompts: Sequence[str | Sequence[Mapping[str, str]]], system: str | None) -> list[list[int]]:
