@@ -240,6 +240,11 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
 
         compare(**arguments)
         return 0
+    if verb == "report":
+        from specjax.report import page
+
+        page.report(**arguments)
+        return 0
     from specjax import run
 
     if arguments.pop("distributed", False):

@@ -95,7 +95,10 @@ def _flags() -> Iterator[Flag]:
     yield Flag("generation_config", "false", "ignore the model's generation_config.json", bool, True)
     # export
     yield Flag(
-        "out", "PATH", "what to write: a folder, such as --out=exported; of `advise`, a config, --out=advised.py"
+        "out",
+        "PATH",
+        "what to write: a folder, such as --out=exported; of `advise` a config, --out=advised.py, of `report` a page, "
+        "--out=report.html",
     )
     yield Flag("merge", "", "fold LoRA into the base's weights", bool)
     yield Flag("dequantise", "", "with --merge: merge into the dequantised weights of a quantised base", bool)
@@ -124,6 +127,8 @@ def _flags() -> Iterator[Flag]:
     yield Flag("rank", "N", "rank of the new adapter, for svd and ..._svd; default: the largest rank", int, least=1)
     yield Flag("density", "X", "the share of numbers that ties, dare and magnitude_prune keep", float)
     yield Flag("majority_sign", "total|frequency", "which sign wins in ties", default="total")
+    # report
+    yield Flag("lang", "en|fr", "the language of the page: English or French", default="en")
     # plan
     yield Flag(
         "target",
@@ -262,6 +267,12 @@ VERBS = {
             "--config=configs/demo.py --workdir=runs/compare",
             "--config=configs/demo.py --workdir=runs/compare --config.compare.lora.lora.rank=4",
         ),
+    ),
+    "report": Verb(
+        "write the page of a comparison anew, from its folder's report.json",
+        ("workdir",),
+        ("lang", "out"),
+        ("--workdir=runs/compare", "--workdir=runs/compare --lang=fr --out=rapport.html"),
     ),
     "plan": Verb(
         "say whether a job fits and how fast it can be, without the devices",

@@ -20,6 +20,7 @@ from specjax.config import ConfigDict, get_config, keys
 from specjax.config.checks import CHOICES, FREE, flat
 from specjax.errors import UserError
 from specjax.plan import report
+from specjax.report import page
 from specjax.verbs import FLAGS, VERBS
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,7 @@ def test_every_flag_is_some_verbs_and_every_verbs_function_takes_its_flags():
     assert set(FLAGS) == {flag for verb in VERBS.values() for flag in (*verb.needs, *verb.may)}
     functions = {"train": run.train, "eval": run.evaluate, "generate": run.generate, "export": run.export}
     functions |= {"data": run.data, "plan": report.report, "compare": compare.compare, "launch": launch.launch}
+    functions |= {"report": page.report}
     renamed = {"adapter": "adapters", "prompt": "prompts", "prompt_file": "prompts"}
     for name, function in functions.items():
         taken = inspect.signature(function).parameters.values()
@@ -149,7 +151,7 @@ def test_the_module_runs_as_the_command_does():
     assert done.returncode == 2
     assert done.stderr == (
         "specjax: There is no verb 'trian': it is one of train, eval, generate, chat, export, data, advise, combine, "
-        "compare, plan, launch, families, env. Did you mean 'train'?\n"
+        "compare, report, plan, launch, families, env. Did you mean 'train'?\n"
     )
 
 

@@ -58,6 +58,7 @@ ALLOWED = {
         "process",
     },
     "compare": {"run", "config", "errors", "files", "process"},
+    "report": {"errors", "files", "values"},
     "parity": set(),
     "verbs": {"cluster", "process"},
     "cli": {
@@ -68,6 +69,7 @@ ALLOWED = {
             "fleet",
             "plan",
             "compare",
+            "report",
             "parity",
             "cluster",
             "config",
@@ -100,6 +102,7 @@ NO_JAX = {
     "lock",
     "config",
     "card",
+    "report",
     "cli",
     "verbs",
     "__main__",
@@ -116,6 +119,7 @@ FOREIGN = {
     "pathlib": set(ALLOWED) - {"models"},
     "transformers": {"hf", "data", "sandbox"},
     "huggingface_hub": {"hf"},
+    "matplotlib": {"report"},
     "torch": set(),
     "peft": set(),
     "trl": set(),
@@ -217,7 +221,9 @@ def used(*folders: str) -> dict[str, set[str]]:
 
 def test_what_the_package_imports_is_declared():
     undeclared = {
-        top for top, names in used("specjax", "configs", "demo").items() if not names & declared("wandb", "real")
+        top
+        for top, names in used("specjax", "configs", "demo").items()
+        if not names & declared("wandb", "real", "report")
     }
     assert undeclared == set()
 

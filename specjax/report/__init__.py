@@ -1,0 +1,5 @@
+"""`report.html`: what `specjax compare` found, in one file that needs no network, in English or French."""
+
+from specjax.report.page import write
+
+__all__ = ["write"]
