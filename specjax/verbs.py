@@ -97,7 +97,7 @@ def _flags() -> Iterator[Flag]:
     yield Flag(
         "out",
         "PATH",
-        "what to write: a folder, such as --out=exported; of `advise` a config, --out=advised.py, of `report` a page, "
+        "what to write: a folder, such as --out=exported; of `advise` a Python file, --out=advised.py, of `report` a page, "
         "--out=report.html",
     )
     yield Flag("merge", "", "fold LoRA into the base's weights", bool)
@@ -114,6 +114,12 @@ def _flags() -> Iterator[Flag]:
         "FAMILY:SHAPE",
         "cpu, which is this machine, or hardware as --target of `specjax plan` has it, such as h100:1 or v5e:4x4",
         default="cpu",
+    )
+    yield Flag(
+        "write",
+        "specjax|trl",
+        "write a config for `specjax train`, or a script on transformers, TRL and PEFT",
+        more="into --out, or advised.py or advised_trl.py",
     )
     yield Flag("explain", "", "print every rule with its source and how strong the evidence is", bool)
     # combine
@@ -242,10 +248,11 @@ VERBS = {
     "advise": Verb(
         "say which method and settings to start from, for your data, model and hardware",
         ("data", "model"),
-        ("hardware", "out", "explain"),
+        ("hardware", "write", "out", "explain"),
         (
             "--data=mine.jsonl --model=meta-llama/Llama-3.2-1B-Instruct --hardware=h100:1 --out=advised.py",
             "--data=mine.jsonl --model=M --explain --config.data.columns.response=reply",
+            "--data=mine.jsonl --model=M --write=trl --out=advised_trl.py",
         ),
         r"seed|model\.revision|data\.((eval|columns)\.\w+|eval_fraction|template|format|turns|split|packing|overlong|cache)",
     ),

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from specjax import build
 from specjax.advise import facts as facts_lib
-from specjax.advise import fits, rules, written
+from specjax.advise import fits, rules, trl, written
 from specjax.config import copied, get_config, validate
 from specjax.errors import UserError, keys
 from specjax.hf import config as hf_config
@@ -36,6 +36,7 @@ def advise(
     model: str,
     *,
     hardware: str = CPU,
+    write: str | None = None,
     out: str = "",
     explain: bool = False,
     start: ConfigDict | None = None,
@@ -46,7 +47,8 @@ def advise(
       data: what trains: a file, a folder or a hub name.
       model: a folder, of which config.json and the tokenizer are enough, or a hub name.
       hardware: cpu, which is this machine, or a target of `specjax plan`, such as h100:1.
-      out: a file to write the config into.
+      write: specjax: a config is written, trl: a script on transformers, TRL and PEFT; None: nothing, without `out`.
+      out: the file to write into; "": one of the folder that this runs in.
       explain: print every rule too.
       start: the defaults, with keys of how the data are read.
 
@@ -54,7 +56,8 @@ def advise(
       UserError: what can't be read or is not known, or a file that is there already.
     """
     target = targets.parse(f"{CPU}:1" if hardware == CPU else hardware)
-    if out:
+    if write or out:
+        write, out = write or "specjax", out or ("advised_trl.py" if write == "trl" else "advised.py")
         written.check(out)
     start = copied(get_config() if start is None else start, "data", "model")
     start.model.path, start.data.train = model, data
@@ -70,6 +73,12 @@ def advise(
         )
     advised, lines, tried = _advised(start, found, sizes, target)
     validate(advised, targets.count(target))
+    made = ""
+    if write == "trl":
+        trl.check(advised, found, sizes, target)
+        made = trl.text(advised, found.corpus, _reasons(lines))
+    elif write:
+        made = written.text(advised, _reasons(lines))
     sets = build.eval_data_of(advised, tokenizer) if advised.data.eval else {}
     named = [(f"set {name}", f"{data.report['rows']:,} rows") for name, data in sets.items()]
     _say("Data", facts_lib.lines(found, advised.data.length) + named)
@@ -88,10 +97,13 @@ def advise(
     if explain:
         _say("Rules", [(name, f"{rule.says} [{rule.source}; {rule.strength}]") for name, rule in rules.RULES.items()])
     if out:
-        written.write(out, advised, _reasons(lines))
+        written.write(out, made)
+    if write == "trl":
+        print(f"{out} is written, with no JAX in it; what it needs stands at its top; train: python {shlex.quote(out)}")
+    elif write:
         print(f"{out} is written; train: specjax train --config={shlex.quote(out)} --workdir=runs/advised")
     else:
-        print("--out=advised.py writes this as a config for `specjax train`.")
+        print("--out=advised.py writes this as a config for `specjax train`, --write=trl as a script on TRL and PEFT.")
     return advised
 
 

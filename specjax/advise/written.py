@@ -25,7 +25,7 @@ _WIDTH = 110
 
 
 def check(out: str) -> None:
-    """Raises `UserError` where a config can't be written there, before anything is read for it."""
+    """Raises `UserError` where Python can't be written there, before anything is read for it."""
     path = Path(out)
     if path.suffix != ".py":
         raise UserError(f"--out={out} is no Python file: give a name that ends in .py, such as --out=advised.py.")
@@ -35,26 +35,26 @@ def check(out: str) -> None:
         raise UserError(f"--out={out}: there is no folder {path.parent}: make it, or give another place.")
 
 
-def write(out: str, config: ConfigDict, why: Mapping[str, str]) -> None:
-    """Writes a config that `read_config` reads as this one.
-
-    Args:
-      out: a file that is not there.
-      config: the advice.
-      why: key -> what is said of it.
+def write(out: str, made: str) -> None:
+    """Writes a file that is not there.
 
     Raises:
       UserError: it has come into being meanwhile.
     """
     try:
         with Path(out).open("x", encoding="utf-8") as file:
-            file.write(text(config, why))
+            file.write(made)
     except FileExistsError:
         raise UserError(f"--out={out} is there already and is left as it is: give another name.") from None
 
 
 def text(config: ConfigDict, why: Mapping[str, str]) -> str:
-    """The file."""
+    """A config that `read_config` reads as this one.
+
+    Args:
+      config: the advice.
+      why: key -> what is said of it.
+    """
     default = dict(flat(get_config().to_dict()))
     lines = []
     for key, value in flat(config.to_dict()):
