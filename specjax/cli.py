@@ -243,7 +243,7 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
     if verb == "report":
         from specjax.report import page
 
-        page.report(**arguments)
+        page.report(**(arguments | {"lang": arguments["lang"] or "en"}))
         return 0
     from specjax import run
 

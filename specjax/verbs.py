@@ -121,6 +121,8 @@ def _flags() -> Iterator[Flag]:
         "write a config for `specjax train`, or a script on transformers, TRL and PEFT",
         more="into --out, or advised.py or advised_trl.py",
     )
+    yield Flag("domain", "NAME", "list public datasets of law, medicine, finance, hr, tax, code or general")
+    yield Flag("check", "", "ask the hub whether each dataset is there, and its licence", bool)
     yield Flag("explain", "", "print every rule with its source and how strong the evidence is", bool)
     # combine
     yield Flag("weight", "NAME=X", "an adapter's weight, such as --weight=hr=0.7", many=True)
@@ -134,7 +136,9 @@ def _flags() -> Iterator[Flag]:
     yield Flag("density", "X", "the share of numbers that ties, dare and magnitude_prune keep", float)
     yield Flag("majority_sign", "total|frequency", "which sign wins in ties", default="total")
     # report
-    yield Flag("lang", "en|fr", "the language of the page: English or French", default="en")
+    yield Flag(
+        "lang", "en|fr", "of `report` the page's language, default en; of `advise` that of the datasets, default any"
+    )
     # plan
     yield Flag(
         "target",
@@ -247,12 +251,13 @@ VERBS = {
     ),
     "advise": Verb(
         "say which method and settings to start from, for your data, model and hardware",
-        ("data", "model"),
-        ("hardware", "write", "out", "explain"),
+        (),
+        ("data", "model", "hardware", "write", "out", "explain", "domain", "lang", "check"),
         (
             "--data=mine.jsonl --model=meta-llama/Llama-3.2-1B-Instruct --hardware=h100:1 --out=advised.py",
             "--data=mine.jsonl --model=M --explain --config.data.columns.response=reply",
             "--data=mine.jsonl --model=M --write=trl --out=advised_trl.py",
+            "--domain=law --lang=fr",
         ),
         r"seed|model\.revision|data\.((eval|columns)\.\w+|eval_fraction|template|format|turns|split|packing|overlong|cache)",
     ),

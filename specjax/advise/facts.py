@@ -1,6 +1,7 @@
 """What somebody's data are, from the very tokens that training would see."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from specjax import build
 from specjax.advise import rules
 from specjax.config import copied
 from specjax.config.checks import sources
-from specjax.data import Corpus
+from specjax.data import Corpus, Data
 from specjax.errors import UserError
 
 KINDS = {"text": "raw text", "instruct": "pairs", "prompt": "pairs", "preference": "preference pairs"}
@@ -82,6 +83,13 @@ def facts(config: ConfigDict, tokenizer: Any) -> Facts:
         trained,
         corpus,
     )
+
+
+def leaked(found: Facts, held: Data) -> int:
+    """How many documents of an evaluation set train too, token for token."""
+    corpus, tokens = found.corpus, held.tokens
+    trains = {corpus.tokens[a:b].tobytes() for a, b in itertools.pairwise(corpus.offsets.tolist())}
+    return sum(tokens[a:b].tobytes() in trains for a, b in itertools.pairwise(held.offsets.tolist()))
 
 
 def lines(found: Facts, length: int) -> list[tuple[str, str]]:

@@ -1,15 +1,15 @@
 """`specjax advise`: what the data are, what fits, which settings to start from, each with its rule and source."""
 
 import shlex
-import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from specjax import build
+from specjax.advise import domains, fits, rules, trl, written
 from specjax.advise import facts as facts_lib
-from specjax.advise import fits, rules, trl, written
+from specjax.advise.printed import entry, say
 from specjax.config import copied, get_config, validate
 from specjax.errors import UserError, keys
 from specjax.hf import config as hf_config
@@ -17,7 +17,6 @@ from specjax.hf import folder as hf_folder
 from specjax.models import ModelConfig
 from specjax.plan import targets
 
-WIDTH, INDENT = 116, 18
 CPU = "cpu"  # this machine's
 
 
@@ -32,16 +31,21 @@ class Line(NamedTuple):
 
 @keys({"target": "--hardware"})
 def advise(
-    data: str,
-    model: str,
+    data: str = "",
+    model: str = "",
     *,
     hardware: str = CPU,
     write: str | None = None,
     out: str = "",
     explain: bool = False,
+    domain: str = "",
+    lang: str | None = None,
+    check: bool = False,
     start: ConfigDict | None = None,
-) -> ConfigDict:
+) -> ConfigDict | None:
     """Prints the advice, and returns it as a config; nothing is trained or compiled, and no weight is read.
+
+    With a domain the public datasets of it come first; without data they are all.
 
     Args:
       data: what trains: a file, a folder or a hub name.
@@ -50,11 +54,19 @@ def advise(
       write: specjax: a config is written, trl: a script on transformers, TRL and PEFT; None: nothing, without `out`.
       out: the file to write into; "": one of the folder that this runs in.
       explain: print every rule too.
+      domain: whose public datasets are listed.
+      lang: theirs, such as fr; None: any.
+      check: ask the hub for each of them.
       start: the defaults, with keys of how the data are read.
 
     Raises:
       UserError: what can't be read or is not known, or a file that is there already.
     """
+    _check_given(data, model, domain, {"lang": lang, "check": check}, {"write": write, "out": out, "explain": explain})
+    if domain:
+        domains.show(domain, lang or "", check)
+        if not data:
+            return None
     target = targets.parse(f"{CPU}:1" if hardware == CPU else hardware)
     if write or out:
         write, out = write or "specjax", out or ("advised_trl.py" if write == "trl" else "advised.py")
@@ -80,22 +92,26 @@ def advise(
     elif write:
         made = written.text(advised, _reasons(lines))
     sets = build.eval_data_of(advised, tokenizer) if advised.data.eval else {}
-    named = [(f"set {name}", f"{data.report['rows']:,} rows") for name, data in sets.items()]
-    _say("Data", facts_lib.lines(found, advised.data.length) + named)
-    _say("Fits", fits.lines(advised, tried, target, hardware))
+    twice = {name: facts_lib.leaked(found, held) for name, held in sets.items()}
+    named = [
+        (f"set {name}", f"{held.report['rows']:,} rows, of which {twice[name]:,} examples train too")
+        for name, held in sets.items()
+    ]
+    say("Data", facts_lib.lines(found, advised.data.length) + named)
+    say("Fits", fits.lines(advised, tried, target, hardware))
     print("Advice: a start by rules that others published; measure before you trust it")
     for line in lines:
-        _entry(line.what, line.value)
+        entry(line.what, line.value)
         for name in line.rules:
             rule = rules.RULES[name]
-            _entry("", f"{rule.says} [{rule.source}; {rule.strength}]", mark="- ")
+            entry("", f"{rule.says} [{rule.source}; {rule.strength}]", mark="- ")
         if line.note:
-            _entry("", line.note, mark="! ")
+            entry("", line.note, mark="! ")
     print()
-    if missing := list(_missing(advised, found)):
-        _say("Missing", missing)
+    if missing := list(_missing(advised, found, twice)):
+        say("Missing", missing)
     if explain:
-        _say("Rules", [(name, f"{rule.says} [{rule.source}; {rule.strength}]") for name, rule in rules.RULES.items()])
+        say("Rules", [(name, f"{rule.says} [{rule.source}; {rule.strength}]") for name, rule in rules.RULES.items()])
     if out:
         written.write(out, made)
     if write == "trl":
@@ -211,7 +227,7 @@ def _of_course(config: ConfigDict, found: facts_lib.Facts, per_row: float, steps
         yield Line("held out", f"{share}, {rows} rows", ("held out",))
 
 
-def _missing(config: ConfigDict, found: facts_lib.Facts) -> Iterator[tuple[str, str]]:
+def _missing(config: ConfigDict, found: facts_lib.Facts, twice: dict[str, int]) -> Iterator[tuple[str, str]]:
     """What would make the advice, or the training, better founded."""
     if not found.text and found.distinct < rules.FEW_PAIRS:
         rule = rules.RULES["pairs"]
@@ -223,6 +239,12 @@ def _missing(config: ConfigDict, found: facts_lib.Facts) -> Iterator[tuple[str, 
     if "general" not in config.data.eval:
         source = rules.RULES["forgetting"].source
         yield "general set", f"without one nothing shows what is forgotten: --config.data.eval.general=FILE ({source})"
+    for name, count in twice.items():
+        if count:
+            yield (
+                "unseen rows",
+                f"{count:,} examples of {name} train too, so its loss is too good: take them out of one",
+            )
     if found.rows > found.distinct:
         yield (
             "duplicates",
@@ -250,18 +272,17 @@ def _reasons(lines: list[Line]) -> dict[str, str]:
     }
 
 
-def _say(title: str, entries: Iterable[tuple[str, str]]) -> None:
-    print(title)
-    for what, value in entries:
-        _entry(what, value)
-    print()
-
-
-def _entry(what: str, value: str, mark: str = "") -> None:
-    if value.startswith("specjax "):  # a command stays on its line, to be copied
-        print(f"    {value}")
+def _check_given(data: str, model: str, domain: str, of_domain: dict[str, object], of_data: dict[str, object]) -> None:
+    """Raises `UserError` for a flag whose partner is missing."""
+    if (domain or of_domain["lang"] or of_domain["check"]) and not domain:
+        name = next(name for name, value in of_domain.items() if value)
+        raise UserError(f"--{name} is of the public datasets: give --domain too, such as --domain=law.")
+    if domain and not data and not model:
+        if name := next((name for name, value in of_data.items() if value), ""):
+            raise UserError(f"--{name} is of advice for your data: give --data and --model too, or leave it out.")
         return
-    indent = " " * (INDENT + 2)
-    first = f"  {what:<{INDENT}}{mark}"
-    more = indent + " " * len(mark)
-    print(textwrap.fill(value, WIDTH, initial_indent=first, subsequent_indent=more, break_on_hyphens=False))
+    for name, value, example in (("data", data, "mine.jsonl"), ("model", model, "meta-llama/Llama-3.2-1B-Instruct")):
+        if not value:
+            raise UserError(
+                f"`specjax advise` needs --{name}, such as --{name}={example}; --domain alone lists datasets."
+            )
