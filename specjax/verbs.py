@@ -97,8 +97,8 @@ def _flags() -> Iterator[Flag]:
     yield Flag(
         "out",
         "PATH",
-        "what to write: a folder, such as --out=exported; of `advise` a Python file, --out=advised.py, of `report` a page, "
-        "--out=report.html",
+        "what to write: a folder, such as --out=exported; of `advise` a Python file, --out=advised.py, of `report` a "
+        "page, --out=report.html",
     )
     yield Flag("merge", "", "fold LoRA into the base's weights", bool)
     yield Flag("dequantise", "", "with --merge: merge into the dequantised weights of a quantised base", bool)
@@ -255,8 +255,6 @@ VERBS = {
         ("data", "model", "hardware", "write", "out", "explain", "domain", "lang", "check"),
         (
             "--data=mine.jsonl --model=meta-llama/Llama-3.2-1B-Instruct --hardware=h100:1 --out=advised.py",
-            "--data=mine.jsonl --model=M --explain --config.data.columns.response=reply",
-            "--data=mine.jsonl --model=M --write=trl --out=advised_trl.py",
             "--domain=law --lang=fr",
         ),
         r"seed|model\.revision|data\.((eval|columns)\.\w+|eval_fraction|template|format|turns|split|packing|overlong|cache)",

@@ -1,17 +1,18 @@
 """Which methods fit on the hardware, by estimate, and the command that compiles each one."""
 
+import os
 import shlex
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 from ml_collections import ConfigDict
 
-from specjax import build
+from specjax import build, flops
 from specjax.advise import memory, rules
 from specjax.config import copied, settled
 from specjax.hf import folder as hf_folder
-from specjax.models import ModelConfig
+from specjax.models import Decoder, ModelConfig
 from specjax.plan import targets
 
 GIB = 2**30
@@ -60,12 +61,25 @@ def _count(config: ConfigDict, settings: dict[str, object], target: targets.Targ
     """Parameters that train with these settings, and bytes of those that do not, by the model's shapes."""
     config = copied(config, "lora", "model")
     config.update_from_flattened_dict(settings)
+    _, trainable, frozen = _split(config, target, devices)
+    trained = sum(leaf.size for leaf in trainable.values())
+    return trained, sum(leaf.size * leaf.dtype.itemsize for leaf in frozen.values())
+
+
+def _split(config: ConfigDict, target: targets.Target, devices: int) -> tuple[Decoder, dict[Any, Any], dict[Any, Any]]:
+    """A config's model, without weights, and by path the shapes of what trains and of what does not."""
     config = settled(config, "cpu" if target.chip is None else "tpu", devices)
     folder = hf_folder.resolve(config.model.path, config.model.revision, weights=False)
     model = build.model_of(config, folder, None, abstract=True)
     _, trainable, frozen = nnx.split(model, build.filter_of(config), ...)
-    trained = sum(leaf.size for _, leaf in nnx.to_flat_state(trainable))
-    return trained, sum(leaf.size * leaf.dtype.itemsize for _, leaf in nnx.to_flat_state(frozen))
+    return model, dict(nnx.to_flat_state(trainable)), dict(nnx.to_flat_state(frozen))
+
+
+def seconds(config: ConfigDict, target: targets.Target, devices: int, steps: int) -> tuple[float, float]:
+    """How long a config's training takes, from and to, compiling and evaluating left out."""
+    model, trainable, _ = _split(config, target, devices)
+    work = steps * flops.of_step(model, trainable, rows=config.batch_size, length=config.data.length)
+    return rules.seconds(work, devices, target.chip.flops if target.chip else None, os.cpu_count() or 1)
 
 
 def tries(config: ConfigDict, base: Base, rank: int, target: targets.Target, devices: int) -> list[Fit]:
@@ -105,6 +119,7 @@ def _fit(
             length=config.data.length,
             family=target.family,
             quantised="model.quantise" in settings,
+            accumulated=accumulate > 1,
         )
         fits = need.fits(limit)
         if fits:

@@ -2,7 +2,8 @@
 
 What is counted, on the mesh that a config has by default (all devices on `fsdp`): weights, AdamW's moments and
 gradients; of a dense model on an accelerator, where each layer is computed a second time (`model.remat=full`), also
-the layers' inputs, one layer at work and a chunk of logits. docs/guides/choose.md holds it against compiled steps.
+the layers' inputs, and on top of them the larger of one layer at work and of a chunk of logits: while the loss is made
+no layer is at work, and no gradient is there yet. docs/guides/choose.md holds it against compiled steps.
 """
 
 import os
@@ -16,6 +17,11 @@ TRAINED = 16  # bytes: a float32 master, two moments, a gradient
 TRAINED_CPU = (
     24  # in full training on a CPU, whose backend was seen to need 12 more for gradients and temporaries (log)
 )
+LOGIT = 8  # bytes of each in a chunk: float32, and its gradient
+# Bytes for each weight of the layer at work: in the compute dtype, where it must be made or brought together; as a
+# float32 gradient; nf4's codes unpacked, and the float32 that they become before the compute dtype.
+COMPUTED, GRADIENT, DEQUANTISED = 2, 4, 1 + 4 + 2
+CODES = 0.5  # bytes of a weight in nf4, where it is brought together
 MARGIN = 1.25  # by which a compiled step may need more than is estimated
 
 
@@ -42,6 +48,7 @@ def need(
     length: int,
     family: str,
     quantised: bool = False,
+    accumulated: bool = False,
 ) -> Need:
     """What training needs.
 
@@ -53,7 +60,8 @@ def need(
       rows: on a device at once.
       length: tokens of a row.
       family: of the hardware, see `specjax.plan.targets`.
-      quantised: the frozen base's maps are.
+      quantised: the frozen base's maps are, as nf4.
+      accumulated: over micro-batches: gradients are there from the first on.
     """
     full = not frozen
     # A device has its part of the weights; the factors of an adapter it has whole.
@@ -63,22 +71,31 @@ def need(
     if family == "cpu" or sizes.num_experts:
         return Need(state, None)
     weights, width = _layer(sizes)
-    tokens = rows * length
-    copies = (devices > 1 or full) + full + quantised  # brought together; a gradient of it; as floats
+    tokens, apart = rows * length, devices > 1
+    each = COMPUTED + GRADIENT if full else DEQUANTISED + CODES * apart if quantised else COMPUTED * apart
     elements = GPU_CHUNK_ELEMENTS if family == "h100" else CHUNK_ELEMENTS
-    logits = 2 * 4 * min(elements, tokens * sizes.vocab_size)
+    logits = LOGIT * min(elements, tokens * sizes.vocab_size)
     inputs = 2 * sizes.num_layers * tokens * sizes.embed_dim
-    return Need(state, inputs + 2 * tokens * width + 2 * copies * weights + logits)
+    layer = tokens * width + int(each * weights)
+    if family == "h100":  # whose temporaries XLA allocates as one piece, the logits beside the layer
+        return Need(state, inputs + layer + logits)
+    gradients = 0 if accumulated else (TRAINED - 12) * trained // (devices if full else 1)
+    return Need(state, inputs + max(layer, logits - gradients))
 
 
 def _layer(c: ModelConfig) -> tuple[int, int]:
-    """The weights of the largest layer, and what a token leaves in it while it is computed."""
+    """The weights of the largest layer, and bytes that a token leaves in it while it is computed."""
     found = []
     for segment in c.segments:
         here = c.of(segment)
         keys = 0 if here.shares else (1 + here.values) * here.num_kv_heads
         heads, maps = here.head_dim * (2 * here.num_heads + keys), 3 if here.gate else 2
-        found.append((here.embed_dim * (heads + maps * here.mlp_dim), heads + maps * here.mlp_dim + 4 * here.embed_dim))
+        # A norm leaves what it was given and what it gives.
+        normed = (4 if here.norms == "sandwich" else 2) * here.embed_dim
+        normed += here.head_dim * (here.num_heads + here.num_kv_heads) if here.qk_norm else 0
+        wide = 4 * here.mlp_dim if here.activation == "xielu" else 0  # which is computed in float32
+        width = 2 * (heads + maps * here.mlp_dim + 2 * normed) + wide
+        found.append((here.embed_dim * (heads + maps * here.mlp_dim), width))
     return max(found)
 
 

@@ -25,3 +25,14 @@ def entry(what: str, value: str, mark: str = "") -> None:
         WIDTH, initial_indent=first, subsequent_indent=more, break_on_hyphens=False, break_long_words=False
     )
     print(folder.fill(value))
+
+
+def duration(seconds: float) -> str:
+    """For people, to two digits.
+
+    >>> [duration(s) for s in (0.3, 62, 3600, 86400 * 12)]
+    ['0.3 s', '62 s', '60 min', '12 days']
+    """
+    units = ((1, "s", 120), (60, "min", 120), (3600, "h", 72))
+    size, unit = next(((size, unit) for size, unit, most in units if seconds < most * size), (86400, "days"))
+    return f"{seconds / size:.2g} {unit}"

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from specjax import build
 from specjax.advise import domains, fits, rules, trl, written
 from specjax.advise import facts as facts_lib
-from specjax.advise.printed import entry, say
+from specjax.advise.printed import duration, entry, say
 from specjax.config import copied, get_config, validate
 from specjax.errors import UserError, keys
 from specjax.hf import config as hf_config
@@ -155,6 +155,11 @@ def _advised(
         lines += _of_adapter(made, base, rank, sizes)
     lines += [_of_rate(rate, sizes, adapter, steps, found.preference)]
     lines += _of_course(made, found, per_row, steps, devices)
+    low, high = fits.seconds(made, target, devices, steps)
+    where = f"{steps:,} steps on {'this machine' if target.chip is None else target.name}"
+    rule = "time on a CPU" if target.chip is None else "time"
+    note = "not measured on this hardware; compiling, evaluating and loading come on top"
+    lines += [Line("time", f"{duration(low)} to {duration(high)} for {where}", (rule,), note)]
     return made, lines, tried
 
 
@@ -269,6 +274,7 @@ def _reasons(lines: list[Line]) -> dict[str, str]:
     return own | {
         places[line.what]: "; ".join(f"{rules.RULES[name].says} ({rules.RULES[name].source})" for name in line.rules)
         for line in lines
+        if line.what in places
     }
 
 
