@@ -80,7 +80,12 @@ def made():
         ],
         "answers": [
             {
-                **{"prompt": "What does tail do?", "expected": "It prints ten lines.", "base": "A tail is"},
+                **{
+                    "set": "validation",
+                    "prompt": "What does tail do?",
+                    "expected": "It prints ten lines.",
+                    "base": "A tail is",
+                },
                 "said": {"full": "", "lora_r16": "It prints 10 lines."},
             },
             {
@@ -166,12 +171,13 @@ def test_the_page_says_what_was_found_in_english_and_in_french(pages):
         "tient sur h100:1 ou v5e:2x2 à la taille de meta-llama/Llama-3.1-8B." in french
     )
     overlap = "The 95 % intervals of LoRA r16 and SFT over 2 seeds overlap: they cannot be told apart here."
-    assert overlap in english and "7,814" in english and "7 814" in french and "1,37 Gio sur 24,0 Gio" in french
+    assert overlap in english and "7,814" in english and "7 814" in french and "1,37 sur 24,0 Gio" in french
     # Of the curves: the mean over the seeds of the best rate, what it learned and forgot, and where others ended.
     assert "LoRA r16: 1.965 nats at step 40" in english and "LoRA r16: 2.065 nats at 4e-4" in english
     assert "LoRA r16: learned 0.835 nats, forgot 0.040 nats" in english and "LoRA r16: 2.190 nats at 8e-4" in english
     assert "full fine-tuning" in english and "affinage complet" in french and "perte" in french and "oubli" in french
     assert "It prints <mark>10</mark> lines." in told["en"] and "<mark>That.</mark>" in told["en"]
+    assert "<bdi>validation</bdi>" in told["en"] and "<details>" not in told["en"]
     assert "<i>(ends at once)</i>" in told["en"] and "general +0.040" in english
 
 
@@ -185,6 +191,15 @@ def test_foreign_text_stays_text_and_long_text_is_cut_with_a_word(found, tmp_pat
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text and "‹RLO›" in text and "{{ 7*7 }}" in text
     assert "… 98,500 more characters" in text and "… 98,501 more characters" in text and len(text) < 60_000
     assert {target[:1] for target in re.findall(r"(?:href|src)=\"?([^\" >]*)", text)} == {"#", "d"}  # data:
+
+
+def test_many_answers_are_folded_but_for_some_of_each_set(found, without_curves):
+    found["answers"] = [
+        {"set": name, "prompt": f"{name} {i}", "said": {}} for name in ("one", "two") for i in range(40)
+    ]
+    shown, _, folded = page.html(checked(found), "en").partition("<details>")
+    assert re.findall(r"<h3[^>]*>(\w+ \d+)<", shown) == ["one 0", "one 1", "one 2", "two 0", "two 1", "two 2"]
+    assert "<summary>54 more prompts</summary>" in folded and "20 more prompts are in report.json." in folded
 
 
 def leaves(value, path=()):

@@ -19,7 +19,16 @@ from specjax.report.words import Words
 HOME = Path(__file__).parent
 PAGE = "report.html"
 MARK = '<meta name="generator" content="specjax report">'
-ANSWERS = 24  # prompts that are shown
+ANSWERS, FIRST = 60, 3  # prompts that are shown, and those of each set that are shown unfolded
+
+
+class Asked(NamedTuple):
+    """A prompt on the page: of which set, what is said to it, and whether it is seen without unfolding."""
+
+    prompt: str
+    set: str | None
+    told: list["Said"]
+    first: bool
 
 
 class Said(NamedTuple):
@@ -140,10 +149,10 @@ def _figures(report: Mapping[str, Any], words: Words) -> list[Any]:
     return plots.figures(lines, report["sets"]["domain"] or "", report["sets"]["forgetting"] or (), words)
 
 
-def _answers(report: Mapping[str, Any], words: Words) -> list[tuple[str, list[Said]]]:
+def _answers(report: Mapping[str, Any], words: Words) -> list[Asked]:
     """Each prompt with what is expected, what the base said and what the methods say."""
     names, colours = table.labels(report["methods"], words), table.series(report["methods"])
-    found = []
+    found: list[Asked] = []
     for one in report["answers"][:ANSWERS]:
         expected, base = one["expected"], one["base"]
         reference = expected if expected is not None else base
@@ -157,7 +166,8 @@ def _answers(report: Mapping[str, Any], words: Words) -> list[tuple[str, list[Sa
                 shown = marks.plain(text) if reference is None else marks.differences(text, reference)
                 told.append(Said(names.get(name, name), colours.get(name), shown))
         prompt, _ = marks.cut(one["prompt"])
-        found.append((prompt, told))
+        before = sum(asked.set == one["set"] for asked in found)
+        found.append(Asked(prompt, one["set"], told, before < FIRST))
     return found
 
 

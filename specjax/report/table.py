@@ -143,7 +143,7 @@ def _local(method: Mapping[str, Any], report: Mapping[str, Any], words: Words) -
         return _cell(None, [])
     amount = None
     if peak and memory:
-        amount = words("of memory", peak=words.bytes(peak), memory=words.bytes(memory))
+        amount = words("of memory", peak=words.bytes(peak, memory), memory=words.bytes(memory))
     elif peak:
         amount = words("peak", peak=words.bytes(peak))
     return _cell(words("yes"), [amount, words("fleet memory") if amount and method["shared_process"] else None])
@@ -160,7 +160,7 @@ def _quality(method: Mapping[str, Any], report: Mapping[str, Any], words: Words)
     lines = [start]
     if None not in (measure["low"], measure["high"]) and (measure["seeds"] or 0) > 1:
         low, high = words.decimal(measure["low"]), words.decimal(measure["high"])
-        lines.append(words("interval", low=low, high=high, seeds=words.count(measure["seeds"])))
+        lines += [words("interval", low=low, high=high), words("of seeds", seeds=words.count(measure["seeds"]))]
     lines += list(_answered(before, after, words))
     for name in report["sets"]["forgetting"] or ():
         if (change := forgotten(method, name)) is not None:

@@ -80,16 +80,17 @@ class Words:
         gap = THIN if self.lang == "fr" and power else ""
         return self.decimal(scaled, digits) + gap + names[power]
 
-    def bytes(self, value: float) -> str:
-        r"""A size of memory or of a file.
+    def bytes(self, value: float, of: float | None = None) -> str:
+        r"""A size of memory or of a file; as a part of another, in that one's unit, which is not written again.
 
-        >>> Words("en").bytes(1.5 * 2**30), Words("fr").bytes(19_600_000)
-        ('1.50\u202fGiB', '18,7\u202fMio')
+        >>> Words("en").bytes(1.5 * 2**30), Words("fr").bytes(19_600_000), Words("en").bytes(2**28, 2**34)
+        ('1.50\u202fGiB', '18,7\u202fMio', '0.25')
         """
-        power = min(4, max(1, int(math.log2(abs(value)) // 10))) if abs(value) >= 1 else 1
+        whole = abs(of or value)
+        power = min(4, max(1, int(math.log2(whole) // 10))) if whole >= 1 else 1
         scaled = value / 1024**power
         digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
-        return self.decimal(scaled, digits) + THIN + _UNITS[self.lang][power - 1]
+        return self.decimal(scaled, digits) + ("" if of else THIN + _UNITS[self.lang][power - 1])
 
     def rate(self, value: float) -> str:
         """A learning rate as the field writes it.
