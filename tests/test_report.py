@@ -30,7 +30,7 @@ def values(loss, **more):
 def method(name, kind, rank, rate, loss, forgotten, **more):
     """A method that ended at a loss, of two seeds at its best rate, one at another, one stopped half-way."""
     trials = []
-    for seed, own, stopped, apart in ((0, rate, "", -0.01), (1, rate, "", 0.01), (0, 2 * rate, "", 0.1)):
+    for seed, own, stopped, apart in ((0, rate, "", -0.01), (1, rate, "", 0.01), (2, 2 * rate, "", 0.1)):
         points = [(10, 2.5), (20, 2.2), (40, loss)]
         curve = [
             {"step": step, "loss": {"validation": at + apart, "general": 3 + forgotten * step / 40}}
@@ -133,7 +133,7 @@ def bare(text):
 def test_a_browser_shows_the_page_wide_and_narrow_light_and_dark_and_asks_no_network(pages, tmp_path):
     chromium = browser.Browser(tmp_path / "profile")
     try:
-        grounds = set()
+        grounds = {"light": set(), "dark": set()}
         for lang, width, scheme in VIEWS:
             chromium.open(pages[lang], width=width, scheme=scheme)
             assert chromium.value("document.documentElement.scrollWidth") <= width
@@ -147,13 +147,13 @@ def test_a_browser_shows_the_page_wide_and_narrow_light_and_dark_and_asks_no_net
             assert len(ids) == len(set(ids)) > 100
             used = chromium.value("[...document.querySelectorAll('use')].map(e => e.getAttribute('href').slice(1))")
             assert set(used) <= set(ids)
-            grounds.add((scheme, chromium.value("getComputedStyle(document.body).backgroundColor")))
+            grounds[scheme].add(chromium.value("getComputedStyle(document.body).backgroundColor"))
             assert chromium.value("document.scripts.length") == 0
             said = [*chromium.seen("Log.entryAdded"), *chromium.seen("Runtime.consoleAPICalled")]
             assert said + chromium.seen("Runtime.exceptionThrown") + chromium.seen("Network.loadingFailed") == []
             asked = [event["request"]["url"] for event in chromium.seen("Network.requestWillBeSent")]
             assert asked == [pages[lang].as_uri()]
-        assert len(grounds) == 2
+        assert [len(seen) for seen in grounds.values()] == [1, 1] and grounds["light"] != grounds["dark"]
     finally:
         chromium.close()
 
@@ -242,7 +242,7 @@ def test_figures_of_nulls_are_those_that_are_left(found):
             trial["curve"][1]["loss"]["general"] = float("nan")
     found["methods"][0]["trials"][0]["curve"] = []
     found["methods"][1]["trials"] = [found["methods"][1]["trials"][0] | {"rate": None}]
-    found["methods"][2]["measures"] = {}
+    found["methods"][2] |= {"measures": {}, "seconds": float("nan"), "peak_memory_bytes": float("inf")}
     assert page.html(checked(found), "en").count("<figure>") == 3
     assert page.html(checked(found | {"methods": [failed("lora", "")]}), "en").count("<figure>") == 0
 
