@@ -210,9 +210,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "tpu": ("TPU slice", "Tranche de TPU"),
     "gpu": ("GPUs", "GPU"),
     "per chip": ("{size} a chip", "{size} par puce"),
-    "fits none": ("fits none that is known", "ne tient sur aucun connu"),
-    "step bound": ("Step at least", "Pas d’au moins"),
-    "price": ("Price", "Prix"),
+    "fits none": ("none that was tried", "aucun de ceux essayés"),
     # What failed, and what to do next.
     "failed": ("What did not finish", "Ce qui n’est pas allé au bout"),
     "no reason": ("no reason was written", "aucune raison notée"),
@@ -225,9 +223,6 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "config": ("config", "configuration"),
     "folder": ("result", "résultat"),
     # The foot.
-    "made": ("{date}, in {time}", "{date}, en {time}"),
-    "made at": ("{date}", "{date}"),
-    "machine": ("{device}, {memory}", "{device}, {memory}"),
     "grid": (
         "grid of rates: rule “{source}” of specjax advise --explain",
         "grille des taux : règle « {source} » de specjax advise --explain",
