@@ -122,8 +122,13 @@ def _check(path: Path) -> None:
     """Raises `UserError` for a place where another's file would be replaced."""
     if path.suffix not in (".html", ".htm"):
         raise UserError(f"{argument('out')}={path} is no page: give a name that ends in .html.")
-    if path.is_dir() or (path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace")[:2000]):
+    if path.exists() and not (path.is_file() and _is_report(path)):
         raise UserError(f"{argument('out')}={path} is there and is no report of specjax's: give another name.")
+
+
+def _is_report(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return MARK in file.read(2000)
 
 
 def _draws() -> bool:
