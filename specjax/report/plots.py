@@ -1,4 +1,4 @@
-"""The curves: loss over steps, final loss by rate, learned against forgotten. Drawn by matplotlib, an extra."""
+"""The curves: loss over steps, loss by rate, learned against forgotten. Drawn by matplotlib, an extra."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -103,13 +104,13 @@ def _draw(draw: Callable[..., dict[str, str]], *facts: Any, words: Words) -> tup
         axes.set_axisbelow(True)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TENS))
         titles = draw(axes, *facts, words)
-        axes.yaxis.set_major_formatter(FuncFormatter(_ticks(axes, words)))
+        axes.yaxis.set_major_formatter(FuncFormatter(_ticks(axes.yaxis, words)))
         return (figure, titles) if titles else None
 
 
-def _ticks(axes: Axes, words: Words) -> Callable[[float, int], str]:
+def _ticks(axis: Axis, words: Words) -> Callable[[float, int], str]:
     """As many digits as tell two neighbours apart."""
-    places = axes.yaxis.get_major_locator().tick_values(*axes.get_ylim())
+    places = axis.get_major_locator().tick_values(*axis.get_view_interval())
     gap = float(np.min(np.diff(places))) if len(places) > 1 else 1.0
     digits = max(0, min(4, int(np.ceil(-np.log10(gap) - 1e-9)) if gap > 0 else 2))
     if digits and not float(f"{gap * 10**digits:.6f}").is_integer():
@@ -162,9 +163,10 @@ def _rates(axes: Axes, lines: Sequence[Line], name: str, words: Words) -> dict[s
                 axes.plot(*zip(*ended, strict=True), gid=gid, **_look(line) | dashed)
             for (rate, stopped), loss in found.items():
                 small = rate != line.rate or rank != line.rank or stopped
-                axes.plot([rate], [loss], gid=f"{gid}-{rate:g}", **_look(line, small=small, hollow=stopped))
+                mark = f"{gid}-{rate:g}{'-stopped' if stopped else ''}"
+                axes.plot([rate], [loss], gid=mark, **_look(line, small=small, hollow=stopped))
                 said = words("said of rate", label=label, value=words.nats(loss), rate=words.rate(rate))
-                titles[f"{gid}-{rate:g}"] = said
+                titles[mark] = said
             rates |= {rate for rate, _ in found}
             ends.append((*(ended or sorted((rate, loss) for (rate, _), loss in found.items()))[-1], label))
     if rates:
@@ -216,9 +218,9 @@ def _trade(axes: Axes, lines: Sequence[Line], domain: str, name: str, words: Wor
         ends.append((learned, forgotten, line.label))
         said = {"learned": words.nats(learned), "forgot": words.nats(forgotten)}
         titles[gid] = words("said of trade", label=line.label, **said)
-    most = 2 * max((forgotten for _, forgotten, _ in ends), default=0.0)
+    reach = [0.0, *(forgotten for _, forgotten, _ in ends)]
     for (learned, forgotten), line in others:
-        if learned >= 0 and forgotten <= most:
+        if learned >= 0 and forgotten <= 2 * max(reach) - min(reach):
             axes.plot([learned], [forgotten], **_look(line, small=True) | {"alpha": 0.5})
     if titles:
         axes.spines["bottom"].set_visible(False)
@@ -227,8 +229,8 @@ def _trade(axes: Axes, lines: Sequence[Line], domain: str, name: str, words: Wor
         axes.annotate(words("base"), (0, 0), (0, -13), textcoords="offset points", ha="center", color=svg.MUTED)
         axes.margins(x=0.06, y=0.14)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=_TENS))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.decimal(value, 1)))
         _labels(axes, ends)
+        axes.xaxis.set_major_formatter(FuncFormatter(_ticks(axes.xaxis, words)))
         _axes(axes, words("axis learned"), words("axis forgotten"))
     return titles
 

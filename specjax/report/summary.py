@@ -18,7 +18,9 @@ def sentence(report: Mapping[str, Any], words: Words) -> str:
     if best is None:
         return words("no method")
     name = labels(report["methods"], words, PROSE)[best["name"]]
-    reasons = words.listing(list(_reasons(best, report, words))) or words("yes")
+    reasons = words.listing(list(_reasons(best, report, words)))
+    if not reasons:
+        return words("take bare", method=name)
     if not best["rate"]:
         return words("take plainly", method=name, reasons=reasons)
     return words("take", method=name, rate=words.rate(best["rate"]), reasons=reasons)

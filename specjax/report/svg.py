@@ -22,7 +22,6 @@ SETTINGS = {
     "svg.fonttype": "none",  # text stays text: selected, searched, in the page's font
     "svg.hashsalt": "specjax",  # the same report is the same file
     "text.parse_math": False,  # a name may have dollars
-    "axes.unicode_minus": True,
     "font.size": 11,
 }
 

@@ -11,6 +11,8 @@ _ADAPTERS |= {f"{kind} dpo": f"DPO, {name}" for kind, name in _ADAPTERS.items()}
 # Of six and more: full and SFT, which train every weight, in warm colours, adapters in cold ones.
 _WARM, _COLD = (0, 1, 6), (2, 3, 4, 5, 7)
 
+_STATUS = ("failed", "too_large", "skipped")
+
 
 class Cell(NamedTuple):
     """What is written large, and the lines below it."""
@@ -166,9 +168,6 @@ def _quality(method: Mapping[str, Any], report: Mapping[str, Any], words: Words)
         if (change := forgotten(method, name)) is not None:
             lines.append(words("forgets", name=name, change=words.decimal(change, sign=True)))
     return _cell(words.decimal(after["loss"]), lines)
-
-
-_STATUS = ("failed", "too_large", "skipped")
 
 
 def _answered(before: Mapping[str, Any], after: Mapping[str, Any], words: Words) -> Iterator[str]:

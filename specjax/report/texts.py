@@ -11,6 +11,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
     # The summary.
     "take": ("Take {method} at {rate}: {reasons}.", "Prenez {method} à {rate} : {reasons}."),
     "take plainly": ("Take {method}: {reasons}.", "Prenez {method} : {reasons}."),
+    "take bare": ("Take {method}.", "Prenez {method}."),
     "and": ("and", "et"),
     "lowest": (
         "its loss on held-out rows is the lowest, {loss} a token",
