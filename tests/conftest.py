@@ -27,6 +27,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # [B] with [B,T] is a mistake 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and a fork do not go together
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's models here are tiny: more threads wait for each other
 
 # Traced programs are millions of small objects; the collector, asked at every 700 new ones, goes through them all.
 gc.set_threshold(100_000, 20, 20)
@@ -42,12 +43,30 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="specjax-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Files go to the workers whole and in this order, so that both end together: the longest first, then all others.
-LONGEST = "parity plan processes fit run quantised segments adapter_stack peft_variants dpo moments generate".split()
+LONGEST = "parity plan processes quantised peft_variants dpo generate sharding fit run adapter_stack moments".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported is here to stay, and no garbage is looked for in it; programs are shared from now on."""
+    gc.collect()
+    gc.freeze()
+    if "jax" in sys.modules:
+        import programs
+
+        programs.share()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+    """A file's programs go with it."""
+    yield
+    if "programs" in sys.modules:
+        sys.modules["programs"].KEPT.clear()
 
 
 # What is built for several files. Nothing heavy is imported before a fixture is asked for.
@@ -61,6 +80,24 @@ def llama(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("llama") / "model"
     torch_model().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """The command's tests of a file see one device; what wants several says `with on_devices(8)`."""
+    from helpers import on_devices
+
+    with on_devices(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def steps_made_once():
+    """Runs of a file that train the same step trace and compile it once."""
+    import helpers
+
+    with helpers.steps_made_once():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from specjax import process
 if __name__ == "__main__":
     process.leave_torch_out()  # seconds of each start
 
-import numpy as np
 from helpers import data, model, weights
 
 import specjax as sj
@@ -76,5 +75,4 @@ def limit_files(workdir):
 if __name__ == "__main__":
     workdir, kind, *limit = sys.argv[1:]
     hooked = Hooked(data(), 10, lambda: limit_files(Path(workdir))) if limit else None
-    _, trained = job(workdir, kind, hooked)
-    np.savez(Path(workdir) / "weights.npz", **trained)
+    job(workdir, kind, hooked)

@@ -1,8 +1,9 @@
 """Small models and data for the tests that compare numbers."""
 
+import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from specjax.hf.config import from_hf
 from specjax.hf.families import FAMILIES
 from specjax.hf.load import abstract
 from specjax.models import Decoder, Origin
+from specjax.train import optim, step
 from specjax.train.objective import next_token
 from specjax.train.step import TrainState, begin
 
@@ -320,6 +322,56 @@ def data(
 def xla_flags(devices: int) -> str:
     """XLA_FLAGS of a process with so many fake devices, which compiles as quickly as the suite does (conftest.py)."""
     return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last of a flag counts
+
+
+@contextmanager
+def on_devices(count: int) -> Iterator[None]:
+    """In here the command, and processes that are started, see the first so many of the fake devices.
+
+    A program for one device is traced, partitioned and compiled in half of the time that one for eight takes.
+    """
+    import pytest
+
+    there = jax.local_devices()[:count]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: there)
+        patch.setattr(jax, "device_count", lambda: count)
+        patch.setenv("XLA_FLAGS", xla_flags(count))
+        patch.setenv("PJRT_NPROC", str(jax.local_device_count()))  # as many threads as here add up alike, to the bit
+        yield
+
+
+@contextmanager
+def steps_made_once() -> Iterator[None]:
+    """In here an equal model, rule, objective and seed have one step, which JAX traces and compiles once.
+
+    Not for a test that replaces a part of what a step computes: it would be given the step from before.
+    """
+    import pytest
+
+    import specjax
+
+    made: dict[Any, Any] = {}
+
+    def once(make: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(graph: Any, *given: Any, **more: Any) -> Any:
+            told = [(one, getattr(one, "clip_norm", None), getattr(one, "learning_rate", None)) for one in given]
+            key = (make, graph, *told, *more.items())
+            if key not in made:
+                made[key] = make(graph, *given, **more)
+            return made[key]
+
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_train_step", "make_eval_step"):
+            patch.setattr(step, name, once(getattr(step, name)))
+        for name in ("adamw", "lion"):
+            patch.setattr(optim, name, functools.cache(getattr(optim, name)))
+            patch.setattr(specjax, name, getattr(optim, name))
+        patch.setattr(optim, "schedule", functools.cache(optim.schedule))
+        patch.setattr(specjax, "dpo", functools.cache(specjax.dpo))
+        yield
 
 
 def weights(of: nnx.Module, kind: Any = nnx.Param) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ and writes the table into `docs/parity.md` and `specjax/parity.json`, which `spe
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -117,14 +118,19 @@ class Pair:
         self.tokens = prompts()
         self.wanted = torch_logits(self.theirs, self.tokens)
 
+    @functools.cached_property
+    def loaded(self) -> Decoder:
+        """What specjax makes of the files, to be read alone."""
+        return self.ours()
+
     def ours(self, **settings: Any) -> Decoder:
-        """A fresh load."""
+        """A fresh load, to be changed."""
         return load(self.folder / "in", **{"dtype": "float32"} | settings)[0]
 
 
 def logits(pair: Pair) -> dict[str, float]:
     """Greatest difference of the logits, and greatest KL divergence (nats) of the next token's distributions."""
-    found = np.asarray(pair.ours()(pair.tokens))
+    found = np.asarray(pair.loaded(pair.tokens))
     p, q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (pair.wanted, found))
     kl = float(jnp.max(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
     return {"logits": float(np.abs(found - pair.wanted).max()), "kl": max(kl, 0.0)}
@@ -158,7 +164,7 @@ def gradients(pair: Pair) -> dict[str, float]:
     ones = np.ones_like(targets)
     positions = np.broadcast_to(np.arange(targets.shape[1], dtype=np.int32), targets.shape)
     batch = dict(tokens=tokens, targets=targets, loss_mask=ones, positions=positions, segment_ids=ones)
-    ours = pair.ours()
+    ours = pair.loaded
     graph, params, rest = split(ours, nnx.Param)
     found = jax.jit(jax.grad(lambda params: token_sums(merge(graph, params, rest), batch)["nll"]))(params)
     pair.theirs.zero_grad()
@@ -210,7 +216,7 @@ def five_weights(paths: list[names.Path]) -> list[names.Path]:
 
 def packed(pair: Pair) -> dict[str, float]:
     """Greatest difference between the logits of documents in one row, with padding behind them, and alone."""
-    ours = pair.ours()
+    ours = pair.loaded
     documents = [prompts(rows=1, length=length, seed=length)[0] for length in LENGTHS]
     padding = np.zeros(7, np.int32)
     numbers = [np.full(n, i, np.int32) for i, n in enumerate(LENGTHS, 1)]
@@ -230,7 +236,7 @@ def greedy(pair: Pair, count: int = NEW_TOKENS) -> dict[str, float]:
     import torch
 
     prompt = prompts(rows=1, length=101, seed=101)[0].tolist()
-    (found,) = generate_tokens(pair.ours(), [prompt], max_new_tokens=count)
+    (found,) = generate_tokens(pair.loaded, [prompt], max_new_tokens=count)
     with torch.no_grad():
         theirs = pair.theirs.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, pad_token_id=0)
     wanted = theirs[0, len(prompt) :].tolist()
@@ -240,7 +246,7 @@ def greedy(pair: Pair, count: int = NEW_TOKENS) -> dict[str, float]:
 
 def round_trip(pair: Pair) -> dict[str, bool]:
     """Whether an export holds the bytes of the files that were loaded."""
-    sj.export(pair.ours(), None, pair.folder / "out", overwrite=True)
+    sj.export(pair.loaded, None, pair.folder / "out", overwrite=True)
     found, wanted = (contents(pair.folder / side) for side in ("out", "in"))
     bits = [{name: (x.dtype, x.shape, x.tobytes()) for name, x in held.items()} for held in (found, wanted)]
     return {"round_trip": bits[0] == bits[1]}

@@ -252,6 +252,7 @@ def test_each_group_drops_at_its_adapters_rate(rates):
     assert moves == [rate > 0 for rate in rates]
 
 
+@pytest.mark.usefixtures("steps_made_once")
 def test_a_name_with_a_dot_trains_saves_resumes_and_comes_back(tmp_path):
     def subject():
         made = model()

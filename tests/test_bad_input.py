@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import on_devices
 from run_fixtures import PAIRS, ROOT, flags, specjax, tree, write_rows
 from safetensors.numpy import load_file, save_file
 
@@ -337,12 +338,14 @@ def test_generate_with_what_is_no_model_or_adapter(capfd, home):
     assert "more than the model's 128 positions" in refused(capfd, home, "generate", f"--model={home / 'base'}", long)
 
 
+@on_devices(1)
 def test_a_run_that_stopped_before_its_first_checkpoint_can_be_mended_and_run(capfd, home):
     train_refused(capfd, home, "lora", **{"lora.targets": "['q_porj']"})
     assert (home / "out" / "config.json").exists()
     assert specjax("train", *flags(home / "base", home / "out", "lora", **{"lora.targets": "['q_proj']"})) == 0
 
 
+@on_devices(1)
 def test_an_output_folder_that_is_not_empty_stays_unless_told_otherwise(capfd, home):
     run, out = home.parent / "run", home / "out"
     assert specjax("train", *flags(home / "base", run, "lora", steps=1, optimizer__warmup_steps=0)) == 0
@@ -361,6 +364,7 @@ def test_an_output_folder_that_is_not_empty_stays_unless_told_otherwise(capfd, h
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux can limit another process's files")
+@on_devices(1)
 def test_a_full_disk_ends_the_run_and_the_checkpoint_before_survives(home):
     workdir = home / "out"
     argv = flags(home / "base", workdir, "full", steps=5000, checkpoint__every=5, log__every=1000)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import on_devices
 from run_fixtures import ROOT, write_base
 
 import specjax as sj
@@ -139,6 +140,7 @@ class Terminal:
         os.write(self.screen, text.encode())
 
 
+@on_devices(1)
 @pytest.mark.slow
 def test_a_real_terminal_shows_an_answer_grow_stops_it_at_ctrl_c_and_goes_on(base):
     terminal = Terminal(f"--model={base}", "--max_new_tokens=4000", "--stop=NEVER")

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from data_fixtures import TEXTS, tokenizer
 from flax import nnx
-from helpers import BASE, assert_same_bits, data, metrics, model, on_device, torch_model, weights
+from helpers import BASE, assert_same_bits, data, metrics, model, on_device, on_devices, torch_model, weights
 from run_fixtures import PAIRS, flags, specjax, write_base, write_rows
 
 import specjax as sj
 from specjax.errors import UserError
 from specjax.train.dpo import REFERENCE
+
+pytestmark = pytest.mark.usefixtures("steps_made_once")
 
 STEPS, MICRO_BATCHES, ROWS, LENGTH = 10, 2, 2, 96
 RATES = {"full": 1e-3, "lora": 1e-2}
@@ -257,6 +259,7 @@ def test_data_without_pairs_is_refused():
         sj.fit(made, data(), sj.adamw(1e-3), steps=1, trainable=sj.LORA, objective=sj.dpo())
 
 
+@on_devices(1)
 @pytest.mark.parametrize("trainable", ["lora", "all"])
 def test_the_command_trains_evaluates_and_exports_pairs(tmp_path, capsys, trainable):
     base, rows = write_base(tmp_path / "base"), []

@@ -11,7 +11,10 @@ from run_fixtures import flags, specjax, write_base, write_data
 import specjax as sj
 from specjax import build
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # peft's own
+    pytest.mark.usefixtures("steps_made_once"),
+]
 
 OPTIONS = {
     "rank": 4,

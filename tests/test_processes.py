@@ -1,4 +1,4 @@
-"""Several real processes as one run: 2 train, one is told to stop, 4 go on, and it is the run of one process."""
+"""Several real processes as one run: `launch` starts 2, one is told to stop, 4 go on: it is the run of one process."""
 
 import contextlib
 import os
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from helpers import metrics, xla_flags
 from run_fixtures import ROOT, flags, specjax
@@ -69,19 +70,25 @@ def assert_same_run(one: Path, other: Path, rtol: float = 1e-5) -> None:
 def test_two_are_told_to_stop_four_go_on_and_it_is_the_run_of_one(base):
     alone, shared = base.parent / "alone", base.parent / "shared"
     assert specjax("train", *job(base, alone)) == 0
-    argv = ["train", *job(base, shared)]
-    with contextlib.ExitStack() as stack:
-        first, second = start(stack, 2, 4, *argv)
-        for line in first.stdout:  # the second is told while they train
-            if line.startswith("step 3/"):
+    place = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(4)}
+    command = [sys.executable, "-m", "specjax", "launch", "--on=local:2", *job(base, shared)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=place, **pipes) as launched:
+        for line in launched.stdout:  # the second is told while they train
+            if line.startswith("[0] step 3/"):
+                [second] = [
+                    child
+                    for child in psutil.Process(launched.pid).children()
+                    if child.environ().get("SPECJAX_PROCESS") == "1"
+                ]
                 second.send_signal(signal.SIGTERM)
                 break
-        ends = [process.communicate(timeout=300) for process in (first, second)]
-    assert (first.returncode, second.returncode) == (143, 143), ends
+        out, err = launched.communicate(timeout=300)
+    assert launched.returncode == 143, (out, err)
     stopped = metrics(shared)[-1]["step"]
     assert 3 <= stopped < STEPS
-    assert "stopped by a signal" in ends[0][0] and not ends[1][0]
-    found = together(4, 2, *argv)
+    assert "[0] stopped by a signal at step" in out and "[1]" not in out
+    found = together(4, 2, "train", *job(base, shared))
     assert [status for status, *_ in found] == [0] * 4, found
     assert f"resumed at step {stopped}" in found[0][1] and not any(out for _, out, _ in found[1:])
     assert_same_run(shared, alone)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_same_bits, data, model, prompts, sizes, started, weights
+from helpers import assert_same_bits, data, model, on_devices, prompts, sizes, started, weights
 from jax.sharding import NamedSharding
 from run_fixtures import flags, specjax, write_base, write_data
 
@@ -249,8 +249,9 @@ def test_what_cannot_be_is_said():
         sj.fit(quantised("int8"), data(), sj.adamw(1e-3), steps=1, trainable=sj.ALL)
 
 
+@on_devices(1)
 def test_the_command_line_trains_over_it_generates_and_merges(tmp_path, capsys):
-    base = write_base(tmp_path / "base", hidden_size=512, intermediate_size=64, attention=0.02)
+    base = write_base(tmp_path / "base", hidden_size=64, intermediate_size=64, attention=0.02)
     write_data(tmp_path / "data")
     run = tmp_path / "run"
     argv = flags(base, run, "lora", **{"model.quantise": "nf4", "lora.rank": 4, "steps": 3})

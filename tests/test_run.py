@@ -1,4 +1,4 @@
-"""End to end: the commands a user gives, on a tiny model and 8 devices, and the files that they leave."""
+"""End to end: the commands a user gives, on a tiny model and one device or 8, and the files that they leave."""
 
 import json
 import re
@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers import logged, metrics, torch_model
+from helpers import logged, metrics, on_devices, torch_model
 from run_fixtures import PAIRS, ROOT, TEXTS, flags, specjax, tree, write_base, write_data, write_rows
 from safetensors.numpy import load_file
 
@@ -30,9 +30,13 @@ from specjax.errors import UserError
 from specjax.train import fit
 
 # What peft 0.21 calls is deprecated in transformers 5.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("one_device"),
+]
 
-KINDS = ("full", "sft", "lora")
+DEVICES = {"full": 8, "sft": 1, "lora": 1}
+KINDS = (*DEVICES,)
 PROMPT = "What has ada got?"
 STEPS = 6
 
@@ -53,10 +57,11 @@ def job(base: Path, workdir: Path, kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(base):
-    """The workdir of a finished run of each kind."""
+    """The workdir of a finished run of each kind; `full` ran on 8 devices, as it is evaluated."""
     found = {kind: base.parent / kind for kind in KINDS}
     for kind, workdir in found.items():
-        assert specjax("train", *job(base, workdir, kind)) == 0
+        with on_devices(DEVICES[kind]):
+            assert specjax("train", *job(base, workdir, kind)) == 0
     return found
 
 
@@ -199,10 +204,12 @@ def test_the_bases_licence_is_read_from_its_own_card(tmp_path, readme, licence):
 def test_mfu_is_counted_where_the_peak_is_known_and_a_trace_is_written_where_it_is_asked_for(
     base, runs, tmp_path, monkeypatch, capsys
 ):
-    for row in rows(runs["lora"], "loss"):
+    for row in rows(runs["full"], "loss"):
         assert row["tokens_per_s_per_device"] == pytest.approx(row["tokens_per_s"] / 8) and "mfu" not in row
     monkeypatch.setattr(flops, "PEAKS", {"cpu": 1e12})
-    assert specjax("train", *flags(base, tmp_path / "run", "lora", steps=4, **{"log.every": 1}), "--profile") == 0
+    short = {"steps": 4, "log.every": 1, "data.eval_fraction": 0}
+    with on_devices(8):
+        assert specjax("train", *flags(base, tmp_path / "run", "lora", **short), "--profile") == 0
     said = capsys.readouterr().out
     assert "FLOPs per token (remat not counted) / (8 x 1e+12 FLOP/s of cpu)" in said and "traced up to step 4" in said
     a_token = float(re.search(r"x (\S+) FLOPs per token", said)[1])
@@ -342,15 +349,17 @@ def test_a_run_goes_on_with_the_same_batches_computed_otherwise(base, runs, tmp_
     argv = [*job(base, workdir, "lora"), *(f"--config.{key}={value}" for key, value in how.items())]
     before = tree(workdir)
     for key, value in (("batch_size", 16), ("lora.dropout", 0.1), ("eval.batches", 1)):
-        assert specjax("train", *argv, f"--config.{key}={value}") == 2
+        with on_devices(8):
+            assert specjax("train", *argv, f"--config.{key}={value}") == 2
         said = capsys.readouterr().err
         assert f"holds a run with another config: {key} (was " in said or f", {key} (was" in said
         assert ("accumulate" in said) == (key != "batch_size") and "remat" not in said
     assert tree(workdir) == before
-    assert specjax("train", *argv) == 0
+    with on_devices(8):
+        assert specjax("train", *argv) == 0
     said = capsys.readouterr().out
     assert "goes on with another accumulate, mesh.tensor, model.remat: the same batches" in said
-    devices = "on 8 devices (fsdp=4, tensor=2); before it was 8 devices (fsdp=8)"
+    devices = "on 8 devices (fsdp=4, tensor=2); before it was 1 device"
     assert f"resumed at step 3, {devices}" in " ".join(said.split())
     for row, whole in zip(metrics(workdir), metrics(runs["lora"]), strict=True):
         assert row == pytest.approx(whole, rel=1e-4)
@@ -385,7 +394,8 @@ def test_micro_batches_of_experts_are_part_of_the_result(tmp_path):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_eval_finds_what_the_run_logged_last(base, runs, kind, capsys):
-    found = run.evaluate(load_config_file(str(runs[kind] / "config.json")), runs[kind])
+    with on_devices(DEVICES[kind]):
+        found = run.evaluate(load_config_file(str(runs[kind] / "config.json")), runs[kind])
     printed = capsys.readouterr().out
     for name, values in found.items():
         [*_, last] = rows(runs[kind], f"eval/{name}/loss")
@@ -398,7 +408,8 @@ def test_export_writes_the_adapter_or_the_merged_model(base, runs, tmp_path, cap
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     assert specjax("export", f"--workdir={runs['lora']}", f"--out={adapter}") == 0
     assert tree(adapter) == tree(runs["lora"] / "export")
-    assert specjax("export", f"--workdir={runs['lora']}", f"--out={merged}", "--merge") == 0
+    with on_devices(8):
+        assert specjax("export", f"--workdir={runs['lora']}", f"--out={merged}", "--merge") == 0
     assert not (merged / "adapter_config.json").exists()
     whole, tokenizer = opened(base, merged)
     worn, _ = opened(base, adapter)
@@ -426,7 +437,8 @@ def answers(capsys, *argv: object) -> list[str]:
 
 def test_generate_answers_from_a_run_a_folder_and_a_base_with_adapters(base, runs, worse, capsys):
     adapters = (f"--adapter=hr={runs['lora'] / 'export'}", f"--adapter=worse={worse[0] / 'export'}")
-    from_run = answers(capsys, f"--model={runs['lora']}")
+    with on_devices(8):
+        from_run = answers(capsys, f"--model={runs['lora']}")
     from_base = answers(capsys, f"--model={base}", *adapters)
     heads = [f"--- [{name}] {PROMPT}" for name in ("hr", "worse")]
     place = from_base.index(heads[1])
@@ -527,7 +539,8 @@ def test_a_mixture_of_experts_is_trained_with_its_balancing_loss_and_opens_in_tr
     base = write_base(tmp_path / "base", family="mixtral")
     wanted = {"model.router_aux_coef": 0.1, "mesh.expert": 2, **sets(base), "eval.best": "pairs"}
     workdir = tmp_path / "run"
-    assert specjax("train", *flags(base, workdir, "sft", **wanted)) == 0
+    with on_devices(4):
+        assert specjax("train", *flags(base, workdir, "sft", **wanted)) == 0
     balance = [row["router_loss"] for row in rows(workdir, "router_loss")]
     assert balance and all(2 <= value < 4 for value in balance)  # 2 experts of 4: evenly chosen, it is 2
     assert "router_loss" not in rows(workdir, "eval/pairs/loss")[0]

@@ -11,6 +11,8 @@ from specjax.errors import UserError
 from specjax.sharding import MESH_AXES, fill_sizes, named_sharding, of_module
 from specjax.train.session import Session
 
+pytestmark = pytest.mark.usefixtures("steps_made_once")
+
 MESHES = {
     "fsdp 8": {"fsdp": 8},
     "fsdp 4 x tensor 2": {"fsdp": 4, "tensor": 2},

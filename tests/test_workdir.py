@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from helpers import data, model
+from helpers import data, model, on_devices
 from run_fixtures import flags, specjax, tree, write_base, write_data
 
 import specjax as sj
@@ -69,6 +69,7 @@ def test_the_folder_that_a_run_reads_is_no_workdir(capfd, base):
     assert "run lies in the folder that config.data.train reads" in capfd.readouterr().err
 
 
+@on_devices(1)
 def test_a_run_that_ended_before_its_first_checkpoint_is_known_by_its_mark(capfd, base, tmp_path):
     workdir = tmp_path / "run"
     assert specjax("train", *flags(base, workdir, "lora", **{"lora.targets": "['q_porj']"})) == 2
@@ -89,6 +90,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_known_by_its_mark(capfd
         assert f"summary.json {said}" in refused(capfd, base, workdir)
 
 
+@pytest.mark.usefixtures("steps_made_once")
 def test_fit_leaves_files_that_no_run_wrote(tmp_path):
     run = {"steps": 1, "tensorboard": False, "workdir": tmp_path}
     (tmp_path / "notes.txt").write_text("mine")

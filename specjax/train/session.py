@@ -109,10 +109,9 @@ class Session:
 
     def _begin(self) -> TrainState:
         """Float32 masters of what trains, and the optimizer's state, where they belong."""
-        masters = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("float32"), tree), donate_argnums=0)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Some donated buffers were not usable")  # bfloat16 becomes float32
-            trainable = masters(self._trainable)
+            trainable = _masters(self._trainable)
         del self._trainable
         places = steps_lib.opt_shardings(self.optimizer, trainable, self.mesh)
         opt_state = jax.jit(self.optimizer.init, out_shardings=places)(trainable)
@@ -254,6 +253,12 @@ class Session:
     def model(self) -> Decoder:
         """The model with the weights of now."""
         return steps_lib.merge(self.graph, self.state.trainable, self.frozen)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _masters(params: Any) -> Any:
+    """Parameters in float32."""
+    return jax.tree.map(lambda x: x.astype("float32"), params)
 
 
 def aside(do: Callable[[], Any]) -> Any:
