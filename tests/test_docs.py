@@ -75,7 +75,7 @@ def tree() -> list[str]:
 def test_what_these_tests_go_through_is_there():
     assert {"full.py", "sft.py", "lora.py"} <= {path.name for path in CONFIGS}
     assert {"architecture.md", "measurements.md", "parity.md"} <= {path.name for path in DOCUMENTS}
-    assert [path.name for path in NOTEBOOKS] == ["quickstart.ipynb"]
+    assert "quickstart.ipynb" in {path.name for path in NOTEBOOKS} and len(NOTEBOOKS) > 3
 
 
 def test_the_readme_is_a_page_and_shows_the_first_commands():
