@@ -68,7 +68,6 @@ JOBS: list[tuple[str, str, str, int, int, dict[str, Any]]] = [
     ("Llama-3 8B", "full", "h100:8", 4, 2048, {}),
     ("Llama-3.2 1B", "full", "h100:1", 4, 4096, {}),
     ("Llama-3 8B", "lora", "h100:1", 4, 1024, {"accumulate": 4}),
-    ("Llama-3 8B", "lora", "h100:1", 2, 2048, {"model.quantise": "nf4"}),
 ]
 
 
