@@ -112,7 +112,7 @@ def _flags() -> Iterator[Flag]:
     yield Flag(
         "hardware",
         "FAMILY:SHAPE",
-        "cpu, which is this machine, or hardware as --target of `specjax plan` has it, such as h100:1 or v5e:4x4",
+        "cpu, which is this machine, found, what it has, or as --target of `specjax plan` has it, such as h100:1",
         default="cpu",
     )
     yield Flag(

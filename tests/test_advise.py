@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from specjax import build
-from specjax.advise import facts, memory, report, rules
+from specjax.advise import facts, here, memory, report, rules
 from specjax.cli import main, parse, read_config
 from specjax.config import validate
+from specjax.errors import UserError
 from specjax.hf.config import from_hf
 
 ROOT = Path(__file__).parent.parent
@@ -215,6 +216,31 @@ def test_advice_for_too_few_pairs_is_written_and_says_what_is_missing(capsys):
     assert main(argv) == 2
     assert "--out=advised.py is there already" in capsys.readouterr().err
     assert Path("advised.py").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "listed, wanted",
+    [
+        (None, "cpu"),
+        ("", "cpu"),
+        ("GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)\nGPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)\n", "h100:2"),
+        (
+            "GPU 0: NVIDIA L4 (UUID: GPU-1)\n",
+            "this machine has NVIDIA L4, of which no figures are known: give --hardware",
+        ),
+    ],
+)
+def test_what_this_machine_has_is_found_without_asking_for_it(listed, wanted, tmp_path, monkeypatch):
+    if listed is not None:
+        Path("nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s' '{listed}'\n")
+        Path("nvidia-smi").chmod(0o755)
+    monkeypatch.setattr(here, "shutil", SimpleNamespace(which=lambda name: listed is not None and str(tmp_path / name)))
+    monkeypatch.setattr(here.Path, "glob", lambda self, pattern: iter(()))
+    if wanted.startswith("this"):
+        with pytest.raises(UserError, match=wanted):
+            here.found()
+    else:
+        assert here.found() == wanted
 
 
 def test_pairs_of_answers_are_advised_dpo_and_named_sets_are_kept(capsys):

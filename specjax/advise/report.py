@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from specjax import build
-from specjax.advise import domains, fits, rules, trl, written
+from specjax.advise import domains, fits, here, rules, trl, written
 from specjax.advise import facts as facts_lib
 from specjax.advise.printed import duration, entry, say
 from specjax.config import copied, get_config, validate
@@ -50,7 +50,7 @@ def advise(
     Args:
       data: what trains: a file, a folder or a hub name.
       model: a folder, of which config.json and the tokenizer are enough, or a hub name.
-      hardware: cpu, which is this machine, or a target of `specjax plan`, such as h100:1.
+      hardware: cpu, which is this machine, found: what it has, or a target of `specjax plan`, such as h100:1.
       write: specjax: a config is written, trl: a script on transformers, TRL and PEFT; None: nothing, without `out`.
       out: the file to write into; "": one of the folder that this runs in.
       explain: print every rule too.
@@ -67,6 +67,7 @@ def advise(
         domains.show(domain, lang or "", check)
         if not data:
             return None
+    hardware = here.found() if hardware == "found" else hardware
     target = targets.parse(f"{CPU}:1" if hardware == CPU else hardware)
     if write or out:
         write, out = write or "specjax", out or ("advised_trl.py" if write == "trl" else "advised.py")

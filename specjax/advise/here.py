@@ -1,0 +1,35 @@
+"""What hardware this machine has, told without asking for it: `--hardware=found`."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from specjax.errors import UserError
+from specjax.plan import targets
+
+SECONDS = 20  # that the driver has to answer
+
+
+def found() -> str:
+    """The target that this machine is: cpu, or h100:N.
+
+    Raises:
+      UserError: an accelerator that no target stands for, or whose kind cannot be told.
+    """
+    known = f"give --hardware as one of {targets.FORMS}, or cpu"
+    if [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]:
+        raise UserError(f"--hardware=found: a TPU is here, whose slice only a run can tell: {known}.")
+    if not (driver := shutil.which("nvidia-smi")):
+        return "cpu"
+    try:
+        done = subprocess.run([driver, "-L"], capture_output=True, text=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"--hardware=found: nvidia-smi does not answer ({error}): {known}.") from error
+    names = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", done.stdout, re.MULTILINE)
+    if done.returncode or not names:
+        return "cpu"
+    if any("H100" not in name for name in names):
+        kinds = ", ".join(dict.fromkeys(names))
+        raise UserError(f"--hardware=found: this machine has {kinds}, of which no figures are known: {known}.")
+    return f"h100:{len(names)}"
