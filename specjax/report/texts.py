@@ -93,7 +93,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "rows pairs": ("{rows} pairs", "{rows} paires"),
     "rows chats": ("{rows} conversations", "{rows} conversations"),
     "rows preference": ("{rows} preferences", "{rows} préférences"),
-    "in the loss": ("{tokens} tokens count", "{tokens} tokens comptés"),
+    "in the loss": ("{tokens} loss tokens", "{tokens} tokens comptés"),
     "speed": ("{speed} tokens/s", "{speed} tokens/s"),
     "compile": ("+ {time} compile", "+ {time} compil."),
     "in fleet": ("share of a fleet", "part d’une flotte"),
