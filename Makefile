@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 # What `make check` runs, less what is marked slow: no file that trains, compiles steps or needs torch.
 FAST := $(patsubst %,tests/test_%.py,cli config docs errors helpers imports launch metrics process \
-	data_cache data_chat data_formats data_pack data_preference data_read data_report data_templates)
+	data_cache data_chat data_formats data_pack data_preference data_read data_report data_templates report)
 
 # Of demo-real: another base (a hub name or a folder), and the pairs: python or french.
 MODEL ?=
