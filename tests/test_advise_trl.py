@@ -25,7 +25,7 @@ ROWS = {
     ],
     "conversations": [{"conversations": [{"from": "human", "value": "{n}?"}, {"from": "gpt", "value": "{n}."}]}] * 20,
     "prompt": [{"prompt": "{n} and one is", "completion": " more than {n}."}] * 20,
-    "text": [{"text": "The number {n} is a number. " * (90 if n == 7 else 20)} for n in range(20)],
+    "text": [{"text": "The number {n} is a number. " * (200 if n == 7 else 20)} for n in range(20)],
 }  # fmt: skip
 
 
