@@ -30,10 +30,11 @@ def get_config() -> ConfigDict:
     config.eval.best = "domain"
     config.eval.prompts = ("What does `textwrap.dedent` do?",)
     config.eval.max_new_tokens = 48
+    config.eval.answers = 8
     config.log.tensorboard = False
 
     config.compare.full = {
-        "data": {"train": f"{DATA}/text_train.jsonl", "eval": {"domain": f"{DATA}/text_eval.jsonl"}},
+        "data": {"train": f"{DATA}/text_train.jsonl"},
         "optimizer": {"learning_rate": 5e-4},
     }
     config.compare.sft = {"optimizer": {"learning_rate": 3e-4}}

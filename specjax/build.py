@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -14,7 +15,7 @@ from rich.console import Console
 from specjax import lora
 from specjax.card import card
 from specjax.config import check_length, lora_settings
-from specjax.config.checks import ARGUMENTS, heldout, sources
+from specjax.config.checks import ARGUMENTS, heldout, holds_out, sources
 from specjax.config.source import load_config_file
 from specjax.data import Corpus, Data, Mixture, mix, tokenise
 from specjax.data.chat import resolve as resolve_template
@@ -87,17 +88,16 @@ def eval_data_of(
     """
     # No more rows at once than a micro-batch: what trains must also fit when it is measured.
     rows = config.batch_size // (config.accumulate or 1)
-    if config.data.eval:
-        # A set that is measured may be of another kind than the one that trains, and call its columns otherwise.
-        sets = {
-            name: _corpus(config, tokenizer, path, console, format="auto", own_columns=True)
-            for name, path in sorted(config.data.eval.items())
-        }
-        return {name: _packed(config, corpus, rows) for name, corpus in sets.items()}
-    if not config.data.eval_fraction:
-        return {}
-    corpora = corpora or corpora_of(config, tokenizer, console)
-    return {name: _packed(config, corpora[source], rows, "eval") for name, source in heldout(config).items()}
+    found = dict[str, Data]()
+    if holds_out(config):
+        corpora = corpora or corpora_of(config, tokenizer, console)
+        found = {name: _packed(config, corpora[source], rows, "eval") for name, source in heldout(config).items()}
+    # A set that is measured may be of another kind than the one that trains, and call its columns otherwise.
+    sets = {
+        name: _corpus(config, tokenizer, path, console, format="auto", own_columns=True)
+        for name, path in sorted(config.data.eval.items())
+    }
+    return found | {name: _packed(config, corpus, rows) for name, corpus in sets.items()}
 
 
 def corpora_of(config: ConfigDict, tokenizer: Any, console: Console | None = None) -> dict[str, Corpus]:
@@ -119,17 +119,21 @@ def _corpus(config: ConfigDict, tokenizer: Any, source: str, console: Console | 
         "columns": d.columns.to_dict(),
         "turns": d.turns,
         "split": d.split,
-        "seed": config.seed,
-        "holdout": _holds_out(config),
+        "seed": config.seed if config.data.eval_seed < 0 else config.data.eval_seed,
+        "holdout": holds_out(config),
         "cache": {"": True, "off": False}.get(d.cache, d.cache),
     }
     with watched(source, console) as progress:
-        return tokenise(source, tokenizer, progress=progress, **(common | settings))
+        corpus = tokenise(source, tokenizer, progress=progress, **(common | settings))
+    return dataclasses.replace(corpus, seed=config.seed)
 
 
 @keys(ARGUMENTS)
 def _train(config: ConfigDict, corpora: dict[str, Corpus]) -> Data | Mixture:
-    part = "train" if _holds_out(config) else ""
+    part = "train" if holds_out(config) else ""
+    if config.data.loss == "all":
+        every = {name: np.ones_like(corpus.trained) for name, corpus in corpora.items()}
+        corpora = {name: dataclasses.replace(corpus, trained=every[name]) for name, corpus in corpora.items()}
     parts = {name: _packed(config, corpus, config.batch_size, part) for name, corpus in corpora.items()}
     if len(parts) == 1:
         return next(iter(parts.values()))
@@ -142,10 +146,6 @@ def _packed(config: ConfigDict, corpus: Corpus, batch_size: int, part: str = "")
     d = config.data
     holdout = (d.eval_fraction, part) if part else None
     return corpus.pack(length=d.length, batch_size=batch_size, packing=d.packing, overlong=d.overlong, holdout=holdout)
-
-
-def _holds_out(config: ConfigDict) -> bool:
-    return bool(config.data.eval_fraction and not config.data.eval)
 
 
 @keys(ARGUMENTS)

@@ -25,7 +25,7 @@ VERSIONS = ("jax", "flax", "optax", "transformers")
 COLUMNS = {"rows": "rows", "documents": "documents", "tokens": "tokens", "loss tokens": "loss_tokens"}
 # Keys that say how a run was watched, computed or named, and not what came of it; data and base have their own lines.
 LEFT_OUT = re.compile(
-    r"(log|export|compare|checkpoint|mesh|model\.path|model\.revision|data\.(train|eval|cache))(\.|$)"
+    r"(log|export|compare|seeds|eval\.answers|checkpoint|mesh|model\.path|model\.revision|data\.(train|eval|cache))(\.|$)"
 )
 
 

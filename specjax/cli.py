@@ -154,6 +154,8 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
         arguments["adapters"] = prompts.adapters(arguments.pop("adapter"), addressed=verb != "combine")
     if verb == "combine":
         arguments["weights"] = _weights(arguments.pop("weight"), arguments["adapters"])
+    if verb == "compare":
+        arguments["target"] = arguments.pop("for")  # a word of Python's
     if verb == "generate":
         given = arguments.pop("prompt"), arguments.pop("prompt_file")
         arguments["prompts"] = prompts.prompts(*given, arguments["adapters"])

@@ -49,7 +49,15 @@ def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> 
         return _train(config, Path(workdir), lock, profile)
 
 
-def _train(config: ConfigDict, workdir: Path, lock: Lock, profile: bool) -> Result:
+@keys(ARGUMENTS)
+def train_part(config: ConfigDict, workdir: str | Path, share: float) -> Result:
+    """`train` up to a share of the steps, where it is evaluated and saved; `train` then goes on from there."""
+    refuse_fleet(config, "run.train")
+    with Lock(workdir) as lock:
+        return _train(config, Path(workdir), lock, False, share)
+
+
+def _train(config: ConfigDict, workdir: Path, lock: Lock, profile: bool, share: float = 0.0) -> Result:
     with processes.agreement("nothing was trained"):
         validate(config, jax.device_count())
         config = settled(config, jax.default_backend(), jax.device_count())
@@ -94,6 +102,7 @@ def _train(config: ConfigDict, workdir: Path, lock: Lock, profile: bool) -> Resu
         data,
         build.optimizer_of(config, steps),
         steps=steps,
+        until=max(1, round(share * steps)) if share else 0,
         trainable=build.filter_of(config),
         objective=objective,
         workdir=workdir,
@@ -118,6 +127,8 @@ def _train(config: ConfigDict, workdir: Path, lock: Lock, profile: bool) -> Resu
         if not result.tokens:
             _say(f"{workdir}: stopped by a signal before a step was done; nothing is lost, call again to go on")
         raise SystemExit(143)
+    if result.stopped == "until":
+        return result
     if config.export and not resume.exported(workdir):
         build.restore(model, config, workdir, "best")
         end = build.end_of_answers(workdir, tokenizer, model)
@@ -322,6 +333,7 @@ def _summarise(workdir: Path, config: ConfigDict, result: Result) -> None:
         "stopped": result.stopped,
         "seconds": result.seconds,
         "compile_seconds": result.compile_seconds,
+        "eval_seconds": result.eval_seconds,
         "tokens": result.tokens,
         "tokens_per_s": result.tokens / result.seconds if result.seconds else None,
         "data_seconds": result.data_seconds,

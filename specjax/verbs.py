@@ -157,6 +157,10 @@ def _flags() -> Iterator[Flag]:
         0.0,
         least=0.0,
     )
+    # compare
+    yield Flag("budget", "TIME", "seconds for all methods together, such as 20m or 1.5h; the steps are chosen by it")
+    yield Flag("steps", "N", "steps of each run; default: the config's", int, least=1)
+    yield Flag("for", "MODEL", "a model, of which config.json is enough: say the smallest hardware for each method")
     # launch
     yield Flag("on", "ENGINE", "what starts the processes: --on=local:N, gcloud-tpu, gke or slurm")
     yield Flag("dry_run", "", "print what would be started, and start nothing", bool)
@@ -270,12 +274,13 @@ VERBS = {
         ),
     ),
     "compare": Verb(
-        "run the methods of config.compare on the same data, and print one table",
+        "run methods on your data, each at its own best rate, and say which to take",
         ("config", "workdir"),
-        (),
+        ("budget", "steps", "for", "lang"),
         (
-            "--config=configs/demo.py --workdir=runs/compare",
-            "--config=configs/demo.py --workdir=runs/compare --config.compare.lora.lora.rank=4",
+            "--config=configs/compare.py --workdir=runs/compare --config.data.train=mine.jsonl --budget=20m",
+            "--config=configs/demo.py --workdir=runs/compare --config.compare.lora.lora.rank=4 "
+            "--for=meta-llama/Llama-3.1-8B",
         ),
     ),
     "report": Verb(

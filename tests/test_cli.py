@@ -124,7 +124,7 @@ def test_every_flag_is_some_verbs_and_every_verbs_function_takes_its_flags():
     functions = {"train": run.train, "eval": run.evaluate, "generate": run.generate, "export": run.export}
     functions |= {"data": run.data, "plan": report.report, "compare": compare.compare, "launch": launch.launch}
     functions |= {"report": page.report}
-    renamed = {"adapter": "adapters", "prompt": "prompts", "prompt_file": "prompts"}
+    renamed = {"adapter": "adapters", "prompt": "prompts", "prompt_file": "prompts", "for": "target"}
     for name, function in functions.items():
         taken = inspect.signature(function).parameters.values()
         rest = {each.name for each in taken if each.kind is each.VAR_KEYWORD}
@@ -163,7 +163,8 @@ def test_a_verb_calls_its_function_with_the_config_and_the_workdir(calls, argv, 
     assert cli.main([*argv, "--config.seed=7", "--config.optimizer.learning_rate", "1e-3", "--noconfig.export"]) == 0
     [(called, found)] = calls
     assert called == name
-    assert set(found) == {"config", "workdir"} | ({"profile"} if name == "train" else set())
+    more = {"train": {"profile"}, "compare": {"budget", "steps", "target", "lang"}}
+    assert set(found) == {"config", "workdir"} | more.get(name, set())
     assert found["workdir"] == "w"
     config = found["config"]
     assert (config.seed, config.optimizer.learning_rate, config.export) == (7, 1e-3, False)

@@ -57,7 +57,10 @@ ALLOWED = {
         "cluster",
         "process",
     },
-    "compare": {"run", "config", "errors", "files", "process"},
+    "compare": {
+        *("__init__", "advise", "build", "config", "data", "errors", "files", "fleet", "generation", "hf", "lock"),
+        *("models", "plan", "process", "report", "run", "sharding", "train"),
+    },
     "report": {"errors", "files", "values"},
     "parity": set(),
     "verbs": {"cluster", "process"},
@@ -87,6 +90,7 @@ ALLOWED = {
 NARROWER = {
     "chat/prompts": {"data", "errors", "values"},
     "cluster/launch": {"errors"},
+    "compare/intervals": set(),
     "config/checks": {"errors", "sharding", "values"},
     "generation/sampling": {"errors"},
     "generation/decoding": {"generation", "models", "sharding"},

@@ -516,7 +516,7 @@ def test_compare_trains_each_method_as_train_does_and_prints_one_table(base, run
     )
     [_, workdir, *rest] = job(base, tmp_path / "out", "sft")
     rest = [flag for flag in rest if "learning_rate" not in flag]
-    assert specjax("compare", f"--config={config}", workdir, *rest) == 0
+    assert specjax("compare", f"--config={config}", workdir, *rest, "--config.eval.answers=1") == 0
     out = capfd.readouterr().out
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert list(found) == ["sft", "lora"]

@@ -52,12 +52,12 @@ class Fit(NamedTuple):
 
 def base_of(config: ConfigDict, sizes: ModelConfig, target: targets.Target, devices: int) -> Base:
     """Counts the model of a config."""
-    parameters, _ = _count(config, {"trainable": "all"}, target, devices)
-    trained, frozen = _count(config, {"trainable": "lora", "lora.rank": rules.RANKS[0]}, target, devices)
+    parameters, _ = count(config, {"trainable": "all"}, target, devices)
+    trained, frozen = count(config, {"trainable": "lora", "lora.rank": rules.RANKS[0]}, target, devices)
     return Base(sizes, parameters, frozen, trained // rules.RANKS[0])
 
 
-def _count(config: ConfigDict, settings: dict[str, object], target: targets.Target, devices: int) -> tuple[int, int]:
+def count(config: ConfigDict, settings: dict[str, object], target: targets.Target, devices: int) -> tuple[int, int]:
     """Parameters that train with these settings, and bytes of those that do not, by the model's shapes."""
     config = copied(config, "lora", "model")
     config.update_from_flattened_dict(settings)
@@ -93,7 +93,7 @@ def tries(config: ConfigDict, base: Base, rank: int, target: targets.Target, dev
     if not found[-1].fits and 2 * found[-1].need.state > _limit(target):
         lora |= {"model.quantise": "nf4"}
         way = (f"LoRA r{rank}, nf4", lora)
-        found.append(_fit(config, base, way, _count(config, lora, target, devices), target, devices))
+        found.append(_fit(config, base, way, count(config, lora, target, devices), target, devices))
     return found
 
 
@@ -137,8 +137,8 @@ def _limit(target: targets.Target) -> int:
 
 def lines(config: ConfigDict, tried: list[Fit], target: targets.Target, hardware: str) -> Iterator[tuple[str, str]]:
     """(method, what it needs and the command that compiles it), by estimate."""
-    limit, count = _limit(target), targets.count(target)
-    where = "this machine" if target.chip is None else f"{count} device{'s' if count > 1 else ''}"
+    limit, many = _limit(target), targets.count(target)
+    where = "this machine" if target.chip is None else f"{many} device{'s' if many > 1 else ''}"
     yield "hardware", f"{hardware}, {where}, {limit / GIB:.1f} GiB each; what follows is an estimate, of one device"
     words = {True: "fits", False: "DOES NOT FIT"}
     for fit in tried:

@@ -88,6 +88,11 @@ def get_config() -> ConfigDict:
     # "heldout", or of each source, named "heldout-mine" and so on.
     config.data.eval = ConfigDict()
     config.data.eval_fraction = 0.02  # share of the train rows that is held out; 0: none
+    config.data.eval_beside = False  # hold rows out where `eval` names sets too: they are measured beside those
+    config.data.eval_seed = -1  # seeds which rows are held out; -1: `seed`
+    # Which tokens of pairs and chats train: answers: the assistant's | all: the prompts' too, as of raw text. The sets
+    # that are measured count answers either way.
+    config.data.loss = "answers"
     # Format of the rows: auto: by their columns | text | instruct | prompt | messages | conversations | preference
     config.data.format = "auto"
     # Role -> column, for columns with other names: --config.data.columns.instruction=question.
@@ -130,6 +135,8 @@ def get_config() -> ConfigDict:
     # the known ones but for case and punctuation. Raw text has no questions.
     config.eval.exact = ("general",)
     config.eval.max_new_tokens = 64  # limit of an answer's tokens
+    # For `specjax compare`: held-out questions that the base and each result answer, to be shown and scored; 0: none.
+    config.eval.answers = 32
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 0  # steps between checkpoints; 0: at each evaluation and at the end
@@ -149,8 +156,10 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1  # over which heads, MLP and vocabulary are split
 
     config.export = True  # write <workdir>/export at the end
-    # For `specjax compare`: method -> overrides of this same config, as in configs/demo.py.
+    # For `specjax compare`: method -> overrides of this same config, as in configs/compare.py; `sweep`, `rungs` and
+    # `survive` among them find its best values, LoRA's in a fleet, others' one after another.
     config.compare = ConfigDict(sort_keys=False)
+    config.seeds = 1  # for `specjax compare`: with how many seeds the best values of each method are trained
     # Adapters that train in one run over one base, each as if alone: name -> overrides of what is its own (data, eval,
     # lora, seed, steps, epochs, and of the optimizer rate, schedule, weight decay and clip), as in configs/fleet.py.
     config.fleet = ConfigDict(sort_keys=False)
@@ -285,7 +294,11 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     default, absent = dict(flat(json.loads(json.dumps(get_config().to_dict())))), object()
     of = lambda values, key: values.get(key, default.get(key, absent))  # noqa: E731
     keys = (key for key in {**was, **now} if of(was, key) != of(now, key))
-    return [key for key in keys if not re.match(r"(log|export|compare|checkpoint|data\.cache)(\.|$)", key)]
+    return [
+        key
+        for key in keys
+        if not re.match(r"(log|export|compare|seeds|checkpoint|data\.cache|eval\.answers)(\.|$)", key)
+    ]
 
 
 def merge(config: ConfigDict, overrides: Mapping[str, Any], where: str = "config") -> ConfigDict:

@@ -26,6 +26,7 @@ CHOICES = {
     "model.quantise": ("", "int8", "nf4"),
     "data.format": ("auto", "text", "instruct", "prompt", "messages", "conversations", "preference"),
     "data.shares": ("tokens", "rows"),
+    "data.loss": ("answers", "all"),
     "data.turns": ("exact", "whole"),
     "data.overlong": ("drop", "truncate", "keep_end", "split"),
     "optimizer.name": ("adamw", "lion"),
@@ -33,10 +34,11 @@ CHOICES = {
     "optimizer.moments": ("float32", "bfloat16", "8bit"),
 }
 AT_LEAST = {
-    **dict.fromkeys(("batch_size", "eval.max_new_tokens", "log.every", "checkpoint.keep"), 1),
+    **dict.fromkeys(("batch_size", "eval.max_new_tokens", "log.every", "checkpoint.keep", "seeds"), 1),
     **dict.fromkeys(("seed", "steps", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"), 0),
     **dict.fromkeys(("accumulate", "slots", "eval.every", "eval.batches", "eval.patience"), 0),
-    "checkpoint.every": 0,
+    **dict.fromkeys(("checkpoint.every", "eval.answers"), 0),
+    "data.eval_seed": -1,
     "data.length": 2,
 }
 INT32 = 2**31 - 1
@@ -45,7 +47,9 @@ AT_MOST = {
     **dict.fromkeys(("steps", "accumulate", "slots", "optimizer.warmup_steps"), INT32),
     **dict.fromkeys(("eval.every", "eval.batches", "eval.patience", "eval.max_new_tokens"), INT32),
     **dict.fromkeys(("checkpoint.every", "log.every"), INT32),
-    "seed": SEED,
+    **dict.fromkeys(("seed", "data.eval_seed"), SEED),
+    "seeds": 20,
+    "eval.answers": 1000,
 }
 RANK = 1 << 16
 # How the errors of library functions call what a config gives them: their argument -> the key.
@@ -100,7 +104,12 @@ def check(config: ConfigDict, default: ConfigDict, device_count: int | None) -> 
 
 def eval_names(config: ConfigDict) -> list[str]:
     """The names of the eval sets, those given sorted; the first is the default of `eval.best`."""
-    return sorted(config.data.eval) or (list(heldout(config)) if config.data.eval_fraction else [])
+    return [*(heldout(config) if holds_out(config) else ()), *sorted(config.data.eval)]
+
+
+def holds_out(config: ConfigDict) -> bool:
+    """Whether a part of the training rows is held out, to be measured."""
+    return bool(config.data.eval_fraction and (config.data.eval_beside or not config.data.eval))
 
 
 def sources(config: ConfigDict) -> dict[str, tuple[str, float]]:
@@ -303,6 +312,13 @@ def _check_data(config: ConfigDict) -> None:
     for name in config.data.eval:
         if not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"config.data.eval has a set named {name!r}: use letters, digits, '_' and '-' alone.")
+        if holds_out(config) and name in heldout(config):
+            raise UserError(
+                f"config.data.eval has a set named {name!r}, which the held-out rows of config.data.eval_beside are "
+                "called: give it another name."
+            )
+    if config.data.loss == "all" and config.objective == "dpo":
+        raise UserError("config.data.loss is 'all', but config.objective='dpo' compares answers: set it to 'answers'.")
 
 
 def _check_eval(config: ConfigDict) -> None:

@@ -36,14 +36,14 @@ def load_config_file(path: str) -> ConfigDict:
 
 
 def _refuse_doubles(path: str) -> None:
-    """Raises `UserError` where a name stands twice in a dict, or in `config.fleet`: Python keeps the last."""
+    """Raises `UserError` where a name stands twice in a dict, a fleet or a comparison: Python keeps the last."""
     for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"), path)):
         names = [key for key in node.keys if isinstance(key, ast.Constant)] if isinstance(node, ast.Dict) else []
         given = [(repr(key.value), key.lineno) for key in names]
         if isinstance(node, ast.FunctionDef):
             targets = [target for each in node.body if isinstance(each, ast.Assign) for target in each.targets]
             written = ((ast.unparse(target), target.lineno) for target in targets)
-            given = [one for one in written if re.search(r"\.fleet(\.\w+|\[.*\])$", one[0])]
+            given = [one for one in written if re.search(r"\.(fleet|compare)(\.\w+|\[.*\])$", one[0])]
         seen = set[str]()
         for name, line in given:
             if name in seen:

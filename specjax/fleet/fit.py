@@ -26,6 +26,19 @@ from specjax.train.result import Result
 Ended = Callable[[str, Decoder, Result], None]
 
 
+class Failed(UserError):
+    """Some adapters of a fleet stopped because they were not finite; the others are done.
+
+    Attributes:
+      results: what was done, by name.
+      why: of those that stopped, a sentence each, by name.
+    """
+
+    def __init__(self, sentence: str, results: Mapping[str, Result], why: Mapping[str, str]):
+        super().__init__(sentence)
+        self.results, self.why = results, why
+
+
 def fit(
     model: Decoder,
     members: Mapping[str, Member],
@@ -77,8 +90,8 @@ def fit(
       What was done, by name. What is of all together (seconds, compilation) is the same in each.
 
     Raises:
-      UserError: what `specjax.fit` refuses, an adapter that cannot share a batch; at the end, when all others are done,
-        that some stopped because they were not finite.
+      UserError: what `specjax.fit` refuses, an adapter that cannot share a batch.
+      Failed: at the end, when all others are done, that some stopped because they were not finite.
     """
     if jax.process_count() > 1:
         raise UserError("a fleet trains in one process: leave --distributed out, or train its adapters one by one.")
@@ -124,10 +137,12 @@ def fit(
         attach_adapter(model, name, adapter)
     if failed := [lane for lane in run.lanes.values() if lane.status == FAILED]:
         others = len(run.lanes) - len(failed)
-        raise UserError(
+        raise Failed(
             f"{len(failed)} of {len(run.lanes)} adapters stopped: "
             + "; ".join(f"{lane.name}: {lane.why}" for lane in failed)
-            + (f" (the other{'s are' if others > 1 else ' is'} not touched by it)" if others else "")
+            + (f" (the other{'s are' if others > 1 else ' is'} not touched by it)" if others else ""),
+            results,
+            {lane.name: lane.why for lane in failed},
         )
     return results
 

@@ -124,11 +124,18 @@ def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
     for name, one in configs.items():
         with naming(f"config.fleet.{name}"):
             validate(one, None)
-            if one.trainable != "lora":
-                raise UserError(f"config.trainable is {one.trainable!r}: a fleet trains adapters, set it to 'lora'.")
-            for key in ("init_from", "init", "dora", "modules_to_save", "ensure_weight_tying"):
-                if one.lora[key]:
-                    raise UserError(f"config.lora.{key} is set: a fleet trains plain LoRA from fresh factors.")
+            if said := alone(one):
+                raise UserError(said)
+    return configs
+
+
+def alone(config: ConfigDict) -> str:
+    """Why a run cannot be an adapter of a fleet, in a sentence, or ""; of its model nothing is known here."""
+    if config.trainable != "lora":
+        return f"config.trainable is {config.trainable!r}: a fleet trains adapters, set it to 'lora'."
+    for key in ("init_from", "init", "dora", "modules_to_save", "ensure_weight_tying"):
+        if config.lora[key]:
+            return f"config.lora.{key} is set: a fleet trains plain LoRA from fresh factors."
     for key, only in (
         ("optimizer.moments", "float32"),
         ("optimizer.offload", False),
@@ -136,8 +143,8 @@ def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
         ("log.wandb", ""),
     ):
         if config[key] != only:
-            raise UserError(f"config.{key} is {config[key]!r}, which a fleet does not know: leave it at {only!r}.")
-    return configs
+            return f"config.{key} is {config[key]!r}, which a fleet does not know: leave it at {only!r}."
+    return ""
 
 
 def check_rows(config: ConfigDict, device_count: int) -> None:

@@ -3,6 +3,7 @@
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ def fit(
     optimizer: optax.GradientTransformation,
     *,
     steps: int,
+    until: int = 0,
     trainable: Any = nnx.Param,
     objective: Objective = next_token,
     workdir: str | Path | None = None,
@@ -63,6 +65,8 @@ def fit(
         `fingerprint`, `micro_batches`, `row_ids` and `tokens_in` are asked.
       optimizer: `specjax.adamw`, `specjax.lion`, or any optax rule (see `specjax.optimizer`).
       steps: optimizer steps in all.
+      until: the step to stop at, evaluated and saved: called again without it, the run goes on as if it had never
+        stopped; 0: at the end.
       trainable: `specjax.ALL` or `specjax.LORA`, or any NNX filter: one for gradients, optimizer and checkpoint.
       objective: what is minimised, see `specjax.Objective`; `specjax.next_token` unless another is given.
       workdir: where checkpoints and logs go; None: nowhere.
@@ -131,6 +135,7 @@ def fit(
         def evaluate_all(step: int) -> float | None:
             if not eval_data:
                 return None
+            began = time.perf_counter()
             with run.clock.paused():
                 result.evals = {name: run.evaluate(rows, eval_batches) for name, rows in eval_data.items()}
                 for name, numbers in measure(run.model()).items() if measure else ():
@@ -138,6 +143,7 @@ def fit(
                 log.evaluate(step, {f"eval/{n}/{k}": v for n, means in result.evals.items() for k, v in means.items()})
                 for prompt, text in sample(run.model()) if sample else ():
                     log.sample(step, prompt, text)
+            result.eval_seconds = time.perf_counter() - began
             loss = result.evals[best]["loss"]
             if not math.isfinite(loss):
                 why = "lower the learning rate" if step else "look at the model's weights and at that data"
@@ -150,6 +156,9 @@ def fit(
             result.first_evals = result.evals
         pending: tuple[int, dict[str, Any]] | None = None
         for step in range(start, steps):
+            if until and step >= until:
+                result.stopped = "until"
+                break
             if patience and run.selection.worse >= patience:
                 result.stopped = "patience"
                 log.note(f"stopped at step {step}: {patience} evaluations without a better loss on {best!r}")
@@ -164,9 +173,9 @@ def fit(
             if step == start and (formula := run.clock.formula()):
                 log.note(formula)
             done, pending = step + 1, (step + 1, metrics)
-            evals = bool(eval_data) and (done == steps or bool(eval_every and done % eval_every == 0))
+            evals = bool(eval_data) and (done in (steps, until) or bool(eval_every and done % eval_every == 0))
             stopping = stop(done)  # asked once: a signal that comes later finds the next step
-            if evals or done == steps or stopping or (save_every and done % save_every == 0):
+            if evals or done in (steps, until) or stopping or (save_every and done % save_every == 0):
                 _report(log, *pending, log_every, steps, run)
                 pending = None
                 run.check_weights(done)

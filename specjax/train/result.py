@@ -17,9 +17,10 @@ class Result:
       evals: the last evaluation by set: what the objective reports (of next_token: loss, perplexity, accuracy, tokens).
       first_evals: the evaluation before the first step ({} in a resumed run).
       best_step: the step with the least loss on the set that chooses (None: no evaluation).
-      stopped: "" at the end of the steps, else "signal" or "patience".
+      stopped: "" at the end of the steps, else "signal", "patience" or "until", which was asked for.
       seconds: of training steps alone, compilation and evaluation apart.
       compile_seconds: of the training step.
+      eval_seconds: of the last evaluation of all sets.
       tokens: tokens trained on (not padding) since the run was last started.
       trainable_parameters: how many numbers train.
       data_seconds: of the training seconds, those spent waiting for batches.
@@ -34,6 +35,7 @@ class Result:
     stopped: str = ""
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    eval_seconds: float = 0.0
     tokens: int = 0
     trainable_parameters: int = 0
     data_seconds: float = 0.0

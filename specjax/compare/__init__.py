@@ -1,0 +1,5 @@
+"""Methods side by side on one's own data, each at its own best rate and in a process of its own."""
+
+from specjax.compare.job import compare
+
+__all__ = ["compare"]

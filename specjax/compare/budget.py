@@ -1,0 +1,128 @@
+"""How many steps of each method a number of seconds allows, by the speed of each one's first steps."""
+
+import math
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from specjax import files
+from specjax.compare import child
+from specjax.compare.methods import Method
+from specjax.config import copied, plain
+from specjax.errors import UserError
+
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+PROBED = 3  # steps that tell a method's speed
+
+
+class Speed(NamedTuple):
+    """Seconds of a method: of a step, an evaluation, and all else that a run takes (start, compilation)."""
+
+    step: float
+    evaluation: float
+    around: float
+
+
+def seconds(text: str) -> float:
+    """Of a budget as it is typed.
+
+    >>> seconds("20m"), seconds("1.5h"), seconds("90")
+    (1200.0, 5400.0, 90.0)
+
+    Raises:
+      UserError: it is none.
+    """
+    hit = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if hit is None or not float(hit[1]):
+        raise UserError(f"--budget={text} is no time: give one such as 20m, 90s or 1.5h.")
+    return float(hit[1]) * UNITS[hit[2]]
+
+
+def work(method: Method) -> tuple[float, int]:
+    """(whole runs that a method's steps make up, runs that are started): trials stop at rungs, seeds are whole.
+
+    >>> from specjax.config import get_config
+    >>> config = get_config()
+    >>> config.rungs, config.seeds = (0.25, 0.5), 2
+    >>> work(Method("a", config, {"1": config, "2": config, "3": config, "4": config}, "d", (), ()))
+    (3.0, 8)
+    """
+    left, before, whole, begun = len(method.trials), 0.0, 0.0, 0
+    for share in (*(method.config.rungs or ()), 1.0):
+        whole, begun = whole + left * (share - before), begun + left
+        left, before = math.ceil(method.config.survive * left), share
+    return whole + method.config.seeds - 1, begun + method.config.seeds - 1
+
+
+def steps(budget: float, spent: float, methods: Mapping[str, Method], speeds: Mapping[str, Speed]) -> int:
+    """How many steps each run may have, the same for all.
+
+    Args:
+      budget: seconds.
+      spent: of them, to know the speeds.
+      methods: by name.
+      speeds: likewise.
+
+    Raises:
+      UserError: not one step of each, with the seconds that it would take.
+    """
+    works = {name: work(method) for name, method in methods.items()}
+    around = spent
+    for name, (whole, runs) in works.items():
+        c = methods[name].config
+        measured = runs + whole * (
+            c.steps // c.eval.every if c.steps and c.eval.every else 1
+        )  # `scaled` keeps how often
+        around += speeds[name].around * runs + speeds[name].evaluation * measured
+    step = sum(speeds[name].step * whole for name, (whole, _) in works.items())
+    found = int((budget - around) / step)
+    if found < 1:
+        raise UserError(
+            f"--budget={budget:.0f}s is too small for one step of each method: starting, compiling and measuring "
+            f"{sum(runs for _, runs in works.values())} runs takes about {around:.0f} seconds, so give at least "
+            f"--budget={math.ceil(around + step)}s."
+        )
+    return found
+
+
+def probed(methods: Mapping[str, Method], folder: Path, budget: float) -> int:
+    """`steps`, by a few steps of each method; kept in the folder, so that a later call has the same.
+
+    Raises:
+      UserError: as `steps`, as soon as it is sure; one method's own mistake.
+    """
+    path = folder / "steps.json"
+    if path.is_file():
+        return int(files.read_object(path, "delete it")["steps"])
+    began, speeds = time.monotonic(), dict[str, Speed]()
+    for name, method in methods.items():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        since = time.monotonic()
+        status, _, why = child.run(child.probe, plain(_probe(next(iter(method.trials.values())))), str(folder / name))
+        if status:
+            raise UserError(f"config.compare.{name}: {why}")
+        taken = time.monotonic() - since
+        told = files.read_object(folder / name / "summary.json")
+        speeds[name] = Speed(
+            told["seconds"] / PROBED, told["eval_seconds"], taken - told["seconds"] - told["eval_seconds"]
+        )
+        shutil.rmtree(folder / name)
+        known = {one: methods[one] for one in speeds}
+        found = steps(budget, time.monotonic() - began, known, speeds)
+    files.write_json(
+        path, {"steps": found, "seconds": budget, "speeds": {name: one._asdict() for name, one in speeds.items()}}
+    )
+    return found
+
+
+def _probe(config: ConfigDict) -> ConfigDict:
+    made: Any = copied(config, "optimizer", "eval", "log", "checkpoint")
+    made.steps, made.epochs, made.export = PROBED, 1.0, False
+    made.optimizer.warmup_steps, made.eval.every, made.checkpoint.every = 0, 0, 0
+    made.log.every, made.log.wandb, made.log.tensorboard = 1, "", False
+    return made

@@ -1,0 +1,112 @@
+"""A method's own process, as `multiprocessing` starts it. Nothing heavy is imported before the process is prepared."""
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from specjax import process
+from specjax.config import get_config, merge
+from specjax.errors import UserError
+
+STOPPED = (130, process.STOPPED)
+
+
+def train(told: Any, settings: Mapping[str, Any], workdir: str, name: str, twin: str) -> None:
+    """The whole of a method: ends its process with 0, 2 or 130, or with 143 when it was stopped.
+
+    Args:
+      told: the end of a pipe, which is sent (status, why) where the method fails.
+      settings: its config, as plain values.
+      workdir: of the comparison.
+      name: of the method.
+      twin: see `record.record`.
+    """
+    _prepare()
+    from specjax.compare import record
+
+    _ended(told, lambda config: record.record(config, Path(workdir), name, twin), settings)
+
+
+def probe(told: Any, settings: Mapping[str, Any], workdir: str) -> None:
+    """A few steps of a method, to know its speed: leaves `summary.json` in the folder."""
+    _prepare()
+    from specjax import run
+
+    _ended(told, lambda config: run.train(config, workdir), settings)
+
+
+def aim(told: Any, settings: Mapping[str, Any], model: str, out: str) -> None:
+    """Writes what `aim.aimed` says of methods, by name, as JSON."""
+    process.prepare()
+    process.ask_for_no_device()
+    from specjax.compare import aim as aim_lib
+    from specjax.files import write_json
+
+    configs = {name: merge(get_config(), one) for name, one in settings.items()}
+    _ended(told, lambda _: write_json(Path(out), aim_lib.aimed(configs, model)), {})
+
+
+def _prepare() -> None:
+    process.prepare()  # this process begins anew, without what its parent's command did
+    process.keep_compiled()
+
+
+def _ended(told: Any, do: Any, settings: Mapping[str, Any]) -> None:
+    import jax
+
+    from specjax.train.memory import exhausted
+
+    try:
+        do(merge(get_config(), settings))
+    except UserError as error:
+        told.send(("too_large" if exhausted(error.__cause__) else "failed", " ".join(str(error).split())))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("specjax: interrupted", file=sys.stderr)
+        process.leave(130)
+    except jax.errors.JaxRuntimeError as error:
+        if not exhausted(error):
+            raise
+        told.send(("too_large", f"the memory of a device does not do ({str(error).splitlines()[0]})."))
+        sys.exit(2)
+
+
+def run(target: Any, *arguments: Any) -> tuple[int, str, str]:
+    """Runs one of the above in a fresh interpreter, with no state of JAX's and a peak of memory of its own.
+
+    SIGTERM and Ctrl-C of this process stop it: it saves, and ends with 143; a second Ctrl-C it has from the terminal
+    itself, and ends at once.
+
+    Returns:
+      Its exit status; "done", "failed" or "too_large"; why.
+
+    Raises:
+      SystemExit: it was stopped, with its status.
+    """
+    context = multiprocessing.get_context("spawn")
+    hears, told = context.Pipe(duplex=False)
+    one = context.Process(target=target, args=(told, *arguments))
+    one.start()
+    told.close()
+    stops = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, frame: one.terminate()) for number in stops}
+    try:
+        one.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    status = one.exitcode or 0
+    if status in STOPPED:
+        raise SystemExit(status)
+    if status == 0:
+        return 0, "done", ""
+    try:
+        said = hears.recv()
+    except EOFError:
+        said = ("failed", f"its process ended with status {status}; what it said stands above.")
+        if status == -signal.SIGKILL:  # which nobody can hear of, as Linux does where its memory is at an end
+            said = ("too_large", "its process was killed, as Linux does where memory is at an end.")
+    return status, *said

@@ -1,0 +1,198 @@
+"""`specjax compare`: every method in its own process, one after another; one table, one report."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from specjax import files
+from specjax.compare import budget as budgets
+from specjax.compare import child, facts, methods, scores, table
+from specjax.compare.methods import Method
+from specjax.config import HOW, differing, plain
+from specjax.errors import UserError
+from specjax.lock import Lock
+from specjax.report import write
+
+CLOCK = "seconds.json"  # of the calls before
+
+
+def compare(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    budget: str = "",
+    steps: int | None = None,
+    target: str = "",
+    lang: str = "en",
+) -> dict[str, Any]:
+    """Trains every method of `config.compare` and says which to take; called again, it goes on where it was.
+
+    A method's runs lie in `<workdir>/<method>`. What came of all is written to `<workdir>/report.json` (and
+    `report.html`), the figures of each one's best run to `<workdir>/comparison.json`. A method that fails or does not
+    fit is told so, and the others go on.
+
+    Args:
+      config: with methods in `config.compare`.
+      workdir: a folder of its own.
+      budget: seconds for all together, such as "20m", by which the steps are chosen; "": the config's steps.
+      steps: of each run; None: the config's.
+      target: a model for which each method's smallest hardware is said.
+      lang: of the report: en or fr.
+
+    Returns:
+      The report.
+
+    Raises:
+      UserError: a mistake in any method's config, before the first run.
+      SystemExit: it was stopped (143, 130), or all methods failed (2, or 1 for a bug).
+    """
+    workdir = Path(workdir)
+    if budget and steps:
+        raise UserError("--budget and --steps both set the runs' length: give one of them.")
+    seconds = budgets.seconds(budget) if budget else None
+    made = methods.read(config, steps or (1 if seconds else 0))
+    files.claim(workdir, (*methods.OWN, *made))
+    with Lock(workdir) as lock:
+        files.mark(workdir)
+        lock.take()
+        clock = _Clock(workdir / CLOCK)
+        console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 220)
+        _say_sets(console, made)
+        aimed = _aimed(made, target, workdir)
+        if seconds:
+            found = budgets.probed(methods.read(config), workdir / "budget", seconds)
+            made = methods.read(config, found)
+            console.print(f"--budget={budget}: {found} steps for each run")
+        _check(workdir, made)
+        records = _trained(console, made, workdir, clock)
+        report = facts.report(workdir, made, records, seconds=clock.seconds(), budget=seconds, target=aimed)
+        return _told(console, report, records, workdir, lang)
+
+
+def _say_sets(console: Console, made: Mapping[str, Method]) -> None:
+    """What is measured, where the user named nothing."""
+    first = next(iter(made.values()))
+    if first.domain not in first.config.data.eval:
+        console.print(
+            f"{first.config.data.eval_fraction:.0%} of the rows are held out, and measured as {first.domain!r}"
+        )
+    if first.shipped:
+        console.print(
+            f"what is forgotten is measured on what comes with specjax, {' and '.join(first.shipped)}: small sets, in "
+            "English and French; name your own by --config.data.eval.general=FILE"
+        )
+    files_of = {name: one.config.data.eval.get(one.domain, "") for name, one in made.items()}
+    if len(set(files_of.values())) > 1:
+        said = ", ".join(f"{name}: {file or 'held-out rows'}" for name, file in files_of.items())
+        console.print(f"the methods are measured on different sets, so their losses are not one scale ({said})")
+
+
+def _aimed(made: Mapping[str, Method], target: str, workdir: Path) -> dict[str, Any] | None:
+    """What fits the model that the methods are meant for, asked in a process that takes no device."""
+    if not target:
+        return None
+    largest = {name: max(one.trials.values(), key=lambda config: config.lora.rank or 0) for name, one in made.items()}
+    out = workdir / "target.json"
+    status, _, why = child.run(child.aim, {name: plain(one) for name, one in largest.items()}, target, str(out))
+    if status:
+        raise UserError(f"--for={target}: {why}")
+    return files.read_object(out)
+
+
+def _check(workdir: Path, made: Mapping[str, Method]) -> None:
+    """Refuses methods that were begun with another config, and keeps what they are now."""
+    path = workdir / "methods.json"
+    now = {name: plain(one.config) for name, one in made.items()}
+    was = files.read_object(path, "restore it, or choose another workdir") if path.is_file() else {}
+    for name in (one for one in now if one in was):
+        changed = [key for key in differing(was[name], now[name]) if not HOW.match(key)]
+        if changed and (workdir / name).exists():
+            raise UserError(
+                f"{workdir} holds the method {name} with another {', '.join(changed)}: undo that, give the method "
+                "another name, or choose another workdir."
+            )
+    files.write_json(path, was | now)
+
+
+def _trained(console: Console, made: Mapping[str, Method], workdir: Path, clock: "_Clock") -> dict[str, dict[str, Any]]:
+    """What each method left; of one that did not come to its end its status and why."""
+    works = {name: budgets.work(one)[0] for name, one in made.items()}
+    records: dict[str, dict[str, Any]] = {}
+    spent = done = 0.0
+    for number, (name, one) in enumerate(made.items(), 1):
+        left = sum(work for other, work in works.items() if other not in records)
+        about = f", about {_minutes(spent / done * left)} left" if done else ""
+        console.rule(f"{name}: {number} of {len(made)}{about}")
+        path = workdir / name / "method.json"
+        if path.is_file() and (was := files.read_object(path, "delete it")).get("seeds") in (None, one.config.seeds):
+            records[name] = was
+            console.print(f"{name} was complete, nothing was trained")
+            continue
+        twin = next(
+            (other for other, two in made.items() if other != name and methods.twins(one.config, two.config)), ""
+        )
+        since = time.monotonic()
+        try:
+            status, kind, why = child.run(child.train, plain(one.config), str(workdir), name, twin)
+        finally:
+            clock.write()
+        if status:
+            console.print(f"{name}: {why}", markup=False)
+            records[name] = {"status": kind, "why": why, "exit": status}
+        else:
+            records[name] = files.read_object(path, "delete it")
+            spent, done = spent + time.monotonic() - since, done + works[name]
+    return records
+
+
+def _told(
+    console: Console, report: dict[str, Any], records: Mapping[str, Mapping[str, Any]], workdir: Path, lang: str
+) -> dict[str, Any]:
+    """Writes and prints what came of it; ends with a failure's status where nothing was done."""
+    path = facts.write(workdir, report)
+    done = {name: record for name, record in records.items() if record["status"] == "done"}
+    summaries = {
+        name: files.read_object(workdir / one["place"] / "summary.json", "delete it") for name, one in done.items()
+    }
+    files.write_json(workdir / "comparison.json", summaries)
+    console.rule("comparison")
+    table.show(console, report)
+    for line in table.answers(report):
+        console.print(line)
+    if absent := facts.unscored(report):
+        what = " and ".join(scores.LIBRARIES[one] for one in absent)
+        how = "`pip install -e '.[report]'` in specjax's folder"
+        console.print(f"{what}: not measured, for {', '.join(absent)} is not installed: {how}", markup=False)
+    if done:
+        write(report, workdir / "report.html", lang)
+        console.print(f"{path} and report.html have all of it", markup=False)
+    if failed := [record for record in records.values() if "exit" in record]:
+        console.print(f"{len(failed)} of {len(records)} methods did not come to their end; the reasons stand above")
+        if len(failed) == len(records):
+            raise SystemExit(2 if all(record["exit"] == 2 for record in failed) else 1)
+    return report
+
+
+class _Clock:
+    """Seconds of this call and of those before it."""
+
+    def __init__(self, path: Path):
+        self._path, self._began = path, time.monotonic()
+        self._before = float(files.read_object(path, "delete it")["seconds"]) if path.is_file() else 0.0
+
+    def seconds(self) -> float:
+        """So far."""
+        return self._before + time.monotonic() - self._began
+
+    def write(self) -> None:
+        """For a later call."""
+        files.write_json(self._path, {"seconds": self.seconds()})
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

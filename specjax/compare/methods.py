@@ -1,0 +1,181 @@
+"""A comparison's methods out of its config: what each trains, the sets that all are measured on, the values to try."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from specjax.config import copied, get_config, validate
+from specjax.config.checks import eval_names, flat, holds_out
+from specjax.config.entries import members, methods, refuse_fleet, swept
+from specjax.errors import UserError, naming
+
+AUTO = "auto"  # in place of a sweep's rates: those around the rule's
+APART = 3  # neighbours among them, as a factor
+GENERAL = {"general_text": "general_text.jsonl", "general_chats": "general_chats.jsonl"}  # beside this file
+OWN = ("comparison.json", "report.json", "report.html", "methods.json", "base.json", "budget")  # what is written
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One of a comparison's methods.
+
+    Attributes:
+      name: the user's own.
+      config: of it, with `sweep` where values are tried.
+      trials: name -> config of each combination of values; of one, the method's name.
+      domain: the set that is learnt.
+      forgetting: the sets that must not get worse.
+      shipped: those of them that come with specjax.
+    """
+
+    name: str
+    config: ConfigDict
+    trials: dict[str, ConfigDict]
+    domain: str
+    forgetting: tuple[str, ...]
+    shipped: tuple[str, ...]
+
+
+def read(config: ConfigDict, steps: int = 0) -> dict[str, Method]:
+    """The methods of `config.compare`, each valid.
+
+    Args:
+      config: of the comparison.
+      steps: of each run, in place of the config's; 0: the config's.
+
+    Raises:
+      UserError: a mistake in any of them, so that none has begun.
+    """
+    refuse_fleet(config, "specjax compare")
+    made = {}
+    for name, one in methods(config).items():
+        if not re.fullmatch(r"[\w-]+", name) or name in (*OWN, "adapters"):
+            raise UserError(f"config.compare has a method named {name!r}: use letters, digits, '_' and '-' alone.")
+        with naming(f"config.compare.{name}"):
+            made[name] = of(name, scaled(one, steps) if steps else one)
+    domains = {one.domain for one in made.values()}
+    if len(domains) > 1:
+        raise UserError(
+            f"the methods of config.compare are chosen by different sets, {' and '.join(sorted(domains))}: set "
+            "config.eval.best to the one that all are measured on."
+        )
+    return made
+
+
+def of(name: str, config: ConfigDict) -> Method:
+    """A method of its own config; of a config that this made, the same again.
+
+    Raises:
+      UserError: a mistake in it.
+    """
+    if config.fleet:
+        raise UserError(
+            "config.fleet is of adapters of different data: give config.sweep, whose best one is the method."
+        )
+    config, domain, forgetting, shipped = _measured(config)
+    config = with_rates(config)
+    validate(config, None)
+    if config.rungs and not config.sweep:
+        raise UserError(f"config.rungs is {config.rungs}, but config.sweep is empty: nothing of it could stop early.")
+    trials = members(swept(config)) if config.sweep else {name: config}
+    for trial, one in trials.items():
+        with naming(f"the trial {trial}"):
+            validate(one, None)
+    return Method(name, config, trials, domain, forgetting, shipped)
+
+
+def _measured(config: ConfigDict) -> tuple[ConfigDict, str, tuple[str, ...], tuple[str, ...]]:
+    """The config with the sets of a comparison: the domain's, and general ones; shipped where there are no others."""
+    config = copied(config, "data", "eval")
+    config.data.eval.unlock()
+    if not eval_names(config):
+        raise UserError(
+            "config.data.eval is empty and config.data.eval_fraction is 0, so nothing would be measured: name a set, "
+            "--config.data.eval.domain=FILE, or hold rows out, --config.data.eval_fraction=0.02."
+        )
+    if config.eval.best and config.eval.best not in eval_names(config):
+        validate(config, None)  # which says so
+    domain = config.eval.best or eval_names(config)[0]
+    shipped: tuple[str, ...] = ()
+    if len(eval_names(config)) == 1:
+        shipped = tuple(GENERAL)
+        config.data.eval_beside = holds_out(config)
+        for name, file in GENERAL.items():
+            config.data.eval[name] = str(Path(__file__).parent / file)
+    config.eval.best = domain
+    return config, domain, tuple(name for name in eval_names(config) if name != domain), shipped
+
+
+def scaled(config: ConfigDict, steps: int) -> ConfigDict:
+    """The config with so many steps, the warmup and the evaluations at the same shares of them."""
+    made = copied(config, "optimizer", "eval")
+    share = steps / config.steps if config.steps else 1.0
+    made.steps, made.epochs = steps, get_config().epochs
+    made.optimizer.warmup_steps = min(int(config.optimizer.warmup_steps * share), (steps - 1) // 2)
+    made.eval.every = max(1, round(config.eval.every * share)) if config.eval.every else 0
+    return made
+
+
+def with_rates(config: ConfigDict) -> ConfigDict:
+    """The config with the rates of a sweep that are "auto": three, a factor of 3 apart, around the rule's for it."""
+    over = dict(flat(config.sweep.to_dict()))
+    if over.get("optimizer.learning_rate") != AUTO:
+        return config
+    made = copied(config, "sweep")
+    made.sweep.unlock()
+    made.sweep.optimizer = {
+        "learning_rate": list(grid(*_model(config), adapter=config.trainable == "lora", steps=config.steps))
+    }
+    return made
+
+
+def grid(family: str, width: int, *, adapter: bool, steps: int) -> Iterator[float]:
+    """Three rates around the rule's: of every weight by width, of LoRA 10 times that (`advise.rules`).
+
+    >>> list(grid("llama", 4096, adapter=True, steps=1000)), list(grid("llama", 4096, adapter=False, steps=1000))
+    ([9.7e-05, 0.00029, 0.00087], [9.7e-06, 2.9e-05, 8.7e-05])
+    """
+    from specjax.advise import rules
+
+    # As for 100 steps and more, below which the rule of 10 is one of 15: the grid reaches over both.
+    middle = rules.rate(family, width, adapter=adapter, steps=max(steps, rules.SHORT))
+    return (float(f"{middle * factor:.2g}") for factor in (1 / APART, 1, APART))
+
+
+def _model(config: ConfigDict) -> tuple[str, int]:
+    """Family and width of the config's model, from its config.json."""
+    from specjax.hf import config as hf_config
+    from specjax.hf import folder as hf_folder
+
+    if not config.model.path:
+        validate(config, None)
+    sizes = hf_config.from_folder(hf_folder.resolve(config.model.path, config.model.revision or None, weights=False))
+    return sizes.family, sizes.embed_dim
+
+
+def kind(config: ConfigDict, *, text: bool) -> str:
+    """The method in a word: full, sft, dpo, or LoRA's name with the base that it is over.
+
+    Args:
+      config: of a run.
+      text: raw text trains.
+    """
+    if config.trainable == "lora":
+        name = "dora" if config.lora.dora else "lora"
+        name = f"q{name}" if config.model.quantise else name
+        return f"{name} dpo" if config.objective == "dpo" else name
+    if config.objective == "dpo":
+        return "dpo"
+    return "full" if text or config.data.loss == "all" else "sft"
+
+
+def twins(one: ConfigDict, other: ConfigDict) -> bool:
+    """Whether two methods would be one on raw text, of which every token counts anyway."""
+    return (
+        one.trainable == other.trainable == "all"
+        and one.objective == other.objective
+        and (one.data.train == other.data.train and one.data.loss != other.data.loss)
+    )

@@ -1,0 +1,209 @@
+"""`specjax compare`: its methods, how their values are tried, what is reported; here all in one process."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from run_fixtures import specjax, write_base, write_data
+
+from specjax import build
+from specjax.compare import budget, child, course, facts, intervals, methods, record, table
+from specjax.config import get_config, merge
+from specjax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    write_data(folder / "data")
+    return write_base(folder / "base")
+
+
+def config(**overrides):
+    """A comparison of two methods on files that are not there."""
+    both = {"sft": {}, "lora": {"trainable": "lora", "lora": {"rank": 4}}}
+    given = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "compare": both}
+    return merge(merge(get_config(), given), overrides)
+
+
+def test_what_is_measured_is_split_off_and_shipped_unless_sets_are_named():
+    one = methods.read(config())["sft"]
+    assert one.domain == "heldout" and one.forgetting == one.shipped[::-1] == ("general_chats", "general_text")
+    assert one.config.data.eval_beside and one.config.eval.best == "heldout"
+    for name in one.shipped:
+        assert all(map(json.loads, Path(one.config.data.eval[name]).read_text(encoding="utf-8").splitlines()))
+    one = methods.read(config(data={"eval": {"mine": "m.jsonl"}}))["sft"]
+    assert one.domain == "mine" and len(one.shipped) == 2 and not one.config.data.eval_beside
+    one = methods.read(config(data={"eval": {"mine": "m.jsonl", "other": "o.jsonl"}}, eval={"best": "other"}))["sft"]
+    assert (one.domain, one.forgetting, one.shipped) == ("other", ("mine",), ())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"data": {"eval_fraction": 0.0}}, "nothing would be measured"),
+        ({"compare": {"a b": {}}}, "a method named 'a b'"),
+        ({"compare": {"x": {"rungs": (0.5,)}}}, "config.compare.x: config.rungs is"),
+        ({"compare": {"x": {"sweep": {"optimizer": {"learning_rate": 0.1}}}}}, "give a list of values"),
+        (
+            {"compare": {"x": {"sweep": {"optimizer": {"learning_rate": [0.0]}}}}},
+            "config.optimizer.learning_rate is 0.0",
+        ),
+        ({"compare": {"x": {"fleet": {"a": {}}}}}, "config.compare.x: config.fleet"),
+        ({"seeds": 0}, "config.seeds is 0"),
+        ({"data": {"loss": "some"}}, "config.data.loss is 'some'"),
+        (
+            {"data": {"eval": {"a": "a", "b": "b"}}, "compare": {"x": {"eval": {"best": "b"}}}},
+            "different sets, a and b",
+        ),
+        ({"data": {"eval_beside": True, "eval": {"heldout": "a"}}}, "a set named 'heldout'"),
+    ],
+)
+def test_a_mistake_of_any_method_is_said_before_the_first_run(overrides, said):
+    with pytest.raises(UserError) as raised:
+        methods.read(config(**overrides))
+    assert said in str(raised.value)
+
+
+def test_steps_are_scaled_with_warmup_and_evaluations():
+    made = methods.scaled(config(steps=100, optimizer={"warmup_steps": 10}, eval={"every": 25}), 8)
+    assert (made.steps, made.optimizer.warmup_steps, made.eval.every) == (8, 0, 2)
+    made = methods.scaled(config(epochs=3.0, optimizer={"warmup_steps": 50}), 20)
+    assert (made.steps, made.epochs, made.optimizer.warmup_steps, made.eval.every) == (20, 1.0, 9, 0)
+
+
+def test_a_budget_is_shared_out_and_too_small_a_one_says_what_is_needed():
+    made = methods.read(config(steps=10, eval={"every": 5}))
+    speeds = {"sft": budget.Speed(2.0, 1.0, 30.0), "lora": budget.Speed(1.0, 1.0, 30.0)}
+    # 5 s were spent; around: 2 x 30; three evaluations each, of which one is in `around`'s run: 2 x (1 + 2) x 1.
+    assert budget.steps(5 + 60 + 6 + 30, 5.0, made, speeds) == 10
+    with pytest.raises(UserError, match=r"--budget=1s is too small .* at least --budget=74s"):
+        budget.steps(1.0, 5.0, made, speeds)
+    for text in ("soon", "0", "-1s", "1d"):
+        with pytest.raises(UserError, match="is no time"):
+            budget.seconds(text)
+
+
+def test_the_interval_is_students():
+    from scipy import stats
+
+    assert np.allclose(intervals.T, [stats.t.ppf(0.975, df) for df in range(1, intervals.MOST)], atol=1e-4)
+    values = [1.0, 1.5, 1.25]
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert np.allclose(intervals.interval(values), (np.mean(values), low, high), atol=1e-4)
+
+
+def made_up(trainable: int, loss: float, lost: float, high: float | None = None) -> dict:
+    measure = lambda before, after: {  # noqa: E731
+        "before": {"loss": before, "exact": None, "chrf": None},
+        "after": {"loss": after, "exact": None, "chrf": None},
+        "low": None,
+        "high": high,
+    }
+    return {
+        "status": "done",
+        "trainable": trainable,
+        "measures": {"d": measure(3.0, loss), "g": measure(2.0, 2 + lost)},
+    }
+
+
+def test_the_advice_takes_the_smallest_of_what_is_as_good():
+    records = {"full": made_up(100, 1.0, 0.3), "r16": made_up(16, 1.01, 0.1), "r8": made_up(8, 1.5, 0.0)}
+    records["broken"] = {"status": "failed", "why": "x"}
+    said = facts.advice(records, "d", ["g"])
+    assert said["best"] == "r16" and said["lowest_loss"] == "full"
+    assert np.isclose(said["nats_apart"], 0.01) and np.isclose(said["forgets_of"], 1 / 3)
+    records["full"] = made_up(100, 1.0, 0.3, high=1.6)  # seeds that scatter so much tell none of them apart
+    assert facts.advice(records, "d", ["g"])["best"] == "r8"
+    assert facts.advice({"broken": records["broken"]}, "d", ["g"]) is None
+
+
+def test_every_token_trains_where_it_is_asked_for_and_answers_are_measured_either_way(base):
+    given = {"model": {"path": str(base)}, "data": {"train": str(base.parent / "data" / "pairs.jsonl"), "length": 64}}
+    held = {}
+    for loss in ("answers", "all"):
+        one = merge(merge(get_config(), given), {"data": {"loss": loss, "eval_fraction": 0.2}})
+        _, tokenizer = build.tokenizer_of(one)
+        data, sets = build.data_of(one, tokenizer)
+        ends = data.offsets[1:] - 1
+        assert data.loss_mask.sum() == len(data.tokens) - len(ends) if loss == "all" else data.loss_mask.sum() < 1500
+        held[loss] = sets["heldout"].fingerprint
+    assert held["all"] == held["answers"]
+    other = merge(one, {"seed": 5, "data": {"eval_seed": 0}})
+    assert build.data_of(other, tokenizer)[1]["heldout"].fingerprint == held["all"]
+    assert build.data_of(merge(other, {"data": {"eval_seed": -1}}), tokenizer)[1]["heldout"].fingerprint != held["all"]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Methods run in this process; `stops`: the names of those that a signal stops once."""
+    stops: list[str] = []
+
+    def run(target, *given):
+        settings, workdir, name, twin = given
+        if name in stops:
+            stops.remove(name)
+            raise SystemExit(143)
+        try:
+            record.record(merge(get_config(), settings), Path(workdir), name, twin)
+        except UserError as error:
+            return 2, "failed", str(error)
+        return 0, "done", ""
+
+    monkeypatch.setattr(child, "run", run)
+    return SimpleNamespace(stops=stops)
+
+
+@pytest.mark.slow
+def test_values_are_tried_failures_are_rows_and_a_stopped_comparison_goes_on(base, tmp_path, capfd, here):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from specjax.config import get_config as defaults\n\n\n"
+        "def get_config():\n"
+        "    config = defaults()\n"
+        "    rates = lambda *r: {'sweep': {'optimizer': {'learning_rate': list(r)}}, 'rungs': (0.5,)}\n"
+        "    config.compare.sft = rates(1e-2, 1e9)\n"
+        "    config.compare.broken = {'trainable': 'lora', 'lora': {'rank': 2, 'targets': ['nowhere']}}\n"
+        "    config.compare.lora = {'trainable': 'lora', 'lora': {'rank': 4}, **rates(1e-5, 2e-2)}\n"
+        "    return config\n"
+    )
+    data = base.parent / "data"
+    keys = {"model.path": base, "model.dtype": "float32", "data.train": data / "pairs.jsonl", "data.length": 64}
+    keys |= {"data.eval.domain": data / "pairs_eval.jsonl", "data.eval.general": data / "text_eval.jsonl"}
+    keys |= {"steps": 4, "log.tensorboard": "False", "eval.answers": 2, "eval.max_new_tokens": 4, "log.every": 2}
+    argv = [f"--config={path}", f"--workdir={tmp_path / 'out'}", *(f"--config.{k}={v}" for k, v in keys.items())]
+    here.stops.append("lora")
+    assert specjax("compare", *argv) == 143
+    first = (tmp_path / "out" / "sft" / "method.json").read_bytes()
+    assert specjax("compare", *argv) == 0
+    out = capfd.readouterr().out
+    assert (tmp_path / "out" / "sft" / "method.json").read_bytes() == first
+    assert "sft was complete" in out and "Take " in out and "report.json" in out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = {one["name"]: one for one in report["methods"]}
+    assert [one["status"] for one in found.values()] == ["done", "failed", "done"]
+    assert "'nowhere' matches no linear map" in found["broken"]["why"]
+    trials = {name: {one["rate"]: one for one in found[name]["trials"]} for name in ("sft", "lora")}
+    assert trials["sft"][1e9]["stopped"] == "failed" and "lower the learning rate" in trials["sft"][1e9]["why"]
+    assert trials["lora"][1e-5]["stopped"] == "halving" and trials["lora"][1e-5]["steps"] == 2
+    for name, rate in (("sft", 1e-2), ("lora", 2e-2)):
+        one, trial = found[name], trials[name][rate]
+        assert one["rate"] == rate and not trial["stopped"]
+        assert [each["step"] for each in trial["curve"]] == [0, 2, 4]
+        measure = one["measures"]["domain"]
+        assert measure["after"]["loss"] == min(each["loss"]["domain"] for each in trial["curve"][1:])
+        assert measure["before"]["loss"] == trial["curve"][0]["loss"]["domain"] > measure["after"]["loss"]
+        assert measure["after"]["exact"] is not None and one["seconds"] > 0 and one["saved_bytes"] > 0
+        assert (tmp_path / "out" / one["config"]).is_file()
+    assert not (tmp_path / "out" / "sft" / "trials" / "learning_rate-1000000000_0" / "export").exists()
+    assert {row["set"] for row in report["answers"]} == {"domain"} and len(report["answers"]) == 2
+    assert set(report["answers"][0]["said"]) == {"sft", "lora"}
+    assert report["data"]["kind"] == "pairs" and report["data"]["split"] == "given"
+    assert found["sft"]["total"] == report["base"]["parameters"] < found["lora"]["total"]
+    assert specjax("compare", *argv, "--config.batch_size=4") == 2
+    assert "holds the method sft with another batch_size" in capfd.readouterr().err
+    lines = list(table.answers(report))
+    assert sum("known" in line for line in lines) == 2
+    assert course.losses([]) == {}
