@@ -31,11 +31,10 @@ def get_config() -> ConfigDict:
     config.eval.answers = 12
     config.log.tensorboard = False
 
-    config.rungs = (0.25, 0.5)
-    rates = {"optimizer": {"learning_rate": "auto"}}
-    lora = {"trainable": "lora", "sweep": rates}
-    config.compare.full = {"data": {"loss": "all"}, "sweep": rates}
-    config.compare.sft = {"sweep": rates}
+    rates = {"sweep": {"optimizer": {"learning_rate": "auto"}}, "rungs": (0.25, 0.5)}
+    lora = {"trainable": "lora", **rates}
+    config.compare.full = {"data": {"loss": "all"}, **rates}
+    config.compare.sft = {**rates}
     config.compare.lora_r8 = {**lora, "lora": {"rank": 8, "alpha": 32.0}}
     config.compare.lora_r16 = {**lora, "lora": {"rank": 16, "alpha": 32.0}}
     return config
