@@ -9,7 +9,7 @@ import pytest
 from run_fixtures import specjax, write_base, write_data
 
 from specjax import build
-from specjax.compare import budget, child, course, facts, intervals, methods, record, table
+from specjax.compare import budget, child, course, facts, intervals, methods, record, scores, table
 from specjax.config import get_config, merge
 from specjax.errors import UserError
 
@@ -134,6 +134,24 @@ def test_every_token_trains_where_it_is_asked_for_and_answers_are_measured_eithe
     other = merge(one, {"seed": 5, "data": {"eval_seed": 0}})
     assert build.data_of(other, tokenizer)[1]["heldout"].fingerprint == held["all"]
     assert build.data_of(merge(other, {"data": {"eval_seed": -1}}), tokenizer)[1]["heldout"].fingerprint != held["all"]
+
+
+def test_further_seeds_train_the_best_values_on_the_same_rows(monkeypatch, tmp_path):
+    trained = {}
+    monkeypatch.setattr(course.run, "train", lambda one, place: trained.update({place.name: one}))
+    given = config(seed=3, seeds=3, optimizer={"learning_rate": 0.5})
+    best = course.Trial("best", given, tmp_path, [])
+    assert [one.name for one in course.seeded(best, given, tmp_path)] == ["seed-4", "seed-5"]
+    assert [(one.seed, one.data.eval_seed) for one in trained.values()] == [(4, 3), (5, 3)]
+    assert all(one.optimizer.learning_rate == 0.5 and not one.export for one in trained.values())
+
+
+def test_the_known_answer_scores_all_and_another_less():
+    found = scores.scores(["The cat.", "a dog"], ["the cat", "a bird"])
+    assert found["exact"] == 0.5
+    absent = {scores.LIBRARIES[one] for one in scores.missing()}
+    assert found["rouge_l"] == (None if "ROUGE-L" in absent else 0.75)
+    assert ("chrF" in absent) == (found["chrf"] is None)
 
 
 @pytest.fixture

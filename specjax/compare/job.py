@@ -28,7 +28,7 @@ def compare(
     budget: str = "",
     steps: int | None = None,
     target: str = "",
-    lang: str = "en",
+    lang: str | None = None,
 ) -> dict[str, Any]:
     """Trains every method of `config.compare` and says which to take; called again, it goes on where it was.
 
@@ -42,7 +42,7 @@ def compare(
       budget: seconds for all together, such as "20m", by which the steps are chosen; "": the config's steps.
       steps: of each run; None: the config's.
       target: a model for which each method's smallest hardware is said.
-      lang: of the report: en or fr.
+      lang: of the report: en, the default, or fr.
 
     Returns:
       The report.
@@ -71,7 +71,7 @@ def compare(
         _check(workdir, made)
         records = _trained(console, made, workdir, clock)
         report = facts.report(workdir, made, records, seconds=clock.seconds(), budget=seconds, target=aimed)
-        return _told(console, report, records, workdir, lang)
+        return _told(console, report, records, workdir, lang or "en")
 
 
 def _say_sets(console: Console, made: Mapping[str, Method]) -> None:
