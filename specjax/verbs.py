@@ -137,7 +137,9 @@ def _flags() -> Iterator[Flag]:
     yield Flag("majority_sign", "total|frequency", "which sign wins in ties", default="total")
     # report
     yield Flag(
-        "lang", "en|fr", "of `report` the page's language, default en; of `advise` that of the datasets, default any"
+        "lang",
+        "en|fr",
+        "of `report` and `compare` the page's language, default en; of `advise` that of the datasets, default any",
     )
     # plan
     yield Flag(
