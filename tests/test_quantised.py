@@ -1,6 +1,7 @@
 """A quantised base: bitsandbytes' numbers, the same model as one of its dequantised floats, and few bytes of it."""
 
 import contextlib
+import functools
 import hashlib
 import re
 from statistics import NormalDist
@@ -49,18 +50,23 @@ def sha(array):
     return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
 
 
-def quantised(kind, of=model, **changes):
-    made = of(**SIZES | changes)
+@functools.cache
+def converted(kind, floats, **changes):
+    made = model(**SIZES | changes)
     hq.convert(made, kind)
+    if floats:
+        hq.dequantise_base(made)
+    assert hq.is_quantised(made) == (not floats)
     return made
+
+
+def quantised(kind, **changes):
+    return nnx.clone(converted(kind, False, **changes))
 
 
 def dequantised(kind, **changes):
     """The float model whose kernels are what the quantised ones stand for."""
-    made = quantised(kind, **changes)
-    hq.dequantise_base(made)
-    assert not hq.is_quantised(made)
-    return made
+    return nnx.clone(converted(kind, True, **changes))
 
 
 @pytest.fixture(scope="module")
