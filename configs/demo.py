@@ -4,7 +4,7 @@
     specjax compare --config=configs/demo.py --workdir=runs/demo/out
 
 The base is demo/base, 4M parameters; the corpus is this Python's own documentation, held out by module. On 2 cores,
-shared with other work, 2.5 to 4 minutes and 0.8 GiB. Nats a token on modules never seen, before -> after:
+shared with other work, 2.5 to 4 minutes and 0.8 GiB. Nats per token on modules never seen, before -> after:
     domain   5.09 -> 5.03 (full, on the documentation's text), 5.09 -> 3.21 (sft, on answers), 5.09 -> 3.22 (lora)
     general  3.45 -> 3.59, 3.60 and 3.60 (source code)
 """

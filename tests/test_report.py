@@ -255,7 +255,7 @@ def test_figures_of_nulls_are_those_that_are_left(found):
         ({"best": None}, "No method can be recommended."),
         (
             {"lowest_loss": "lora_r16"},
-            "LoRA r16 at 2e-4: its loss on held-out rows is the lowest, 1.965 nats a token",
+            "LoRA r16 at 2e-4: its loss on held-out rows is the lowest, 1.965 nats per token",
         ),
         ({"nats_apart": 0.0, "forgets_of": 1.0}, "LoRA r16 at 2e-4: as good as SFT, it forgets as much as full"),
         ({"forgets_of": 2.5}, "LoRA r16 at 2e-4: within 0.010 nats of SFT, it forgets 2.5 times what full fine"),

@@ -12,7 +12,7 @@ from specjax.advise.memory import of_this_machine
 from specjax.compare.methods import Method
 from specjax.compare.scores import missing
 
-ALIKE = 0.02  # nats a token, within which a method is as good as the best one
+ALIKE = 0.02  # nats per token, within which a method is as good as the best one
 SHOWN = 12  # answers of a set
 
 
@@ -128,9 +128,9 @@ def _answers(records: Mapping[str, Mapping[str, Any]], domain: str) -> list[dict
 def advice(records: Mapping[str, Mapping[str, Any]], domain: str, forgetting: Sequence[str]) -> dict[str, Any] | None:
     """Which method: of those whose loss is as good as the least, the one that trains the fewest parameters.
 
-    As good is within 0.02 nats a token, or within the interval of the least one's seeds. `forgets_of` is how much worse
-    the general sets became, summed, as a share of what they did under the largest of the others, None where nothing was
-    forgotten there.
+    As good is within 0.02 nats per token, or within the interval of the least one's seeds. `forgets_of` is how much
+    worse the general sets became, summed, as a share of what they did under the largest of the others, None where
+    nothing was forgotten there.
 
     Returns:
       `best`, `lowest_loss`, `nats_apart` of the two, `forgets_of`; None where nothing was done.
@@ -159,7 +159,7 @@ def advice(records: Mapping[str, Mapping[str, Any]], domain: str, forgetting: Se
 
 
 def forgotten(record: Mapping[str, Any], forgetting: Sequence[str]) -> float | None:
-    """By how many nats a token the general sets became worse, summed; None: none was measured."""
+    """By how many nats per token the general sets became worse, summed; None: none was measured."""
     found = [record["measures"][name] for name in forgetting if name in record["measures"]]
     return sum(one["after"]["loss"] - one["before"]["loss"] for one in found) if found else None
 

@@ -90,7 +90,7 @@ def sentence(report: Mapping[str, Any]) -> str:
     if advice["best"] == advice["lowest_loss"]:
         parts.append(f"the least loss on {report['sets']['domain']}")
     else:
-        parts.append(f"within {advice['nats_apart']:.3f} nats a token of {advice['lowest_loss']}")
+        parts.append(f"within {advice['nats_apart']:.3f} nats per token of {advice['lowest_loss']}")
     parts.append(f"{best['trainable'] / best['total']:.1%} of the parameters train")
     if advice["forgets_of"] is not None:
         parts.append(f"forgets {advice['forgets_of']:.0%} of what the larger methods do at most")

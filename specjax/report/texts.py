@@ -14,7 +14,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "take bare": ("Take {method}.", "Prenez {method}."),
     "and": ("and", "et"),
     "lowest": (
-        "its loss on held-out rows is the lowest, {loss} a token",
+        "its loss on held-out rows is the lowest, {loss} per token",
         "sa perte sur les lignes mises de côté est la plus basse, {loss} par token",
     ),
     "equal": ("as good as {other}", "aussi bon que {other}"),
@@ -54,7 +54,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
         "Les intervalles à 95 % de {one} et de {other} sur {seeds} graines ne se recouvrent pas.",
     ),
     "measured on": (
-        "Measured on {rows} held-out rows, {steps} steps of {tokens} tokens a method.",
+        "Measured on {rows} held-out rows, {steps} steps of {tokens} tokens per method.",
         "Mesuré sur {rows} lignes mises de côté, {steps} pas de {tokens} tokens par méthode.",
     ),
     "other rows": (
@@ -70,7 +70,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
     # The table.
     "methods": ("The methods", "Les méthodes"),
     "methods note": (
-        "Each at its own best rate. Losses are in nats a token: less is better.",
+        "Each at its own best rate. Losses are in nats per token: less is better.",
         "Chacune à son meilleur taux d’apprentissage. Les pertes sont en nats par token : moins vaut mieux.",
     ),
     "rise": ("A rise on {names} is forgetting.", "Une hausse sur {names} est un oubli."),
@@ -147,7 +147,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
         "arrêtées en route. Les taux qui finissent au-dessus de la perte de la base sont laissés de côté.",
     ),
     "caption trade": (
-        "One path a method, from the base at the origin. Right is learned, up is forgotten: low and to the right is "
+        "One path per method, from the base at the origin. Right is learned, up is forgotten: low and to the right is "
         "better. The mark is the step that was kept, small ones are where other rates ended; those far outside are "
         "left out.",
         "Un chemin par méthode, depuis la base à l’origine. À droite, l’appris ; en haut, l’oublié : mieux vaut bas et "
@@ -155,10 +155,10 @@ TEXT: Mapping[str, tuple[str, str]] = {
         "sont laissées de côté.",
     ),
     "axis steps": ("steps", "pas"),
-    "axis loss": ("loss, nats a token", "perte, nats par token"),
+    "axis loss": ("loss, nats per token", "perte, nats par token"),
     "axis rate": ("learning rate", "taux d’apprentissage"),
-    "axis learned": ("learned, nats a token", "appris, nats par token"),
-    "axis forgotten": ("forgotten, nats a token", "oublié, nats par token"),
+    "axis learned": ("learned, nats per token", "appris, nats par token"),
+    "axis forgotten": ("forgotten, nats per token", "oublié, nats par token"),
     "base": ("base", "base"),
     "said of end": ("{label}: {value} at step {step}", "{label} : {value} au pas {step}"),
     "said of rate": ("{label}: {value} at {rate}", "{label} : {value} à {rate}"),
