@@ -93,7 +93,7 @@ def sentence(report: Mapping[str, Any]) -> str:
         parts.append(f"within {advice['nats_apart']:.3f} nats per token of {advice['lowest_loss']}")
     parts.append(f"{best['trainable'] / best['total']:.1%} of the parameters train")
     if advice["forgets_of"] is not None:
-        parts.append(f"forgets {advice['forgets_of']:.0%} of what the larger methods do at most")
+        parts.append(f"forgets {advice['forgets_of']:.2f} times as much as the larger method that forgets most")
     lone = len([one for one in report["methods"] if one["status"] == "done"]) == 1
     seeds = len(report["budget"]["seeds"])
     sure = "" if seeds > 1 else " One seed: a difference of hundredths may be luck (--config.seeds=3)."
