@@ -1,6 +1,8 @@
 """`specjax compare`: its methods, how their values are tried, what is reported; here all in one process."""
 
 import json
+import multiprocessing
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,3 +260,34 @@ def test_values_are_tried_failures_are_rows_and_a_stopped_comparison_goes_on(bas
     lines = list(table.answers(report))
     assert sum("known" in line for line in lines) == 2
     assert course.losses([]) == {}
+
+
+@pytest.mark.parametrize(("status", "ends"), [(-signal.SIGABRT, 143), (-signal.SIGTERM, 143), (143, 143), (0, None)])
+def test_a_method_that_was_told_to_stop_stops_the_comparison_however_it_ended(monkeypatch, status, ends):
+    """A signal that is sent while it compiles, or before it hears of signals."""
+    told = []
+
+    class Asked:
+        exitcode = status
+
+        def __init__(self, **given):
+            pass
+
+        def start(self):
+            pass
+
+        def join(self):
+            signal.raise_signal(signal.SIGTERM)
+
+        def terminate(self):
+            told.append("stop")
+
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Asked)
+    monkeypatch.setattr(child.multiprocessing, "get_context", lambda kind: context)
+    if ends:
+        with pytest.raises(SystemExit) as raised:
+            child.run(child.train)
+        assert raised.value.code == ends
+    else:
+        assert child.run(child.train) == (0, "done", "")
+    assert told == ["stop"]

@@ -91,8 +91,13 @@ def run(target: Any, *arguments: Any) -> tuple[int, str, str]:
     one = context.Process(target=target, args=(told, *arguments))
     one.start()
     told.close()
-    stops = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, frame: one.terminate()) for number in stops}
+    asked = []
+
+    def stop(number: int, frame: Any) -> None:
+        asked.append(number)
+        one.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         one.join()
     finally:
@@ -101,6 +106,8 @@ def run(target: Any, *arguments: Any) -> tuple[int, str, str]:
     status = one.exitcode or 0
     if status in STOPPED:
         raise SystemExit(status)
+    if asked and status:  # before it heard of signals, or in the midst of something that cannot
+        raise SystemExit(process.STOPPED)
     if status == 0:
         return 0, "done", ""
     try:
