@@ -6,11 +6,13 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from helpers import sizes, torch_logits, xla_flags
+from helpers import on_devices, sizes, torch_logits, xla_flags
 from nbclient import NotebookClient
 
 import specjax as sj
 from demo.tokenizer import train_tokenizer
+from specjax.compare import child, record
+from specjax.config import get_config, merge
 from specjax.hf.config import from_hf
 from specjax.hf.load import random
 from specjax.hf.tokenizer import load_tokenizer
@@ -92,6 +94,20 @@ def test_what_is_converted_is_the_same_in_transformers_and_peft(base, tmp_path, 
     changed = found["differences"].pop("what the adapter changes")
     assert len(found["differences"]) == 3 and changed.max() > 1e-2
     assert max(values.max() for values in found["differences"].values()) < 1e-4
+
+
+def test_methods_are_compared_each_at_its_own_best_rate(base, tmp_path, monkeypatch):
+    def here(target, settings, workdir, name, twin):  # each in this process, which has imported everything
+        record.record(merge(get_config(), settings), Path(workdir), name, twin)
+        return 0, "done", ""
+
+    monkeypatch.setattr(child, "run", here)
+    with on_devices(1):
+        found = executed("compare_methods", base, tmp_path, monkeypatch)
+    assert [one["status"] for one in found["report"]["methods"]] == ["done", "done"]
+    assert all(len(one["trials"]) == 2 for one in found["report"]["methods"])
+    assert [len(line.get_xdata()) for line in found["axis"].lines[:2]] == [5, 5]
+    assert (tmp_path / "runs" / "compare_methods" / "report.html").is_file()
 
 
 def test_a_pod_is_planned_from_shapes_alone(base, tmp_path, monkeypatch):
