@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import sizes
 from run_fixtures import specjax, write_base, write_data
 
 from specjax import build
-from specjax.compare import budget, child, course, facts, intervals, methods, record, scores, table
+from specjax.compare import aim, budget, child, course, facts, intervals, methods, record, scores, table
 from specjax.config import get_config, merge
 from specjax.errors import UserError
+from specjax.plan import targets
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +182,23 @@ def test_values_are_tried_one_after_another_and_each_rungs_choice_is_kept(monkey
     assert [trial.stopped for trial in made] == ["", "halving", "failed", "halving"]
     assert made[0].best("heldout") == (2, 1.25) and "loss is nan" in made[2].why
     assert [(trial.folder / "checkpoints").exists() for trial in made] == [True, False, False, False]
+
+
+def test_the_least_hardware_for_another_model_and_the_time_that_it_takes_at_best(tmp_path):
+    shapes = sizes(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
+    (tmp_path / "config.json").write_text(json.dumps(shapes | {"vocab_size": 128256, "head_dim": 128}))
+    found = aim.aimed({name: one.config for name, one in methods.read(config()).items()}, str(tmp_path))
+    full, lora = found["rows"]
+    assert (full["tpu"], full["gpu"], lora["tpu"], lora["gpu"]) == ("v5e:4x4", "h100:4", "v5e:2x2", "h100:1")
+    for place, family in aim.FAMILIES.items():
+        chips = {one["method"]: targets.count(targets.parse(one[place])) for one in found["rows"]}
+        flops = targets.CHIPS[family].flops
+        work = {
+            name: row["seconds_per_million_tokens"][place] * chips[name] * flops
+            for name, row in (("sft", full), ("lora", lora))
+        }
+        assert work["sft"] == pytest.approx(6e6 * found["parameters"], rel=0.1)
+        assert work["lora"] == pytest.approx(work["sft"] * 2 / 3, rel=0.1)
 
 
 def test_the_known_answer_scores_all_and_another_less():

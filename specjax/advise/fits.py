@@ -77,9 +77,14 @@ def _split(config: ConfigDict, target: targets.Target, devices: int) -> tuple[De
 
 def seconds(config: ConfigDict, target: targets.Target, devices: int, steps: int) -> tuple[float, float]:
     """How long a config's training takes, from and to, compiling and evaluating left out."""
+    step = work(config, target, devices)
+    return rules.seconds(steps * step, devices, target.chip.flops if target.chip else None, os.cpu_count() or 1)
+
+
+def work(config: ConfigDict, target: targets.Target, devices: int) -> float:
+    """Operations of a step."""
     model, trainable, _ = _split(config, target, devices)
-    work = steps * flops.of_step(model, trainable, rows=config.batch_size, length=config.data.length)
-    return rules.seconds(work, devices, target.chip.flops if target.chip else None, os.cpu_count() or 1)
+    return flops.of_step(model, trainable, rows=config.batch_size, length=config.data.length)
 
 
 def tries(config: ConfigDict, base: Base, rank: int, target: targets.Target, devices: int) -> list[Fit]:

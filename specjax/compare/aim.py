@@ -19,7 +19,8 @@ def aimed(configs: Mapping[str, ConfigDict], model: str) -> dict[str, Any]:
     """Per method the smallest v5e slice and the fewest H100s of a machine that hold its training, or None.
 
     A row is on a device at a time, each layer is computed a second time, and weights lie over all devices: the least
-    that it can need. A mixture of experts has no trusted estimate, and None.
+    that it can need. A mixture of experts has no trusted estimate, and None. With it, the seconds that a million tokens
+    take at least: their operations at the chips' peak.
 
     Args:
       configs: of the methods, by name.
@@ -36,7 +37,8 @@ def aimed(configs: Mapping[str, ConfigDict], model: str) -> dict[str, Any]:
         made.data.length = min(config.data.length, sizes.max_positions)
         counts = _counts(made)
         parameters = parameters or _parameters(made)
-        row: dict[str, Any] = {"method": name, "bytes_per_chip": {}}
+        row: dict[str, Any] = {"method": name, "bytes_per_chip": {}, "seconds_per_million_tokens": {}}
+        work = fits.work(made, targets.parse("v5e:1x1"), 1) / (made.batch_size * made.data.length)
         for place, family in FAMILIES.items():
             row[place] = None
             for target in _targets(family):
@@ -44,6 +46,8 @@ def aimed(configs: Mapping[str, ConfigDict], model: str) -> dict[str, Any]:
                 row["bytes_per_chip"][place] = None if need.more is None else need.state + need.more
                 if target.chip and need.fits(target.chip.memory):
                     row[place] = target.name
+                    peak = target.chip.flops * targets.count(target)
+                    row["seconds_per_million_tokens"][place] = 1e6 * work / peak
                     break
         rows.append(row)
     return {"model": model, "parameters": parameters, "rows": rows, "price": None}

@@ -69,7 +69,8 @@ _ANSWER = {
     "base": _TEXT,
     "said": optional(mapped(_TEXT, "a text for each method")),
 }
-_ROW = {"method": TEXT, "tpu": _TEXT, "gpu": _TEXT, "bytes_per_chip": optional(mapped(_NUMBER, "bytes of each kind"))}
+_KINDS = optional(mapped(_NUMBER, "a number of each kind of hardware"))
+_ROW = {"method": TEXT, "tpu": _TEXT, "gpu": _TEXT, "bytes_per_chip": _KINDS, "seconds_per_million_tokens": _KINDS}
 
 
 def read(folder: str | Path) -> dict[str, Any]:

@@ -204,7 +204,9 @@ def hardware(report: Mapping[str, Any], words: Words) -> list[tuple[str, list[tu
         for kind in ("tpu", "gpu"):
             size = (row["bytes_per_chip"] or {}).get(kind)
             per = words("per chip", size=words.bytes(size)) if row[kind] and size else ""
-            cells.append((row[kind] or words("fits none"), per))
+            least = (row["seconds_per_million_tokens"] or {}).get(kind)
+            least = words("least time", time=words.time(least)) if row[kind] and least else ""
+            cells.append((row[kind] or words("fits none"), "; ".join(filter(None, (per, least)))))
         found.append((names.get(row["method"], row["method"]), cells))
     return found
 

@@ -203,14 +203,16 @@ TEXT: Mapping[str, tuple[str, str]] = {
     # Hardware.
     "hardware": ("On {model}", "Sur {model}"),
     "hardware note": (
-        "The smallest of each kind that the method fits by the planner’s estimate, for {parameters} parameters; "
-        "nothing ran there.",
+        "The smallest of each kind that the method fits by the planner’s estimate, for {parameters} parameters, and "
+        "the time that the operations take at the chips’ peak, below which no run is; nothing ran there.",
         "Le plus petit matériel de chaque sorte où la méthode tient d’après l’estimation du planificateur, "
-        "pour {parameters} de paramètres ; rien n’y a tourné.",
+        "pour {parameters} de paramètres, et le temps des opérations à la crête des puces, que rien ne peut battre ; "
+        "rien n’y a tourné.",
     ),
     "tpu": ("TPU slice", "Tranche de TPU"),
     "gpu": ("GPUs", "GPU"),
-    "per chip": ("{size} a chip", "{size} par puce"),
+    "per chip": ("{size} per chip", "{size} par puce"),
+    "least time": ("a million tokens take at least {time}", "un million de tokens prend au moins {time}"),
     "fits none": ("none that was tried", "aucun de ceux essayés"),
     # What failed, and what to do next.
     "failed": ("What did not finish", "Ce qui n’est pas allé au bout"),
