@@ -53,7 +53,7 @@ from specjax.config import get_config as defaults
 
 def get_config():
     config = defaults()
-    config.trainable, config.lora.rank = "lora", 16
+    config.trainable, config.lora.rank, config.data.train = "lora", 16, "never read"
     config.fleet = {f"adapter{n}": {"optimizer": {"learning_rate": 1e-4 * (n + 1)}} for n in range(16)}
     return config
 """
