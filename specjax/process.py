@@ -79,7 +79,7 @@ def hush() -> None:
     for name in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if not [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/*")]:
+    if not tpu_devices():
         # Where no TPU is, JAX loads its library all the same, which asks what host this is and tells that nobody knows.
         for name, value in _ONE_HOST.items():
             os.environ.setdefault(name, value)
@@ -93,6 +93,11 @@ def hush() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
+
+
+def tpu_devices() -> list[Path]:
+    """The device files of this host's TPU chips, as Linux has them; [] where there is none."""
+    return [*Path("/dev").glob("accel[0-9]*"), *Path("/dev").glob("vfio/[0-9]*")]
 
 
 def end_at_signals() -> None:

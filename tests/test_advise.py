@@ -228,15 +228,16 @@ def test_advice_for_too_few_pairs_is_written_and_says_what_is_missing(capsys):
             "GPU 0: NVIDIA L4 (UUID: GPU-1)\n",
             "this machine has NVIDIA L4, of which no figures are known: give --hardware",
         ),
+        ("NVIDIA-SMI has failed.\n", r"nvidia-smi ends with status 9 \(NVIDIA-SMI has failed.\): give --hardware"),
     ],
 )
 def test_what_this_machine_has_is_found_without_asking_for_it(listed, wanted, tmp_path, monkeypatch):
     if listed is not None:
-        Path("nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s' '{listed}'\n")
+        Path("nvidia-smi").write_text(f"#!/bin/sh\nprintf '%s' '{listed}'\nexit {9 * listed.startswith('NVIDIA')}\n")
         Path("nvidia-smi").chmod(0o755)
     monkeypatch.setattr(here, "shutil", SimpleNamespace(which=lambda name: listed is not None and str(tmp_path / name)))
-    monkeypatch.setattr(here.Path, "glob", lambda self, pattern: iter(()))
-    if wanted.startswith("this"):
+    monkeypatch.setattr(here.process, "tpu_devices", list)
+    if not re.fullmatch(r"cpu|h100:\d", wanted):
         with pytest.raises(UserError, match=wanted):
             here.found()
     else:

@@ -78,13 +78,17 @@ def test_steps_are_scaled_with_warmup_and_evaluations():
     assert (made.steps, made.epochs, made.optimizer.warmup_steps, made.eval.every) == (20, 1.0, 9, 0)
 
 
-def test_a_budget_is_shared_out_and_too_small_a_one_says_what_is_needed():
+def test_a_budget_is_shared_out_and_too_small_a_one_says_what_is_needed(tmp_path):
     made = methods.read(config(steps=10, eval={"every": 5}))
     speeds = {"sft": budget.Speed(2.0, 1.0, 30.0), "lora": budget.Speed(1.0, 1.0, 30.0)}
     # 5 s were spent; around: 2 x 30; three evaluations each, of which one is in `around`'s run: 2 x (1 + 2) x 1.
     assert budget.steps(5 + 60 + 6 + 30, 5.0, made, speeds) == 10
     with pytest.raises(UserError, match=r"--budget=1s is too small .* at least --budget=74s"):
         budget.steps(1.0, 5.0, made, speeds)
+    (tmp_path / "steps.json").write_text('{"steps": 7, "seconds": 60.0}')
+    assert budget.probed(made, tmp_path, 60.0) == 7
+    with pytest.raises(UserError, match="begun with --budget=60s, by which its methods have 7 steps each"):
+        budget.probed(made, tmp_path, 61.0)
     for text in ("soon", "0", "-1s", "1d"):
         with pytest.raises(UserError, match="is no time"):
             budget.seconds(text)

@@ -33,7 +33,7 @@ ALLOWED = {
     "config": {"errors", "files", "sharding", "values"},
     "build": {"card", "config", "files", "train", "generation", "hf", "lora", "data", "models", "errors"},
     "plan": {"build", "config", "data", "fleet", "flops", "train", "hf", "models", "sharding", "errors"},
-    "advise": {"build", "config", "data", "errors", "flops", "hf", "models", "plan", "train"},
+    "advise": {"build", "config", "data", "errors", "flops", "hf", "models", "plan", "process", "train"},
     "resume": {"config", "data", "errors", "files", "hf", "train"},
     "fleet": {
         *("build", "cluster", "config", "errors", "files", "flops", "lock", "lora", "models", "process"),

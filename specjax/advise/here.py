@@ -3,8 +3,8 @@
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
+from specjax import process
 from specjax.errors import UserError
 from specjax.plan import targets
 
@@ -18,7 +18,7 @@ def found() -> str:
       UserError: an accelerator that no target stands for, or whose kind cannot be told.
     """
     known = f"give --hardware as one of {targets.FORMS}, or cpu"
-    if [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]:
+    if process.tpu_devices():
         raise UserError(f"--hardware=found: a TPU is here, whose slice only a run can tell: {known}.")
     if not (driver := shutil.which("nvidia-smi")):
         return "cpu"
@@ -26,8 +26,11 @@ def found() -> str:
         done = subprocess.run([driver, "-L"], capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"--hardware=found: nvidia-smi does not answer ({error}): {known}.") from error
+    if done.returncode:
+        why = " ".join((done.stdout + done.stderr).split())
+        raise UserError(f"--hardware=found: nvidia-smi ends with status {done.returncode} ({why}): {known}.")
     names = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", done.stdout, re.MULTILINE)
-    if done.returncode or not names:
+    if not names:
         return "cpu"
     if any("H100" not in name for name in names):
         kinds = ", ".join(dict.fromkeys(names))

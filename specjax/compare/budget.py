@@ -94,11 +94,17 @@ def probed(methods: Mapping[str, Method], folder: Path, budget: float) -> int:
     """`steps`, by a few steps of each method; kept in the folder, so that a later call has the same.
 
     Raises:
-      UserError: as `steps`, as soon as it is sure; one method's own mistake.
+      UserError: as `steps`, as soon as it is sure; one method's own mistake; another budget than the folder's.
     """
     path = folder / "steps.json"
     if path.is_file():
-        return int(files.read_object(path, "delete it")["steps"])
+        was = files.read_object(path, "delete it")
+        if was["seconds"] != budget:
+            raise UserError(
+                f"{folder.parent} was begun with --budget={was['seconds']:g}s, by which its methods have "
+                f"{was['steps']} steps each: give that one, not {budget:g}s, or choose another workdir."
+            )
+        return int(was["steps"])
     began, speeds = time.monotonic(), dict[str, Speed]()
     for name, method in methods.items():
         shutil.rmtree(folder / name, ignore_errors=True)
