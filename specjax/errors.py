@@ -30,6 +30,10 @@ class UserError(Exception):
         return f"{self.keys[whole]}.{entry}" if whole in self.keys else f"{whole}[{entry!r}]"
 
 
+class NotFinite(UserError):
+    """A loss, a gradient or a weight became infinite or NaN: most often the learning rate is too high."""
+
+
 def argument(name: str) -> str:
     """The name of a function's argument, to be put into the sentence of a `UserError`.
 

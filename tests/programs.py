@@ -29,7 +29,7 @@ def _once(backend: Any, module: Any, devices: Any, options: Any, callbacks: Any)
         return _compile(backend, module, devices, options, callbacks)
     key = hashlib.sha256(_instructions(module))
     key.update(options.SerializeAsString())
-    key.update(repr([device.id for device in devices]).encode())
+    key.update(repr([backend.platform, *(device.id for device in devices)]).encode())
     found = KEPT.get(key.digest())
     if found is None:
         found = KEPT[key.digest()] = _compile(backend, module, devices, options, callbacks)

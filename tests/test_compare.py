@@ -14,7 +14,7 @@ from run_fixtures import specjax, write_base, write_data
 from specjax import build
 from specjax.compare import aim, budget, child, course, facts, intervals, methods, record, scores, table
 from specjax.config import get_config, merge
-from specjax.errors import UserError
+from specjax.errors import NotFinite, UserError
 from specjax.plan import targets
 
 
@@ -63,12 +63,45 @@ def test_what_is_measured_is_split_off_and_shipped_unless_sets_are_named():
             "different sets, a and b",
         ),
         ({"data": {"eval_beside": True, "eval": {"heldout": "a"}}}, "a set named 'heldout'"),
+        ({"compare": {"x": {"data": {"train": "text.jsonl"}}}}, "hold out different rows"),
+        ({"compare": {"x": {"data": {"eval_fraction": 0.1}}}}, "hold out different rows"),
+        ({"compare": {"x": {"seed": 7}}}, "hold out different rows"),
+        (
+            {"data": {"eval": {"d": "d"}}, "eval": {"best": "d"}, "compare": {"x": {"data": {"eval": {"code": "c"}}}}},
+            "measured on different sets",
+        ),
+        ({"data": {"eval": {"d": "d"}}, "compare": {"x": {"objective": "dpo"}}}, "are measured on different sets"),
+        (
+            {"data": {"eval": {"d": "d", "e": "e"}}, "compare": {"x": {"objective": "dpo"}}},
+            "different objectives, whose losses are not one scale",
+        ),
     ],
 )
 def test_a_mistake_of_any_method_is_said_before_the_first_run(overrides, said):
     with pytest.raises(UserError) as raised:
         methods.read(config(**overrides))
     assert said in str(raised.value)
+
+
+def test_every_trial_holds_the_same_rows_out_and_dpo_is_given_no_set_that_is_no_pairs():
+    one = methods.read(config(seed=5, compare={"x": {"sweep": {"seed": [1, 2]}}}))["x"]
+    assert [trial.data.eval_seed for trial in one.trials.values()] == [5, 5]
+    assert [trial.seed for trial in one.trials.values()] == [1, 2]
+    alone = merge(config(), {"objective": "dpo"})
+    assert methods.read(alone)["sft"].shipped == ()
+
+
+def test_on_raw_text_the_method_that_learns_answers_is_the_one_that_learns_all():
+    full, sft = (config(data={"loss": loss}) for loss in ("all", "answers"))
+    assert methods.twins(sft, full) and not methods.twins(full, sft) and not methods.twins(sft, sft)
+    assert not methods.twins(merge(sft, {"optimizer": {"learning_rate": 1e-3}}), full)
+
+
+def test_rates_that_are_automatic_are_tried_with_what_else_is_swept(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(sizes()))
+    sweep = {"optimizer": {"learning_rate": "auto", "weight_decay": [0.0, 0.1]}}
+    one = methods.read(config(model={"path": str(tmp_path)}, compare={"x": {"sweep": sweep}}))["x"]
+    assert len(one.trials) == 6 and {trial.optimizer.weight_decay for trial in one.trials.values()} == {0.0, 0.1}
 
 
 def test_steps_are_scaled_with_warmup_and_evaluations():
@@ -83,6 +116,8 @@ def test_a_budget_is_shared_out_and_too_small_a_one_says_what_is_needed(tmp_path
     speeds = {"sft": budget.Speed(2.0, 1.0, 30.0), "lora": budget.Speed(1.0, 1.0, 30.0)}
     # 5 s were spent; around: 2 x 30; three evaluations each, of which one is in `around`'s run: 2 x (1 + 2) x 1.
     assert budget.steps(5 + 60 + 6 + 30, 5.0, made, speeds) == 10
+    with pytest.raises(UserError, match=r"at least --budget=40s, and lora come on top"):
+        budget.steps(1.0, 5.0, {"sft": made["sft"]}, speeds, ["lora"])
     with pytest.raises(UserError, match=r"--budget=1s is too small .* at least --budget=74s"):
         budget.steps(1.0, 5.0, made, speeds)
     (tmp_path / "steps.json").write_text('{"steps": 7, "seconds": 60.0}')
@@ -126,6 +161,12 @@ def test_the_advice_takes_the_smallest_of_what_is_as_good():
     records["full"] = made_up(100, 1.0, 0.3, high=1.6)  # seeds that scatter so much tell none of them apart
     assert facts.advice(records, "d", ["g"])["best"] == "r8"
     assert facts.advice({"broken": records["broken"]}, "d", ["g"]) is None
+    assert facts.advice({"worse": made_up(8, 3.1, 0.0)}, "d", ["g"]) is None
+    # A set that became better makes up for no other.
+    records = {"full": made_up(100, 1.0, 0.1), "r8": made_up(8, 1.01, 0.6)}
+    for name, change in (("full", 0.2), ("r8", -0.5)):
+        records[name]["measures"]["h"] = made_up(1, 1.0, change)["measures"]["g"]
+    assert np.isclose(facts.advice(records, "d", ["g", "h"])["forgets_of"], 2.0)
 
 
 def test_every_token_trains_where_it_is_asked_for_and_answers_are_measured_either_way(base):
@@ -164,7 +205,7 @@ def test_values_are_tried_one_after_another_and_each_rungs_choice_is_kept(monkey
         rate = given.optimizer.learning_rate
         calls.append((rate, share))
         if rate == 3.0:
-            raise UserError("step 2: the loss is nan.")
+            raise NotFinite("step 2: the loss is nan.")
         if stop == (rate, share):
             raise SystemExit(143)
         (place / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -285,13 +326,13 @@ def test_values_are_tried_failures_are_rows_and_a_stopped_comparison_goes_on(bas
     assert course.losses([]) == {}
 
 
-@pytest.mark.parametrize(("status", "ends"), [(-signal.SIGABRT, 143), (-signal.SIGTERM, 143), (143, 143), (0, None)])
+@pytest.mark.parametrize(("status", "ends"), [(-signal.SIGABRT, 143), (-signal.SIGTERM, 143), (143, 143), (0, 143)])
 def test_a_method_that_was_told_to_stop_stops_the_comparison_however_it_ended(monkeypatch, status, ends):
     """A signal that is sent while it compiles, or before it hears of signals."""
     told = []
 
     class Asked:
-        exitcode = status
+        exitcode, pid = status, 1
 
         def __init__(self, **given):
             pass
@@ -307,10 +348,6 @@ def test_a_method_that_was_told_to_stop_stops_the_comparison_however_it_ended(mo
 
     context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Asked)
     monkeypatch.setattr(child.multiprocessing, "get_context", lambda kind: context)
-    if ends:
-        with pytest.raises(SystemExit) as raised:
-            child.run(child.train)
-        assert raised.value.code == ends
-    else:
-        assert child.run(child.train) == (0, "done", "")
-    assert told == ["stop"]
+    with pytest.raises(SystemExit) as raised:
+        child.run(child.train)
+    assert (raised.value.code, told) == (ends, ["stop"])

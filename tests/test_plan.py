@@ -298,7 +298,7 @@ def test_a_fleets_plan_counts_all_adapters_and_says_how_many_fit(folder, monkeyp
         8 * one,
     )
     assert parts["total"] == 2 * limit - 4 * one + parts["best"] and found["tokens_per_step"] == 8 * 2 * LENGTH
-    config.data.eval_fraction = 0.0
+    config.data.eval_fraction, config.accumulate = 0.0, 0
     assert "slots_that_fit" not in report.report(config, ["cpu:8"], json=True)[0]
 
 

@@ -183,7 +183,7 @@ def test_the_page_says_what_was_found_in_english_and_in_french(pages):
     assert "<i>(ends at once)</i>" in told["en"] and "general +0.040" in english
 
 
-def test_foreign_text_stays_text_and_long_text_is_cut_with_a_word(found, tmp_path, without_curves):
+def test_foreign_text_stays_text_and_long_text_is_cut_with_a_word(found, tmp_path):
     for name in ("method", "name"):
         found["methods"][0][name] = HOSTILE
     found["sets"]["forgetting"] = [HOSTILE]

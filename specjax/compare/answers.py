@@ -47,7 +47,9 @@ def answered(
     folder, _ = build.tokenizer_of(config)
     model = build.model_of(config, folder, sharding.make_mesh(**config.mesh))
     key = hashlib.blake2b(
-        json.dumps([model.origin.fingerprint, config.eval.max_new_tokens, asked]).encode()
+        json.dumps(
+            [model.origin.fingerprint, *config.model.to_dict().items(), config.eval.max_new_tokens, asked]
+        ).encode()
     ).hexdigest()
     base = _kept(workdir / BASE, key)
     if base is None:  # before anything is learnt: an adapter's B is zero

@@ -4,7 +4,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,9 @@ def work(method: Method) -> tuple[float, int]:
     return whole + method.config.seeds - 1, begun + method.config.seeds - 1
 
 
-def steps(budget: float, spent: float, methods: Mapping[str, Method], speeds: Mapping[str, Speed]) -> int:
+def steps(
+    budget: float, spent: float, methods: Mapping[str, Method], speeds: Mapping[str, Speed], rest: Sequence[str] = ()
+) -> int:
     """How many steps each run may have, the same for all.
 
     Args:
@@ -67,6 +69,7 @@ def steps(budget: float, spent: float, methods: Mapping[str, Method], speeds: Ma
       spent: of them, to know the speeds.
       methods: by name.
       speeds: likewise.
+      rest: methods whose speed is not known yet.
 
     Raises:
       UserError: not one step of each, with the seconds that it would take.
@@ -82,10 +85,11 @@ def steps(budget: float, spent: float, methods: Mapping[str, Method], speeds: Ma
     step = sum(speeds[name].step * whole for name, (whole, _) in works.items())
     found = int((budget - around) / step)
     if found < 1:
+        more = f", and {', '.join(rest)} come on top" if rest else ""
         raise UserError(
             f"--budget={budget:.0f}s is too small for one step of each method: starting, compiling and measuring "
             f"{sum(runs for _, runs in works.values())} runs takes about {around:.0f} seconds, so give at least "
-            f"--budget={math.ceil(around + step)}s."
+            f"--budget={math.ceil(around + step)}s{more}."
         )
     return found
 
@@ -109,9 +113,13 @@ def probed(methods: Mapping[str, Method], folder: Path, budget: float) -> int:
     for name, method in methods.items():
         shutil.rmtree(folder / name, ignore_errors=True)
         since = time.monotonic()
-        status, _, why = child.run(child.probe, plain(_probe(next(iter(method.trials.values())))), str(folder / name))
+        status, kind, why = child.run(
+            child.probe, plain(_probe(next(iter(method.trials.values())))), str(folder / name)
+        )
+        if kind == "too_large":
+            continue  # which is said where it trains
         if status:
-            raise UserError(f"config.compare.{name}: {why}")
+            raise (UserError if status == 2 else RuntimeError)(f"config.compare.{name}: {why}")
         taken = time.monotonic() - since
         told = files.read_object(folder / name / "summary.json")
         speeds[name] = Speed(
@@ -119,7 +127,10 @@ def probed(methods: Mapping[str, Method], folder: Path, budget: float) -> int:
         )
         shutil.rmtree(folder / name)
         known = {one: methods[one] for one in speeds}
-        found = steps(budget, time.monotonic() - began, known, speeds)
+        rest = list(methods)[list(methods).index(name) + 1 :]
+        found = steps(budget, time.monotonic() - began, known, speeds, rest)
+    if not speeds:
+        raise UserError("no method of config.compare fits in this machine's memory: take a smaller model or batch.")
     files.write_json(
         path, {"steps": found, "seconds": budget, "speeds": {name: one._asdict() for name, one in speeds.items()}}
     )
@@ -129,6 +140,6 @@ def probed(methods: Mapping[str, Method], folder: Path, budget: float) -> int:
 def _probe(config: ConfigDict) -> ConfigDict:
     made: Any = copied(config, "optimizer", "eval", "log", "checkpoint")
     made.steps, made.epochs, made.export = PROBED, 1.0, False
-    made.optimizer.warmup_steps, made.eval.every, made.checkpoint.every = 0, 0, 0
+    made.optimizer.warmup_steps, made.eval.every, made.eval.patience, made.checkpoint.every = 0, 0, 0, 0
     made.log.every, made.log.wandb, made.log.tensorboard = 1, "", False
     return made

@@ -89,16 +89,19 @@ def run(target: Any, *arguments: Any) -> tuple[int, str, str]:
     context = multiprocessing.get_context("spawn")
     hears, told = context.Pipe(duplex=False)
     one = context.Process(target=target, args=(told, *arguments))
-    one.start()
-    told.close()
     asked = []
 
     def stop(number: int, frame: Any) -> None:
         asked.append(number)
-        one.terminate()
+        if one.pid:
+            one.terminate()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        one.start()
+        told.close()
+        if asked:
+            one.terminate()
         one.join()
     finally:
         for number, handler in before.items():
@@ -106,7 +109,7 @@ def run(target: Any, *arguments: Any) -> tuple[int, str, str]:
     status = one.exitcode or 0
     if status in STOPPED:
         raise SystemExit(status)
-    if asked and status:  # before it heard of signals, or in the midst of something that cannot
+    if asked:  # before it heard of signals, in the midst of something that cannot, or at its very end
         raise SystemExit(process.STOPPED)
     if status == 0:
         return 0, "done", ""

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from specjax import files, run
 from specjax.config import copied
 from specjax.config.entries import slots_of, swept
-from specjax.errors import UserError
+from specjax.errors import NotFinite, UserError
 from specjax.fleet import job
 from specjax.fleet.fit import Failed
 from specjax.hf import config as hf_config
@@ -163,10 +163,10 @@ def _turns(config: ConfigDict, trials: Mapping[str, ConfigDict], folder: Path, d
 
 
 def _tried(failed: dict[str, str], name: str, train: Callable[[], Result]) -> Result | None:
-    """A trial's own mistake, such as a rate under which it is no longer finite, ends the trial alone."""
+    """Numbers that are no longer finite, as under too high a rate, end the trial alone; all else ends the method."""
     try:
         return train()
-    except UserError as error:
+    except NotFinite as error:
         failed[name] = " ".join(str(error).split())
         print(f"{name}: {failed[name]} It stops; the others go on.")
         return None

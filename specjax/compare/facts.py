@@ -129,16 +129,16 @@ def advice(records: Mapping[str, Mapping[str, Any]], domain: str, forgetting: Se
     """Which method: of those whose loss is as good as the least, the one that trains the fewest parameters.
 
     As good is within 0.02 nats per token, or within the interval of the least one's seeds. `forgets_of` is how much
-    worse the general sets became, summed, as a share of what they did under the largest of the others, None where
-    nothing was forgotten there.
+    worse the general sets became, summed, as a share of what they did under the one that forgets most of those that
+    train more; None where nothing was forgotten there.
 
     Returns:
-      `best`, `lowest_loss`, `nats_apart` of the two, `forgets_of`; None where nothing was done.
+      `best`, `lowest_loss`, `nats_apart` of the two, `forgets_of`; None where none is better than the base.
     """
     losses = {
         name: record["measures"][domain]["after"]["loss"]
         for name, record in records.items()
-        if record["status"] == "done" and math.isfinite(record["measures"][domain]["after"]["loss"])
+        if record["status"] == "done" and _learned(record["measures"][domain])
     }
     if not losses:
         return None
@@ -158,10 +158,19 @@ def advice(records: Mapping[str, Mapping[str, Any]], domain: str, forgetting: Se
     }
 
 
+def _learned(measure: Mapping[str, Any]) -> bool:
+    """Whether a method made the loss less than the base's."""
+    before, after = measure["before"]["loss"], measure["after"]["loss"]
+    return math.isfinite(after) and (before is None or after < before)
+
+
 def forgotten(record: Mapping[str, Any], forgetting: Sequence[str]) -> float | None:
-    """By how many nats per token the general sets became worse, summed; None: none was measured."""
+    """By how many nats per token the general sets became worse, summed; None: none was measured.
+
+    One that became better makes up for no other: a model can lose its answers while its loss on text falls.
+    """
     found = [record["measures"][name] for name in forgetting if name in record["measures"]]
-    return sum(one["after"]["loss"] - one["before"]["loss"] for one in found) if found else None
+    return sum(max(0.0, one["after"]["loss"] - one["before"]["loss"]) for one in found) if found else None
 
 
 def edge(record: Mapping[str, Any]) -> str | None:

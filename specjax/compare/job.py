@@ -81,10 +81,12 @@ def _say_sets(console: Console, made: Mapping[str, Method]) -> None:
         console.print(
             f"{first.config.data.eval_fraction:.0%} of the rows are held out, and measured as {first.domain!r}"
         )
+    console.print(f"the loss on {first.domain!r} chooses", markup=False)
     if first.shipped:
         console.print(
             f"what is forgotten is measured on what comes with specjax, {' and '.join(first.shipped)}: small sets, in "
             "English and French; name your own by --config.data.eval.general=FILE"
+            + (" --config.data.eval_beside=true" if first.domain not in first.config.data.eval else "")
         )
     files_of = {name: one.config.data.eval.get(one.domain, "") for name, one in made.items()}
     if len(set(files_of.values())) > 1:

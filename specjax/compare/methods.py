@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from specjax.config import copied, get_config, validate
+from specjax.config import copied, differing, get_config, plain, validate
 from specjax.config.checks import eval_names, flat, holds_out
 from specjax.config.entries import members, methods, refuse_fleet, swept
 from specjax.errors import UserError, naming
@@ -56,13 +56,36 @@ def read(config: ConfigDict, steps: int = 0) -> dict[str, Method]:
             raise UserError(f"config.compare has a method named {name!r}: use letters, digits, '_' and '-' alone.")
         with naming(f"config.compare.{name}"):
             made[name] = of(name, scaled(one, steps) if steps else one)
-    domains = {one.domain for one in made.values()}
+    _check_alike(list(made.values()))
+    return made
+
+
+def _check_alike(made: list[Method]) -> None:
+    """Raises `UserError` where the methods' losses are not of one scale, so that nothing could be told of them."""
+    domains = sorted({one.domain for one in made})
     if len(domains) > 1:
         raise UserError(
-            f"the methods of config.compare are chosen by different sets, {' and '.join(sorted(domains))}: set "
+            f"the methods of config.compare are chosen by different sets, {' and '.join(domains)}: set "
             "config.eval.best to the one that all are measured on."
         )
-    return made
+    if len({one.forgetting for one in made}) > 1:
+        raise UserError(
+            "the methods of config.compare are measured on different sets: give config.data.eval the same names in all."
+        )
+    if len({one.config.objective for one in made}) > 1:
+        raise UserError(
+            "the methods of config.compare have different objectives, whose losses are not one scale: compare each "
+            "objective with itself alone."
+        )
+    split = ("train", "split", "format", "eval_fraction", "eval_seed")
+    held = {
+        None if one.domain in one.config.data.eval else str([one.config.data[key] for key in split]) for one in made
+    }
+    if len(held) > 1:
+        raise UserError(
+            "the methods of config.compare hold out different rows, whose losses are not one scale: name the set that "
+            "all are measured on, --config.data.eval.domain=FILE."
+        )
 
 
 def of(name: str, config: ConfigDict) -> Method:
@@ -100,7 +123,9 @@ def _measured(config: ConfigDict) -> tuple[ConfigDict, str, tuple[str, ...], tup
         validate(config, None)  # which says so
     domain = config.eval.best or eval_names(config)[0]
     shipped: tuple[str, ...] = ()
-    if len(eval_names(config)) == 1:
+    if config.data.eval_seed < 0:  # a trial's or a seed's own draw would be of other rows
+        config.data.eval_seed = config.seed
+    if len(eval_names(config)) == 1 and config.objective != "dpo":  # which is measured on pairs of answers alone
         shipped = tuple(GENERAL)
         config.data.eval_beside = holds_out(config)
         for name, file in GENERAL.items():
@@ -126,9 +151,8 @@ def with_rates(config: ConfigDict) -> ConfigDict:
         return config
     made = copied(config, "sweep")
     made.sweep.unlock()
-    made.sweep.optimizer = {
-        "learning_rate": list(grid(*_model(config), adapter=config.trainable == "lora", steps=config.steps))
-    }
+    rates = list(grid(*_model(config), adapter=config.trainable == "lora", steps=config.steps))
+    made.sweep.optimizer = {**config.sweep.optimizer.to_dict(), "learning_rate": rates}
     return made
 
 
@@ -173,9 +197,6 @@ def kind(config: ConfigDict, *, text: bool) -> str:
 
 
 def twins(one: ConfigDict, other: ConfigDict) -> bool:
-    """Whether two methods would be one on raw text, of which every token counts anyway."""
-    return (
-        one.trainable == other.trainable == "all"
-        and one.objective == other.objective
-        and (one.data.train == other.data.train and one.data.loss != other.data.loss)
-    )
+    """Whether the first, in which answers alone count, would be the second on raw text, of which every token counts."""
+    alike = differing(plain(one), plain(other)) == ["data.loss"]
+    return alike and one.trainable == "all" and one.data.loss == "answers"

@@ -34,6 +34,8 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
             )
     if report["advice"]:
         console.print(sentence(report), markup=False)
+    elif any(one["status"] == "done" for one in report["methods"]):
+        console.print("None of the methods made the loss less than the base's: none is advised.")
 
 
 def choice(report: Mapping[str, Any]) -> Table:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import build, flops
-from specjax.config import validate
+from specjax.config import settled, validate
 from specjax.config.entries import swept
 from specjax.errors import UserError, keys
 from specjax.fleet import job as fleet_job
@@ -120,7 +120,7 @@ def _priced(figures: dict[str, Any], price: float, epoch: dict[str, Any]) -> dic
 def _plan(config: ConfigDict, target: targets.Target, *, quick: bool = False) -> dict[str, Any]:
     devices = targets.devices(target)
     if config.fleet:
-        fleet_job.check_rows(config, len(devices))
+        fleet_job.check_rows(settled(config, devices[0].platform, len(devices)), len(devices))
     else:
         validate(config, len(devices))
     made = job.make(config, devices)

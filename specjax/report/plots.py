@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from specjax.report import svg
+from specjax.report.marks import clean
 from specjax.report.words import Words
 
 # Points, which are the units of the drawing: a column of the page is 1.25 of them wide, a telephone 0.85.
@@ -283,6 +284,7 @@ def _labels(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
 
 
 def _short(label: str) -> str:
+    label = clean(label)  # XML has no control characters
     return label if len(label) <= 12 else f"{label[:11]}…"
 
 

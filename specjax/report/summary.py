@@ -58,7 +58,7 @@ def _worst(best: Mapping[str, Any], report: Mapping[str, Any]) -> Mapping[str, A
         changes = [forgotten(one, name) for name in report["sets"]["forgetting"] or ()]
         known = [change for change in changes if change is not None]
         if known and (one["trainable"] or 0) > (best["trainable"] or 0):
-            sums.append((sum(known), one))
+            sums.append((sum(max(0.0, change) for change in known), one))
     return max(sums, key=lambda pair: pair[0])[1] if sums else None
 
 

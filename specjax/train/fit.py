@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from specjax import files
-from specjax.errors import UserError
+from specjax.errors import NotFinite, UserError
 from specjax.lock import Lock
 from specjax.models import Decoder
 from specjax.train.checkpoint import agreed
@@ -147,7 +147,7 @@ def fit(
             loss = result.evals[best]["loss"]
             if not math.isfinite(loss):
                 why = "lower the learning rate" if step else "look at the model's weights and at that data"
-                raise UserError(f"step {step}: the loss on {best!r} is {loss}; {run.last_good()}: {why}.")
+                raise NotFinite(f"step {step}: the loss on {best!r} is {loss}; {run.last_good()}: {why}.")
             run.selection = run.selection.after(loss)
             return loss
 
@@ -211,7 +211,7 @@ def _report(log: Log, step: int, metrics: dict[str, Any], every: int, steps: int
     """Reads a step's metrics, refuses a loss that is not finite, logs every so many."""
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(
+        raise NotFinite(
             f"step {step}: the loss is {loss} and the gradient norm {norm}, on the rows {_listed(run.data, step - 1)} "
             f"of the packed data; {run.weights()}, and {run.last_good()}: "
             + ("lower the learning rate or look at" if step > 1 else "look at the model's weights and at")

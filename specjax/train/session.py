@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from specjax import flops, process, sharding
-from specjax.errors import UserError
+from specjax.errors import NotFinite, UserError
 from specjax.models import Decoder
 from specjax.train import memory
 from specjax.train import step as steps_lib
@@ -189,9 +189,9 @@ class Session:
         return {"trainable": self.state.trainable, "opt_state": self.state.opt_state}
 
     def check_weights(self, step: int) -> None:
-        """Raises `UserError` where an update of up to this step made the weights not finite."""
+        """Raises `NotFinite` where an update of up to this step made the weights not finite."""
         if not steps_lib.all_finite(self.state.trainable):
-            raise UserError(
+            raise NotFinite(
                 f"step {step}: an update made the weights infinite or NaN; {self.last_good()}: lower the learning rate."
             )
 
