@@ -186,6 +186,7 @@ def test_the_page_says_what_was_found_in_english_and_in_french(pages):
 def test_foreign_text_stays_text_and_long_text_is_cut_with_a_word(found, tmp_path):
     for name in ("method", "name"):
         found["methods"][0][name] = HOSTILE
+    found["methods"][1]["name"] = found["methods"][1]["method"] = "\x1b\x00\ud800"  # short: drawn whole
     found["sets"]["forgetting"] = [HOSTILE]
     report.write(found, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
