@@ -9,10 +9,12 @@ import pytest
 from helpers import metrics
 
 from specjax import build, fit, lora
+from specjax.advise import trl
 from specjax.advise.report import advise
 from specjax.cli import main
 from specjax.data.batches import shuffled
 from specjax.data.pack import plan
+from specjax.errors import UserError
 
 BASE = str(Path(__file__).parent.parent / "demo" / "base")
 STEPS = 10
@@ -73,6 +75,21 @@ def test_the_script_has_specjaxs_rows_in_specjaxs_order(kind):
     assert [theirs(row) for row in rows] == ours
     once = [row for batch in sets["heldout"].once() for row in spoken(batch)][: sets["heldout"].num_rows]
     assert [theirs(row) for row in held_out["heldout"]] == once
+
+
+def test_the_script_reads_files_as_specjax_does(tmp_path):
+    _, script = advised("instruct")
+    odd = {"instruction": "a\u2028b\x85c", "response": "x" * (1 << 18)}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(odd, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "odd.csv").write_text(f"instruction,response\na\u2028b,{odd['response']}\n", encoding="utf-8")
+    for name in ("odd.jsonl", "odd.csv"):
+        trl._compare_reading(script["read"], str(tmp_path / name))
+    (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(UserError, match="lines.json by the plain code of the script"):
+        trl._compare_reading(script["read"], str(tmp_path / "lines.json"))
+    (tmp_path / "two.json").write_text('{"names": ["x"], "rows": [{"a": 1}]}')
+    with pytest.raises(UserError, match="is other rows by the plain code of the script, from row 1 on"):
+        trl._compare_reading(script["read"], str(tmp_path / "two.json"))
 
 
 def test_the_scripts_packing_and_order_are_specjaxs(tmp_path):

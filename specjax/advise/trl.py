@@ -4,6 +4,7 @@ Its rows, masks, packing and order are specjax's, by code of its own; so that no
 in silence, the rows that it would make are compared with specjax's before it is written.
 """
 
+import csv
 import datetime
 import pprint
 import textwrap
@@ -13,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -25,7 +27,8 @@ from specjax.models import ModelConfig
 from specjax.plan.targets import Target
 
 ROWS = 1000  # of the beginning, that are compared
-KINDS = (".jsonl", ".json", ".csv", ".parquet")
+OWN = (".jsonl", ".json", ".csv")  # which the script reads by code of its own
+KINDS = (*OWN, ".parquet")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 _NEEDS = '"torch>=2.6" "transformers>=5.20" "trl>=1.10" "peft>=0.18" datasets numpy'
 _INSTEAD = "use --write=specjax"
@@ -92,7 +95,8 @@ def _head(config: ConfigDict) -> str:
     same = (
         "It trains as `specjax train` does with what `--write=specjax` writes: the same rows in the same order, the "
         "same tokens, masks, packing, rate, schedule, clip and precision. LoRA's first factors are another draw of the "
-        "same kind: START_FROM takes a PEFT adapter in their place."
+        "same kind: START_FROM takes a PEFT adapter in their place. It saves the last step, where specjax exports the "
+        f"best evaluation. The first {ROWS:,} rows were compared token for token."
     )
     return (
         said
@@ -157,15 +161,39 @@ def _constants(config: ConfigDict, corpus: Corpus, why: Mapping[str, str]) -> st
     return "\n".join(lines) + "\n"
 
 
+def _compare_reading(read: Any, source: str) -> None:
+    """Raises `UserError` where the script's own code reads a file as other rows."""
+    if not (Path(source).exists() and Path(source).suffix in OWN):
+        return
+    try:
+        theirs = read(source)
+    except (ValueError, StopIteration, csv.Error) as error:
+        raise UserError(
+            f"--write=trl can't be: {source} by the plain code of the script: {error}: {_INSTEAD}."
+        ) from error
+    ours = [dict(row) for _, row in opened(source).rows()]
+    if theirs != ours:
+        other = next(
+            (n for n, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(map(len, (theirs, ours)))
+        )
+        raise UserError(
+            f"--write=trl can't be: {source} is other rows by the plain code of the script, from row {other + 1} on: "
+            f"{_INSTEAD}."
+        )
+
+
 def _compare(script: str, config: ConfigDict, corpus: Corpus) -> None:
     """Raises `UserError` at the first row that is other tokens, or other targets, in the script."""
     namespace: dict[str, Any] = {"__name__": "advised_trl"}
     exec(compile(script, "advised_trl.py", "exec"), namespace)
+    for source in (config.data.train, *config.data.eval.values()):
+        _compare_reading(namespace["read"], source)
     bounds = np.searchsorted(corpus.rows, np.arange(ROWS + 1)).tolist()
     for number, (where, row) in enumerate(islice(opened(config.data.train, config.data.split).rows(), ROWS)):
         try:
             theirs = namespace["document"](dict(row), corpus.tokenizer)
-        except Exception as error:  # a template's, or a row's of another shape than the script knows
+        except (ValueError, LookupError, TypeError, AttributeError, jinja2.TemplateError) as error:
+            # A template's, or a row's of another shape than the script knows.
             reason = f"{error}" if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise UserError(f"--write=trl can't be: {where}: {reason}: {_INSTEAD}.") from error
         ours = [
