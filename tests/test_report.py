@@ -44,7 +44,7 @@ def method(name, kind, rank, rate, loss, forgotten, **more):
     return {
         **{"name": name, "method": kind, "rank": rank, "alpha": 32 if rank else None, "status": "done", "why": ""},
         **{"rate": rate, "trainable": 4_884_480, "total": 139_399_488, "seconds": 431.7, "compile_seconds": 21.0},
-        **{"tokens_per_s": 1310.0, "peak_memory_bytes": 1_470_000_000, "saved_bytes": 19_600_000},
+        **{"tokens": 81_920, "tokens_per_s": 1310.0, "peak_memory_bytes": 1_470_000_000, "saved_bytes": 19_600_000},
         "shared_process": kind == "lora",
         "measures": {"validation": known | {"low": loss - 0.01, "high": loss + 0.01, "seeds": 2}, "general": general},
         **{"trials": trials, "folder": f"methods/{name}", "config": f"methods/{name}/config.json"},
@@ -274,6 +274,9 @@ def test_the_sentence_says_what_was_advised_and_why(found, advice, says):
 def test_how_sure_it_is_depends_on_the_seeds(found):
     found["methods"][1]["measures"]["validation"] |= {"low": 1.90, "high": 1.91}
     assert "do not overlap" in certainty(checked(found), Words("en"))[-1]
+    found["advice"] |= {"best": "sft", "nats_apart": 0.0}  # the least loss: it is held against the next one
+    assert "of SFT and LoRA r16" in certainty(checked(found), Words("en"))[-1]
+    found["advice"] |= {"best": "lora_r16"}
     found["methods"][2]["measures"]["validation"] |= {"low": None, "high": None}
     assert certainty(checked(found), Words("en"))[-1].startswith("One seed: there is no interval")
 

@@ -88,7 +88,14 @@ def _grid(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _method(name: str, record: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     empty = dict.fromkeys(
         ("method", "rank", "alpha", "rate", "trainable", "total", "seconds", "compile_seconds", "tokens_per_s")
-    ) | {"peak_memory_bytes": None, "saved_bytes": None, "shared_process": False, "measures": {}, "trials": []}
+    ) | {
+        "tokens": None,
+        "peak_memory_bytes": None,
+        "saved_bytes": None,
+        "shared_process": False,
+        "measures": {},
+        "trials": [],
+    }
     kept = {key: record.get(key, value) for key, value in empty.items()}
     made = {"name": name, "status": record["status"], "why": record["why"]} | kept
     if record["status"] != "done":

@@ -75,7 +75,7 @@ def _facts(
         "trials": [_told(trial) for trial in (*trials, *seeds)],
         "place": str(best.folder.relative_to(workdir)),
         "set_rows": {name: one.report["rows"] for name, one in sets.items()},
-        "data": _data(data.report, sets[method.domain].report, data.preview(1)),
+        "data": _data(data.report, sets[method.domain].report, data.preview(1), whole=not config.eval.batches),
         "base": base,
         "machine": {"device": f"{jax.devices()[0].device_kind.lower()} x {jax.device_count()}", "jax": jax.__version__},
         "asked": said["asked"],
@@ -147,8 +147,13 @@ def _told(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _data(report: Mapping[str, Any], held: Mapping[str, Any], rows: Sequence[Sequence[Runs]]) -> dict[str, Any]:
-    """Of the training rows, as they were read, and of the held-out set; the first document as the model sees it."""
+def _data(
+    report: Mapping[str, Any], held: Mapping[str, Any], rows: Sequence[Sequence[Runs]], *, whole: bool
+) -> dict[str, Any]:
+    """Of the training rows, as they were read, and of the held-out set; the first document as the model sees it.
+
+    `whole`: all of that set is measured, and not some batches of it.
+    """
     parts = report.get("sources", {"": report}).values()
     count = sum(part["rows"] for part in parts)
     cut = sum(
@@ -161,7 +166,7 @@ def _data(report: Mapping[str, Any], held: Mapping[str, Any], rows: Sequence[Seq
         "path": ", ".join(str(part["source"]) for part in parts),
         "kind": KINDS.get(formats.pop(), "chats") if len(formats) == 1 else "mixed",
         "rows": count,
-        "held_out_rows": held["rows"],
+        "held_out_rows": held["rows"] if whole else None,
         "tokens": report["tokens"],
         "loss_tokens": report.get("loss_tokens"),
         "max_length": report.get("length"),

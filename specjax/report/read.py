@@ -51,7 +51,7 @@ _METHOD: Mapping[str, Kind] = {
     "measures": optional(mapped(OBJECT, "an object for each set")),
     "trials": _OBJECTS,
     "commands": _NAMES,
-    "data": _OBJECT,
+    **{"data": _OBJECT, "tokens": _NUMBER},
 }
 _ROWS = {"kind": _TEXT, **dict.fromkeys(("rows", "tokens", "loss_tokens"), _NUMBER)}
 _MEASURE = {"before": _OBJECT, "after": _OBJECT, "low": _NUMBER, "high": _NUMBER, "seeds": _NUMBER}

@@ -36,6 +36,14 @@ def _rival(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return _done(report).get(advice["lowest_loss"] or "") if advice["lowest_loss"] != advice["best"] else None
 
 
+def _next(best: Mapping[str, Any], report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Of the other methods the one with the least loss on the domain."""
+    measures = {name: one["measures"].get(report["sets"]["domain"] or "") for name, one in _done(report).items()}
+    losses = {name: one["after"]["loss"] for name, one in measures.items() if one and name != best["name"]}
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    return _done(report)[min(known, key=lambda name: known[name])] if known else None
+
+
 def _reasons(best: Mapping[str, Any], report: Mapping[str, Any], words: Words) -> Iterator[str]:
     advice, rival, names = report["advice"], _rival(report), labels(report["methods"], words, PROSE)
     loss = (best["measures"].get(report["sets"]["domain"] or "") or {"after": {"loss": None}})["after"]["loss"]
@@ -106,9 +114,10 @@ def certainty(report: Mapping[str, Any], words: Words) -> list[str]:
         found.append(words("other rows"))
     if data["split"] == "taken":
         found.append(words("split taken"))
-    best, rival = _done(report).get(report["advice"]["best"] or ""), _rival(report)
+    best = _done(report).get(report["advice"]["best"] or "")
     if best is None:
         return found
+    rival = _rival(report) or _next(best, report)
     own, other = (_interval(one, report) for one in (best, rival))
     if own is None:
         found.append(words("sure one seed"))

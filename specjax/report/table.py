@@ -111,11 +111,10 @@ def _data(method: Mapping[str, Any], report: Mapping[str, Any], words: Words) ->
     """What it learned from: its own rows, where it says which."""
     if method["status"] != "done":
         return _cell(None, [])
-    budget = report["budget"]
     facts = method["data"] if method["data"]["rows"] is not None else report["data"]
     kind = f"rows {facts['kind']}" if f"rows {facts['kind']}" in words else "rows read"
     counted = facts["loss_tokens"]
-    seen = budget["steps"] * budget["tokens_per_step"] if budget["steps"] and budget["tokens_per_step"] else None
+    seen = method["tokens"]
     lines = [
         words("in the loss", tokens=words.large(counted)) if counted is not None else None,
         words("tokens seen", tokens=words.large(seen)) if seen is not None else None,
