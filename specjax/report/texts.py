@@ -70,8 +70,8 @@ TEXT: Mapping[str, tuple[str, str]] = {
     # The table.
     "methods": ("The methods", "Les méthodes"),
     "methods note": (
-        "Each at its own best rate. Losses are in nats per token: less is better.",
-        "Chacune à son meilleur taux d’apprentissage. Les pertes sont en nats par token : moins vaut mieux.",
+        "Each at the best of the rates that were tried. Losses are in nats per token: less is better.",
+        "Chacune au meilleur des taux d’apprentissage essayés. Les pertes sont en nats par token : moins vaut mieux.",
     ),
     "rise": ("A rise on {names} is forgetting.", "Une hausse sur {names} est un oubli."),
     "method": ("Method", "Méthode"),
