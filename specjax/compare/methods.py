@@ -123,7 +123,7 @@ def _measured(config: ConfigDict) -> tuple[ConfigDict, str, tuple[str, ...], tup
         validate(config, None)  # which says so
     domain = config.eval.best or eval_names(config)[0]
     shipped: tuple[str, ...] = ()
-    if config.data.eval_seed < 0:  # a trial's or a seed's own draw would be of other rows
+    if config.data.eval_seed < 0 and domain not in config.data.eval:  # a trial's or a seed's own draw is of other rows
         config.data.eval_seed = config.seed
     if len(eval_names(config)) == 1 and config.objective != "dpo":  # which is measured on pairs of answers alone
         shipped = tuple(GENERAL)
