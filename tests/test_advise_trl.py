@@ -1,5 +1,6 @@
 """The script that `specjax advise --write=trl` writes: specjax's course, step by step, without specjax."""
 
+import csv
 import json
 import warnings
 from pathlib import Path
@@ -82,8 +83,10 @@ def test_the_script_reads_files_as_specjax_does(tmp_path):
     odd = {"instruction": "a\u2028b\x85c", "response": "x" * (1 << 18)}
     (tmp_path / "odd.jsonl").write_text(json.dumps(odd, ensure_ascii=False) + "\n", encoding="utf-8")
     (tmp_path / "odd.csv").write_text(f"instruction,response\na\u2028b,{odd['response']}\n", encoding="utf-8")
+    limit = csv.field_size_limit()
     for name in ("odd.jsonl", "odd.csv"):
         trl._compare_reading(script["read"], str(tmp_path / name))
+        assert csv.field_size_limit() == limit  # of the whole process
     (tmp_path / "lines.json").write_text('{"a": 1}\n{"a": 2}\n')
     with pytest.raises(UserError, match="lines.json by the plain code of the script"):
         trl._compare_reading(script["read"], str(tmp_path / "lines.json"))

@@ -165,12 +165,15 @@ def _compare_reading(read: Any, source: str) -> None:
     """Raises `UserError` where the script's own code reads a file as other rows."""
     if not (Path(source).exists() and Path(source).suffix in OWN):
         return
+    limit = csv.field_size_limit()
     try:
         theirs = read(source)
     except (ValueError, StopIteration, csv.Error) as error:
         raise UserError(
             f"--write=trl can't be: {source} by the plain code of the script: {error}: {_INSTEAD}."
         ) from error
+    finally:
+        csv.field_size_limit(limit)  # the script sets its process's, which is ours here
     ours = [dict(row) for _, row in opened(source).rows()]
     if theirs != ours:
         other = next(

@@ -15,7 +15,8 @@ from specjax.errors import UserError, naming
 AUTO = "auto"  # in place of a sweep's rates: those around the rule's
 APART = 3  # neighbours among them, as a factor
 GENERAL = {"general_text": "general_text.jsonl", "general_chats": "general_chats.jsonl"}  # beside this file
-OWN = ("comparison.json", "report.json", "report.html", "methods.json", "base.json", "budget")  # what is written
+RESULTS = ("comparison.json", "report.json", "report.html", "methods.json", "base.json", "target.json", "seconds.json")
+OWN = (*RESULTS, "budget")  # what is written
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,8 @@ def fit(
       optimizer: `specjax.adamw`, `specjax.lion`, or any optax rule (see `specjax.optimizer`).
       steps: optimizer steps in all.
       until: the step to stop at, evaluated and saved: called again without it, the run goes on as if it had never
-        stopped; 0: at the end.
+        stopped; 0: at the end. Where it is no multiple of `eval_every`, its evaluation is one more for `patience` to
+        count and for the best checkpoint to be chosen from.
       trainable: `specjax.ALL` or `specjax.LORA`, or any NNX filter: one for gradients, optimizer and checkpoint.
       objective: what is minimised, see `specjax.Objective`; `specjax.next_token` unless another is given.
       workdir: where checkpoints and logs go; None: nowhere.
