@@ -1,12 +1,13 @@
 """What a fleet buys: N adapters in one run against N runs, and whether each is what it would be alone.
 
-    python benchmarks/fleet.py [--adapters=1,2,4,8] [--steps=20,120] [--json]
+    python benchmarks/fleet.py [--adapters=1,2,4,8] [--steps=20,120] [--singles=8] [--model=demo/base] [--json]
     python benchmarks/fleet.py --check
 
-The first trains LoRA adapters of rank 8 over demo/base on made-up pairs, 2 rows of 256 tokens a step each; every run is
-a process of its own, started as the command starts it, and fleets and single runs take turns. CPU seconds and wall
+The first trains LoRA adapters of rank 8 over the model on made-up pairs, 2 rows of 256 tokens per step each; every run
+is a process of its own, started as the command starts it, and fleets and single runs take turns. CPU seconds and wall
 clock are of whole processes: the start, loading and compilation of each run are part of what it costs. From eight
-adapters on, a fleet with successive halving is beside it.
+adapters on, a fleet with successive halving is beside it. With `--singles` fewer single runs than adapters are timed,
+and a fleet is held against their mean, times its adapters.
 
 `--check` compares four unequal adapters (ranks 4, 8, 8, 16, rates, data, dropout, rsLoRA) with their lone runs over 20
 steps on one device, on fsdp 8 and on fsdp 4 x tensor 2, of fake CPU devices: losses and gradient norms number by
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -57,11 +59,11 @@ def made_up(path: Path) -> Path:
 
 
 def timed(
-    folder: Path, name: str, steps: int, fleet: int, seed: int = 0, rungs: tuple[float, ...] = ()
+    model: Path, folder: Path, name: str, steps: int, fleet: int, seed: int = 0, rungs: tuple[float, ...] = ()
 ) -> dict[str, float]:
     """One `specjax train` in a process of its own: its CPU seconds, wall clock, peak memory and what it says itself."""
     config = folder / f"{name}.py"
-    given = {"base": ROOT / "demo" / "base", "rows": folder / "rows.jsonl", "rungs": rungs}
+    given = {"base": model, "rows": folder / "rows.jsonl", "rungs": rungs}
     config.write_text(CONFIG.format(steps=steps, fleet=fleet, **given))
     command = [sys.executable, "-m", "specjax", "train", f"--config={config}", f"--workdir={folder / name}"]
     environment = os.environ | {
@@ -85,25 +87,27 @@ def timed(
     }
 
 
-def measure(adapters: list[int], steps: list[int]) -> list[dict[str, Any]]:
-    """Fleets of each size, and as many single runs as the largest has adapters, in turns."""
+def measure(model: Path, adapters: list[int], steps: list[int], most: int) -> list[dict[str, Any]]:
+    """Fleets of each size, and single runs, at `most` so many, in turns."""
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         made_up(folder / "rows.jsonl")
-        timed(folder, "warm", 2, 0)  # the tokens are made once
+        timed(model, folder, "warm", 2, 0)  # the tokens are made once
         for count in steps:
             singles: list[dict[str, float]] = []
             for size in adapters:
-                while len(singles) < size:
-                    singles.append(timed(folder, f"single{count}-{len(singles)}", count, 0, len(singles)))
-                found = timed(folder, f"fleet{count}-{size}", count, size)
-                alone = {key: sum(one[key] for one in singles[:size]) for key in ("cpu", "wall", "training")}
-                alone["memory"] = max(one["memory"] for one in singles[:size])
+                while len(singles) < min(size, most):
+                    singles.append(timed(model, folder, f"single{count}-{len(singles)}", count, 0, len(singles)))
+                found = timed(model, folder, f"fleet{count}-{size}", count, size)
+                some = singles[:size]
+                alone = {key: size * mean(one[key] for one in some) for key in ("cpu", "wall", "training")}
+                alone["memory"] = max(one["memory"] for one in some)
                 rows.append({"steps": count, "adapters": str(size), "fleet": found, "alone": alone})
                 if size >= 8:
-                    found = timed(folder, f"halved{count}-{size}", count, size, rungs=RUNGS)
+                    found = timed(model, folder, f"halved{count}-{size}", count, size, rungs=RUNGS)
                     rows.append({"steps": count, "adapters": f"{size}, halving", "fleet": found, "alone": alone})
+                print(table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     return rows
 
 
@@ -201,6 +205,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapters", default="1,2,4,8")
     parser.add_argument("--steps", default="20,120")
+    parser.add_argument("--singles", type=int, default=8, help="single runs that are timed, at most")
+    parser.add_argument("--model", type=Path, default=ROOT / "demo" / "base")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--layout", choices=LAYOUTS, help=argparse.SUPPRESS)
@@ -221,7 +227,7 @@ def main() -> None:
         sys.exit(1 if failed else 0)
     else:
         sizes, steps = ([int(part) for part in text.split(",")] for text in (given.adapters, given.steps))
-        rows = measure(sizes, steps)
+        rows = measure(given.model.resolve(), sizes, steps, given.singles)
         print("\n".join(map(json.dumps, rows)) if given.json else table(rows))
 
 
