@@ -5,7 +5,7 @@
 
 The base is a 4-bit copy of the published model turned back into floats (demo/published.py): near it, not equal to it.
 The pairs are questions about this Python's library with its docstrings as answers, held out by module. `general` is
-specjax/compare/general_chats.jsonl: its loss, and the share of its questions that are answered word for word as there;
+specjax:general_chats: its loss, and the share of its questions that are answered word for word as there;
 "Paris." is not "The capital of France is Paris.".
 
 On 2 cores 9 min 55 s, the install and the download apart; 1.8 GiB (lora) and 3.5 GiB (sft). Nats per token, before ->
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.model.path = "runs/real/smollm2"
     config.data.train = f"{DATA}/pairs_train.jsonl"
     config.data.eval.domain = f"{DATA}/pairs_eval.jsonl"
-    config.data.eval.general = "specjax/compare/general_chats.jsonl"
+    config.data.eval.general = "specjax:general_chats"
     config.data.length = 256
     config.optimizer.warmup_steps = 4
     config.eval.best = "domain"

@@ -156,6 +156,7 @@ def parse(verb: str, argv: Sequence[str]) -> dict[str, Any]:
         arguments["weights"] = _weights(arguments.pop("weight"), arguments["adapters"])
     if verb == "compare":
         arguments["target"] = arguments.pop("for")  # a word of Python's
+        arguments["prices"] = _prices(arguments.pop("price"))
     if verb == "generate":
         given = arguments.pop("prompt"), arguments.pop("prompt_file")
         arguments["prompts"] = prompts.prompts(*given, arguments["adapters"])
@@ -335,6 +336,19 @@ def _as_flag(needs: Sequence[str], text: str) -> str:
 
 def _dashed(names: Sequence[str]) -> str:
     return ", ".join(f"--{name}" for name in names)
+
+
+def _prices(given: Sequence[str]) -> dict[str, float]:
+    """`FAMILY=X`, each family once."""
+    prices: dict[str, float] = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if not name or name in prices or not re.fullmatch(r"\d+(\.\d+)?", number):
+            raise UserError(
+                f"--price={text}: give what a chip costs per hour, once per family, such as --price=v5e=1.2."
+            )
+        prices[name] = float(number)
+    return prices
 
 
 def _weights(given: Sequence[str], adapters: Mapping[str, str]) -> dict[str, float]:

@@ -163,6 +163,13 @@ def _flags() -> Iterator[Flag]:
     yield Flag("budget", "TIME", "seconds for all methods together, such as 20m or 1.5h; the steps are chosen by it")
     yield Flag("steps", "N", "steps of each run; default: the config's", int, least=1)
     yield Flag("for", "MODEL", "a model, of which config.json is enough: say the smallest hardware for each method")
+    yield Flag(
+        "price",
+        "FAMILY=X",
+        "with --for: what a chip costs per hour, such as --price=v5e=1.2, to say what a million tokens cost",
+        many=True,
+        more="--price=h100=2.5 beside it",
+    )
     # launch
     yield Flag("on", "ENGINE", "what starts the processes: --on=local:N, gcloud-tpu, gke or slurm")
     yield Flag("dry_run", "", "print what would be started, and start nothing", bool)
@@ -278,11 +285,11 @@ VERBS = {
     "compare": Verb(
         "run methods on your data, each at its own best rate, and say which to take",
         ("config", "workdir"),
-        ("budget", "steps", "for", "lang"),
+        ("budget", "steps", "for", "price", "lang"),
         (
             "--config=configs/compare.py --workdir=runs/compare --config.data.train=mine.jsonl --budget=20m",
             "--config=configs/demo.py --workdir=runs/compare --config.compare.lora.lora.rank=4 "
-            "--for=meta-llama/Llama-3.1-8B",
+            "--for=meta-llama/Llama-3.1-8B --price=v5e=1.2 --price=h100=2.5",
         ),
     ),
     "report": Verb(

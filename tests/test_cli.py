@@ -124,7 +124,7 @@ def test_every_flag_is_some_verbs_and_every_verbs_function_takes_its_flags():
     functions = {"train": run.train, "eval": run.evaluate, "generate": run.generate, "export": run.export}
     functions |= {"data": run.data, "plan": report.report, "compare": compare.compare, "launch": launch.launch}
     functions |= {"report": page.report}
-    renamed = {"adapter": "adapters", "prompt": "prompts", "prompt_file": "prompts", "for": "target"}
+    renamed = {"adapter": "adapters", "prompt": "prompts", "prompt_file": "prompts", "for": "target", "price": "prices"}
     for name, function in functions.items():
         taken = inspect.signature(function).parameters.values()
         rest = {each.name for each in taken if each.kind is each.VAR_KEYWORD}
@@ -132,6 +132,17 @@ def test_every_flag_is_some_verbs_and_every_verbs_function_takes_its_flags():
         named = {each.name for each in taken} - rest
         assert given >= named, name
         assert rest or given == named, name
+
+
+@pytest.mark.parametrize("given", [["h100"], ["h100=x"], ["h100=1", "h100=2"], ["v5e=-1"], ["=1"]])
+def test_a_price_is_a_number_for_each_family_once(given, tmp_path):
+    assert cli._prices(["v5e=1.2", "h100=3"]) == {"v5e": 1.2, "h100": 3.0}
+    with pytest.raises(UserError, match=f"--price={given[-1]}: give what a chip costs per hour"):
+        cli._prices(given)
+    with pytest.raises(UserError, match="--price=a100: --for looks for v5e and h100 alone"):
+        compare.compare(get_config(), tmp_path / "out", target="m", prices={"a100": 1.0})
+    with pytest.raises(UserError, match="--price is of the hardware that --for=MODEL looks for"):
+        compare.compare(get_config(), tmp_path / "out", prices={"h100": 1.0})
 
 
 def test_help_and_a_users_mistake_import_nothing_but_flags_and_configs():
@@ -163,7 +174,7 @@ def test_a_verb_calls_its_function_with_the_config_and_the_workdir(calls, argv, 
     assert cli.main([*argv, "--config.seed=7", "--config.optimizer.learning_rate", "1e-3", "--noconfig.export"]) == 0
     [(called, found)] = calls
     assert called == name
-    more = {"train": {"profile"}, "compare": {"budget", "steps", "target", "lang"}}
+    more = {"train": {"profile"}, "compare": {"budget", "steps", "target", "prices", "lang"}}
     assert set(found) == {"config", "workdir"} | more.get(name, set())
     assert found["workdir"] == "w"
     config = found["config"]

@@ -14,6 +14,7 @@ from run_fixtures import specjax, write_base, write_data
 from specjax import build
 from specjax.compare import aim, budget, child, course, facts, intervals, methods, record, scores, table
 from specjax.config import get_config, merge
+from specjax.data.read import read
 from specjax.errors import NotFinite, UserError
 from specjax.plan import targets
 
@@ -37,7 +38,7 @@ def test_what_is_measured_is_split_off_and_shipped_unless_sets_are_named():
     assert one.domain == "heldout" and one.forgetting == one.shipped[::-1] == ("general_chats", "general_text")
     assert one.config.data.eval_beside and one.config.eval.best == "heldout"
     for name in one.shipped:
-        assert all(map(json.loads, Path(one.config.data.eval[name]).read_text(encoding="utf-8").splitlines()))
+        assert one.config.data.eval[name] == f"specjax:{name}" and len(list(read(f"specjax:{name}"))) >= 20
     one = methods.read(config(data={"eval": {"mine": "m.jsonl"}}))["sft"]
     assert one.domain == "mine" and len(one.shipped) == 2 and not one.config.data.eval_beside
     one = methods.read(config(data={"eval": {"mine": "m.jsonl", "other": "o.jsonl"}}, eval={"best": "other"}))["sft"]
@@ -232,7 +233,8 @@ def test_values_are_tried_one_after_another_and_each_rungs_choice_is_kept(monkey
 def test_the_least_hardware_for_another_model_and_the_time_that_it_takes_at_best(tmp_path):
     shapes = sizes(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32)
     (tmp_path / "config.json").write_text(json.dumps(shapes | {"vocab_size": 128256, "head_dim": 128}))
-    found = aim.aimed({name: one.config for name, one in methods.read(config()).items()}, str(tmp_path))
+    configs = {name: one.config for name, one in methods.read(config()).items()}
+    found = aim.aimed(configs, str(tmp_path), {"v5e": 3.6})
     full, lora = found["rows"]
     assert (full["tpu"], full["gpu"], lora["tpu"], lora["gpu"]) == ("v5e:4x4", "h100:4", "v5e:2x2", "h100:1")
     for place, family in aim.FAMILIES.items():
@@ -244,6 +246,10 @@ def test_the_least_hardware_for_another_model_and_the_time_that_it_takes_at_best
         }
         assert work["sft"] == pytest.approx(6e6 * found["parameters"], rel=0.1)
         assert work["lora"] == pytest.approx(work["sft"] * 2 / 3, rel=0.1)
+    for row, chips in ((full, 16), (lora, 4)):
+        seconds = row["seconds_per_million_tokens"]["tpu"]
+        assert row["cost_per_million_tokens"] == {"tpu": pytest.approx(seconds * chips * 3.6 / 3600)}
+        assert table._fits(row).startswith(f"{row['tpu']} ({seconds * chips / 1000:.3g} per million tokens) or h100")
 
 
 def test_the_known_answer_scores_all_and_another_less():
@@ -321,6 +327,10 @@ def test_values_are_tried_failures_are_rows_and_a_stopped_comparison_goes_on(bas
     assert found["sft"]["total"] == report["base"]["parameters"] < found["lora"]["total"]
     assert specjax("compare", *argv, "--config.batch_size=4") == 2
     assert "holds the method sft with another batch_size" in capfd.readouterr().err
+    with (data / "pairs.jsonl").open("a") as file:
+        file.write("\n")
+    assert specjax("compare", *argv) == 2
+    assert "pairs.jsonl is not what it was when" in capfd.readouterr().err
     lines = list(table.answers(report))
     assert sum("known" in line for line in lines) == 2
     assert course.losses([]) == {}

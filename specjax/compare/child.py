@@ -38,7 +38,7 @@ def probe(told: Any, settings: Mapping[str, Any], workdir: str) -> None:
     _ended(told, lambda config: run.train(config, workdir), settings)
 
 
-def aim(told: Any, settings: Mapping[str, Any], model: str, out: str) -> None:
+def aim(told: Any, settings: Mapping[str, Any], model: str, prices: Mapping[str, float], out: str) -> None:
     """Writes what `aim.aimed` says of methods, by name, as JSON."""
     process.prepare()
     process.ask_for_no_device()
@@ -46,7 +46,7 @@ def aim(told: Any, settings: Mapping[str, Any], model: str, out: str) -> None:
     from specjax.files import write_json
 
     configs = {name: merge(get_config(), one) for name, one in settings.items()}
-    _ended(told, lambda _: write_json(Path(out), aim_lib.aimed(configs, model)), {})
+    _ended(told, lambda _: write_json(Path(out), aim_lib.aimed(configs, model, prices)), {})
 
 
 def _prepare() -> None:

@@ -1,5 +1,6 @@
 """`specjax compare`: every method in its own process, one after another; one table, one report."""
 
+import hashlib
 import sys
 import time
 from collections.abc import Mapping
@@ -10,15 +11,20 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from specjax import files
+from specjax.compare import aim, child, facts, methods, scores, table
 from specjax.compare import budget as budgets
-from specjax.compare import child, facts, methods, scores, table
 from specjax.compare.methods import Method
 from specjax.config import HOW, differing, plain
+from specjax.config.checks import sources
+from specjax.data.cache import digest
+from specjax.data.read import SHIPPED, SUFFIXES, opened
+from specjax.data.remote import is_address
 from specjax.errors import UserError
 from specjax.lock import Lock
 from specjax.report import write
 
 CLOCK = "seconds.json"  # of the calls before
+SOURCES = "sources.json"  # digests of the files of rows
 
 
 def compare(
@@ -28,6 +34,7 @@ def compare(
     budget: str = "",
     steps: int | None = None,
     target: str = "",
+    prices: Mapping[str, float] | None = None,
     lang: str | None = None,
 ) -> dict[str, Any]:
     """Trains every method of `config.compare` and says which to take; called again, it goes on where it was.
@@ -42,6 +49,7 @@ def compare(
       budget: seconds for all together, such as "20m", by which the steps are chosen; "": the config's steps.
       steps: of each run; None: the config's.
       target: a model for which each method's smallest hardware is said.
+      prices: of a chip and hour there, by family (v5e, h100), in any currency.
       lang: of the report: en, the default, or fr.
 
     Returns:
@@ -54,6 +62,11 @@ def compare(
     workdir = Path(workdir)
     if budget and steps:
         raise UserError("--budget and --steps both set the runs' length: give one of them.")
+    if prices and not target:
+        raise UserError("--price is of the hardware that --for=MODEL looks for: give that too.")
+    for name in prices or ():
+        if name not in aim.FAMILIES.values():
+            raise UserError(f"--price={name}: --for looks for {' and '.join(aim.FAMILIES.values())} alone.")
     seconds = budgets.seconds(budget) if budget else None
     made = methods.read(config, steps or (1 if seconds else 0))
     files.claim(workdir, (*methods.OWN, *made))
@@ -63,12 +76,13 @@ def compare(
         clock = _Clock(workdir / CLOCK)
         console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 220)
         _say_sets(console, made)
-        aimed = _aimed(made, target, workdir)
+        aimed = _aimed(made, target, prices or {}, workdir)
         if seconds:
             found = budgets.probed(methods.read(config), workdir / "budget", seconds)
             made = methods.read(config, found)
             console.print(f"--budget={budget}: {found} steps for each run")
         _check(workdir, made)
+        _check_sources(workdir, made)
         records = _trained(console, made, workdir, clock)
         report = facts.report(workdir, made, records, seconds=clock.seconds(), budget=seconds, target=aimed)
         return _told(console, report, records, workdir, lang or "en")
@@ -94,13 +108,16 @@ def _say_sets(console: Console, made: Mapping[str, Method]) -> None:
         console.print(f"the methods are measured on different sets, so their losses are not one scale ({said})")
 
 
-def _aimed(made: Mapping[str, Method], target: str, workdir: Path) -> dict[str, Any] | None:
+def _aimed(
+    made: Mapping[str, Method], target: str, prices: Mapping[str, float], workdir: Path
+) -> dict[str, Any] | None:
     """What fits the model that the methods are meant for, asked in a process that takes no device."""
     if not target:
         return None
     largest = {name: max(one.trials.values(), key=lambda config: config.lora.rank or 0) for name, one in made.items()}
     out = workdir / "target.json"
-    status, _, why = child.run(child.aim, {name: plain(one) for name, one in largest.items()}, target, str(out))
+    settings = {name: plain(one) for name, one in largest.items()}
+    status, _, why = child.run(child.aim, settings, target, dict(prices), str(out))
     if status:
         raise UserError(f"--for={target}: {why}")
     return files.read_object(out)
@@ -119,6 +136,33 @@ def _check(workdir: Path, made: Mapping[str, Method]) -> None:
                 "another name, or choose another workdir."
             )
     files.write_json(path, was | now)
+
+
+def _check_sources(workdir: Path, made: Mapping[str, Method]) -> None:
+    """Refuses files of rows that are not what they were when the first method began, and keeps what new ones are."""
+    path = workdir / SOURCES
+    was = files.read_object(path, "restore it, or choose another workdir") if path.is_file() else {}
+    now: dict[str, str] = {}
+    for one in made.values():
+        for source in (*(source for source, _ in sources(one.config).values()), *one.config.data.eval.values()):
+            if source not in now:
+                now[source] = _digest(source, one.config.data.split)
+    if changed := [source for source in now if was.get(source, now[source]) != now[source]]:
+        raise UserError(
+            f"{changed[0]} is not what it was when {workdir} was begun, and its methods would not have the same rows: "
+            "restore it, or choose another workdir."
+        )
+    files.write_json(path, was | now)
+
+
+def _digest(source: str, split: str) -> str:
+    """Of the files here that hold a source's rows; of a dataset of the hub, or behind an address, of nothing."""
+    path, parts = Path(source), list[str]()
+    if not is_address(source) and (path.exists() or path.suffix in SUFFIXES or source.startswith(SHIPPED)):
+        for one in opened(source, split).files or ():
+            with one.open("rb") as file:
+                parts.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digest(*parts)
 
 
 def _trained(console: Console, made: Mapping[str, Method], workdir: Path, clock: "_Clock") -> dict[str, dict[str, Any]]:
@@ -149,6 +193,10 @@ def _trained(console: Console, made: Mapping[str, Method], workdir: Path, clock:
         else:
             records[name] = files.read_object(path, "delete it")
             spent, done = spent + time.monotonic() - since, done + works[name]
+            if number < len(made):
+                so_far = [{"name": other} | record for other, record in records.items()]
+                sets = {"domain": one.domain, "forgetting": one.forgetting}
+                console.print(table.figures({"methods": so_far, "sets": sets}))
     return records
 
 

@@ -3,20 +3,20 @@
 import dataclasses
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from specjax.config import copied, differing, get_config, plain, validate
 from specjax.config.checks import eval_names, flat, holds_out
 from specjax.config.entries import members, methods, refuse_fleet, swept
+from specjax.data.read import SHIPPED
 from specjax.errors import UserError, naming
 
 AUTO = "auto"  # in place of a sweep's rates: those around the rule's
 APART = 3  # neighbours among them, as a factor
-GENERAL = {"general_text": "general_text.jsonl", "general_chats": "general_chats.jsonl"}  # beside this file
-RESULTS = ("comparison.json", "report.json", "report.html", "methods.json", "base.json", "target.json", "seconds.json")
-OWN = (*RESULTS, "budget")  # what is written
+GENERAL = ("general_text", "general_chats")  # which come with specjax
+RESULTS = ("comparison.json", "report.json", "report.html", "base.json", "target.json")
+OWN = (*RESULTS, "methods.json", "sources.json", "seconds.json", "budget")  # what is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +127,10 @@ def _measured(config: ConfigDict) -> tuple[ConfigDict, str, tuple[str, ...], tup
     if config.data.eval_seed < 0 and domain not in config.data.eval:  # a trial's or a seed's own draw is of other rows
         config.data.eval_seed = config.seed
     if len(eval_names(config)) == 1 and config.objective != "dpo":  # which is measured on pairs of answers alone
-        shipped = tuple(GENERAL)
+        shipped = GENERAL
         config.data.eval_beside = holds_out(config)
-        for name, file in GENERAL.items():
-            config.data.eval[name] = str(Path(__file__).parent / file)
+        for name in GENERAL:
+            config.data.eval[name] = SHIPPED + name
     config.eval.best = domain
     return config, domain, tuple(name for name in eval_names(config) if name != domain), shipped
 

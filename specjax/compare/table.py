@@ -115,7 +115,15 @@ def answers(report: Mapping[str, Any], most: int = 3) -> Iterator[str]:
 
 
 def _fits(row: Mapping[str, Any]) -> str:
-    return " or ".join(row[place] for place in ("tpu", "gpu") if row[place]) or "none that was tried"
+    """The hardware, and what a million tokens cost there at least, where there is a price."""
+    cost = row["cost_per_million_tokens"]
+    places = [place for place in ("tpu", "gpu") if row[place]]
+    return (
+        " or ".join(
+            f"{row[place]} ({cost[place]:.3g} per million tokens)" if place in cost else row[place] for place in places
+        )
+        or "none that was tried"
+    )
 
 
 def _local(one: Mapping[str, Any], machine: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ Row = Mapping[str, Any]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".jsonl.gz", ".jsonl.zst")
 
+SHIPPED = "specjax:"  # before the name of a small set that comes with specjax, beside this file
 ROW = 1 << 30  # characters that a row, or bytes that a file which is read whole, may have
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)  # of the hub's
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -61,7 +62,8 @@ def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Op
     A `.txt` file is one document, whole: packing cuts it where it must, and a blank line inside a text is no end of a
     document. A folder is a `datasets` folder (`save_to_disk`), or holds files of these kinds; where some of its file
     names carry the split's name (`train.jsonl`, `train-00000.parquet`) only these are read. A file or folder of such
-    files behind an address (`hf://`, `gs://`, `s3://`) is brought here first.
+    files behind an address (`hf://`, `gs://`, `s3://`) is brought here first. `specjax:general_text` and
+    `specjax:general_chats` come with specjax.
 
     Raises:
       UserError: no such file or hub name, an unknown suffix; while the rows are read, a broken file.
@@ -71,6 +73,8 @@ def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Op
         return Opened(lambda: _given(source), None, total, once=isinstance(source, Iterator))
     if is_address(str(source)):
         return _remote(str(source), split)
+    if str(source).startswith(SHIPPED):
+        return _files([_shipped(str(source).removeprefix(SHIPPED))])
     path = Path(source)
     if str(source) and is_there(path):
         if path.is_dir():
@@ -95,6 +99,13 @@ def opened(source: str | Path | Iterable[Row | str], split: str = "train") -> Op
 def _given(source: Iterable[Row | str]) -> Iterator[tuple[str, Row]]:
     for number, row in enumerate(source, 1):
         yield f"row {number}", {"text": row} if isinstance(row, str) else _mapping(row, f"row {number}")
+
+
+def _shipped(name: str) -> Path:
+    here = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.jsonl"))}
+    if name not in here:
+        raise UserError(f"{SHIPPED}{name} does not come with specjax: {', '.join(SHIPPED + one for one in here)} do.")
+    return here[name]
 
 
 def _files(paths: Sequence[Path]) -> Opened:

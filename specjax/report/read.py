@@ -70,7 +70,8 @@ _ANSWER = {
     "said": optional(mapped(_TEXT, "a text for each method")),
 }
 _KINDS = optional(mapped(_NUMBER, "a number of each kind of hardware"))
-_ROW = {"method": TEXT, "tpu": _TEXT, "gpu": _TEXT, "bytes_per_chip": _KINDS, "seconds_per_million_tokens": _KINDS}
+_OF_KINDS = ("bytes_per_chip", "seconds_per_million_tokens", "cost_per_million_tokens")
+_ROW = {"method": TEXT, "tpu": _TEXT, "gpu": _TEXT, **dict.fromkeys(_OF_KINDS, _KINDS)}
 
 
 def read(folder: str | Path) -> dict[str, Any]:

@@ -95,6 +95,12 @@ def _cell(main: str | None, rest: Sequence[str | None]) -> Cell:
     return Cell(lines[0] if lines else "–", lines[1:])
 
 
+def _tried(runs: int, rates: int, words: Words) -> str | None:
+    if runs < 2:
+        return words("tried one") if runs else None
+    return words("tried", count=runs, rates=rates) if rates > 1 else words("tried seeds", count=runs)
+
+
 def _complexity(method: Mapping[str, Any], words: Words) -> Cell:
     trainable, total, tried = method["trainable"], method["total"], method["trials"]
     share = trainable / total if trainable is not None and total else None
@@ -102,7 +108,7 @@ def _complexity(method: Mapping[str, Any], words: Words) -> Cell:
     lines = [
         words("trained") if trainable is not None else None,
         words("of total", share=words.share(share), total=words.large(total)) if share is not None else None,
-        words("tried", count=len(tried), rates=rates) if len(tried) > 1 else words("tried one") if tried else None,
+        _tried(len(tried), rates, words),
     ]
     return _cell(words.large(trainable) if trainable is not None else None, lines)
 
@@ -205,7 +211,9 @@ def hardware(report: Mapping[str, Any], words: Words) -> list[tuple[str, list[tu
             per = words("per chip", size=words.bytes(size)) if row[kind] and size else ""
             least = (row["seconds_per_million_tokens"] or {}).get(kind)
             least = words("least time", time=words.time(least)) if row[kind] and least else ""
-            cells.append((row[kind] or words("fits none"), "; ".join(filter(None, (per, least)))))
+            cost = (row["cost_per_million_tokens"] or {}).get(kind)
+            cost = words("least cost", cost=words.decimal(cost, 2 if cost >= 0.1 else 4)) if row[kind] and cost else ""
+            cells.append((row[kind] or words("fits none"), "; ".join(filter(None, (per, least, cost)))))
         found.append((names.get(row["method"], row["method"]), cells))
     return found
 

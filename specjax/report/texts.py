@@ -86,6 +86,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "trained": ("parameters train", "param. entraînés"),
     "of total": ("{share} of {total}", "{share} de {total}"),
     "tried": ("{count} runs, {rates} rates", "{count} essais, {rates} taux"),
+    "tried seeds": ("{count} runs, 1 rate", "{count} essais, 1 taux"),
     "tried one": ("1 run", "1 essai"),
     "tokens seen": ("{tokens} tokens seen", "{tokens} tokens vus"),
     "rows read": ("{rows} rows", "{rows} lignes"),
@@ -213,6 +214,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "gpu": ("GPUs", "GPU"),
     "per chip": ("{size} per chip", "{size} par puce"),
     "least time": ("a million tokens take at least {time}", "un million de tokens prend au moins {time}"),
+    "least cost": ("and cost at least {cost}", "et coûte au moins {cost}"),
     "fits none": ("none that was tried", "aucun de ceux essayés"),
     # What failed, and what to do next.
     "failed": ("What did not finish", "Ce qui n’est pas allé au bout"),
