@@ -113,6 +113,10 @@ def make_train_step(
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, sums = accumulated(gradient, trainable, batch, key)
+        if sharding.platform() == "gpu":
+            # The layout of a gradient would become that of the old state, which the update's selection reads.
+            axes = {path: leaf.get_metadata("axes") for path, leaf in nnx.to_flat_state(nnx.state(model))}
+            grads = {path: sharding.constrain(value, *axes[path]) for path, value in grads.items()}
         count = at_least_one(sums["loss"][1])
         groups = Groups(model, trainable, count.shape[0])
         norm = groups.norm(grads) / count
