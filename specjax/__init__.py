@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from specjax.generation.generate import generate as generate
     from specjax.hf.export import export as export
     from specjax.hf.load import load as load
+    from specjax.hf.vocabulary import add_tokens as add_tokens
     from specjax.lora import ALL as ALL
     from specjax.lora import LORA as LORA
     from specjax.sharding import make_mesh as make_mesh
@@ -35,6 +36,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "make_mesh": "specjax.sharding",
     "load": "specjax.hf.load",
+    "add_tokens": "specjax.hf.vocabulary",
     "export": "specjax.hf.export",
     "fit": "specjax.train.fit",
     "dpo": "specjax.train.dpo",

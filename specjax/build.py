@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from specjax import lora
+from specjax import lora, vocabulary
 from specjax.card import card
 from specjax.config import check_length, lora_settings
 from specjax.config.checks import ARGUMENTS, heldout, holds_out, sources
@@ -30,6 +30,7 @@ from specjax.hf import folder as hf_folder
 from specjax.hf import load as hf_load
 from specjax.hf.export import export as export_folder
 from specjax.hf.tokenizer import load_tokenizer
+from specjax.hf.vocabulary import grow, resized
 from specjax.lora import agree
 from specjax.lora import peft_config as lora_files
 from specjax.models import Decoder
@@ -51,6 +52,7 @@ def tokenizer_of(config: ConfigDict, *, weights: bool = True) -> tuple[Path, Any
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"config.model.path: {config.model.path} has no tokenizer files: give a folder that has.")
+    vocabulary.extend(config, folder, tokenizer)
     if config.data.template:
         # What it learns to answer in is what it will be asked in: samples, export and `specjax generate` all use it.
         tokenizer.chat_template = resolve_template(tokenizer, config.data.template)
@@ -182,14 +184,17 @@ def base_of(config: ConfigDict, folder: Path, mesh: Mesh | None, *, abstract: bo
     full = config.trainable == "all"
     settings = {"dtype": config.model.dtype, "param_dtype": "float32" if full else config.model.dtype}
     settings |= {"remat": config.model.remat, "quantise": config.model.quantise}
+    sizes = vocabulary.sizes_of(config, folder)
     if abstract:
-        model = hf_load.abstract(hf_config.from_folder(folder), **settings)
+        model = hf_load.abstract(sizes, **settings)
     elif config.model.init == "random":
         seed = config.seed + SEED_MODEL
-        model = hf_load.random(hf_config.from_folder(folder), mesh=mesh, seed=seed, **settings)
-        model.origin = hf_config.origin(folder)
+        model = hf_load.random(sizes, mesh=mesh, seed=seed, **settings)
+        told = hf_config.origin(folder)
+        model.origin = dataclasses.replace(told, config_json=resized(told.config_json, sizes.vocab_size))
     else:
         model, _ = hf_load.load(folder, mesh=mesh, **settings)
+        grow(model, sizes.vocab_size)
     if config.model.router_aux_coef is not None:
         if not model.config.num_experts:
             raise UserError(
@@ -221,7 +226,7 @@ def check_pairs(config: ConfigDict, data: Data | Mixture) -> None:
 
 def check_ids(config: ConfigDict, folder: Path, data: Data | Mixture, eval_data: Mapping[str, Data]) -> None:
     """Raises `UserError` where the rows have a token for which the model's embedding has no row."""
-    rows = hf_config.from_folder(folder).vocab_size
+    rows = vocabulary.sizes_of(config, folder).vocab_size
     session.check_ids("config.data.train", data, rows)
     for name, one in eval_data.items():
         session.check_ids(f"the set {name!r}", one, rows)

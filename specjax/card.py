@@ -137,11 +137,24 @@ def _loading(config: Mapping[str, Any], adapter: bool) -> str:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if adapter:
         lines = ["from peft import PeftModel", *lines, f'base = AutoModelForCausalLM.from_pretrained("{base}")']
-        lines += ['model = PeftModel.from_pretrained(base, "THIS FOLDER")']
+        loading = ['model = PeftModel.from_pretrained(base, "THIS FOLDER")']
     else:
-        lines += ['model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")']
-    lines += ['tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")']
+        loading = ['model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")']
+    lines += [
+        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
+        *_resizing(config["model"], adapter),
+        *loading,
+    ]
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _resizing(model: Mapping[str, Any], adapter: bool) -> Iterator[str]:
+    """Gives the base of an adapter the rows that it was trained with, where tokens were added."""
+    if adapter and (model.get("add_tokens") or model.get("add_words")):
+        multiple = model["pad_to_multiple_of"]
+        yield "if len(tokenizer) > base.config.vocab_size:"
+        more = f", pad_to_multiple_of={multiple}" if multiple > 1 else ""
+        yield f"    base.resize_token_embeddings(len(tokenizer){more})"
 
 
 def _licence(name: str, licence: Mapping[str, str]) -> str:

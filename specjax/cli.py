@@ -16,7 +16,7 @@ from specjax.chat import prompts
 from specjax.cluster.launch import launch
 from specjax.config import get_config
 from specjax.config import keys as config_keys
-from specjax.config.checks import FREE, TYPES, nearest_key
+from specjax.config.checks import FREE, TEXTS, TYPES, nearest_key
 from specjax.config.source import load_config_file
 from specjax.errors import UserError, nearest
 from specjax.values import shown
@@ -170,15 +170,15 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
       UserError: for what is wrong with the file, a key or a value.
     """
     config = load_config_file(path) if path else get_config()
-    typed, prompts = [], []
+    typed, texts = [], dict[str, list[str]]()
     for override in overrides:
         key, _, value = override.removeprefix("--config.").partition("=")
         group, _, name = key.rpartition(".")
         if group in FREE:
             config[group].unlock()
             config[group][name] = value
-        elif key == "eval.prompts":  # a string each: ml_collections would read it as Python
-            prompts.append(value)
+        elif key in TEXTS:  # a string each: ml_collections would read it as Python
+            texts.setdefault(key, []).append(value)
         elif not _has(config, key := re.sub(r"^--noconfig\.", "", key)):
             raise UserError(f"--config.{key} is no key of the config.{nearest_key(key, get_config())}")
         elif isinstance(config[key], ConfigDict) and key not in FREE:
@@ -194,8 +194,9 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         values(argv)
     except flags.Error as error:
         raise UserError(_sentence(error, values)) from None
-    if prompts:
-        config.eval.prompts = tuple(prompts)
+    for key, given in texts.items():
+        group, _, name = key.rpartition(".")
+        config[group][name] = tuple(given)
     return config
 
 

@@ -38,6 +38,21 @@ def write_base(folder: Path, *, seed: int = 0, **changes) -> Path:
     return folder
 
 
+def as_of_transformers_4(folder: Path) -> None:
+    """Rewrites a tokenizer's files in the dialect of transformers 4, which does not know the class that 5 names."""
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    told = json.loads(path.read_text())
+    special = {key: value for key, value in told.items() if key.endswith("_token")}
+    added = {str(one.pop("id")): one for one in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
+    for key in ("backend", "is_local", "local_files_only"):
+        told.pop(key, None)
+    told |= {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added}
+    told["chat_template"] = template.read_text() if template.is_file() else "{{ messages }}"
+    template.unlink(missing_ok=True)
+    path.write_text(json.dumps(told))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+
+
 def write_data(folder: Path) -> Path:
     """pairs, pairs_eval, text and text_eval `.jsonl`; what is asked in the eval sets is not in the others."""
     folder.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from data_fixtures import tokenizer
 from helpers import torch_model
+from run_fixtures import as_of_transformers_4
 from safetensors.numpy import load_file, save_file
 
 import specjax as sj
@@ -21,21 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 PROMPT = [{"role": "user", "content": "What is two plus two?"}]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-
-def as_of_transformers_4(folder):
-    """Rewrites a tokenizer's files in the dialect of transformers 4, which does not know the class that 5 names."""
-    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    told = json.loads(path.read_text())
-    special = {key: value for key, value in told.items() if key.endswith("_token")}
-    added = {str(one.pop("id")): one for one in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
-    for key in ("backend", "is_local", "local_files_only"):
-        told.pop(key, None)
-    told |= {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added}
-    told["chat_template"] = template.read_text() if template.is_file() else "{{ messages }}"
-    template.unlink(missing_ok=True)
-    path.write_text(json.dumps(told))
-    (folder / "special_tokens_map.json").write_text(json.dumps(special))
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,11 @@ ALLOWED = {
     "card": {"__init__", "config", "files"},
     "env": {"__init__"},
     "config": {"errors", "files", "sharding", "values"},
-    "build": {"card", "config", "files", "train", "generation", "hf", "lora", "data", "models", "errors"},
-    "plan": {"build", "config", "data", "fleet", "flops", "train", "hf", "models", "sharding", "errors"},
+    "vocabulary": {"config", "errors", "hf", "lora", "models"},
+    "build": {
+        *("card", "config", "files", "train", "generation", "hf", "lora", "data", "models", "errors", "vocabulary"),
+    },
+    "plan": {"vocabulary", "build", "config", "data", "fleet", "flops", "train", "hf", "models", "sharding", "errors"},
     "advise": {"build", "config", "data", "errors", "flops", "hf", "models", "plan", "process", "train"},
     "resume": {"config", "data", "errors", "files", "hf", "train"},
     "fleet": {
@@ -114,7 +117,7 @@ NO_JAX = {
 # foreign library -> the parts that may import it
 FOREIGN = {
     "ml_collections": {
-        *("config", "cli", "build", "plan", "resume", "run", "compare", "fleet", "advise"),
+        *("config", "cli", "build", "plan", "resume", "run", "compare", "fleet", "advise", "vocabulary"),
     },
     "absl": {"cli", "verbs"},
     "jax": set(ALLOWED) - NO_JAX,

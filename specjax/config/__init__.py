@@ -52,6 +52,13 @@ def get_config() -> ConfigDict:
     config.model.dtype = "auto"
     # Where weights come from: checkpoint | random: only the folder's config.json is read, training starts from nothing.
     config.model.init = "checkpoint"
+    # Tokens that the tokenizer gets, with rows of the model for them, each the mean of the rows that are there: special
+    # ones, left out of what an answer says, such as <|im_start|>. The flag may be repeated.
+    config.model.add_tokens = ()
+    config.model.add_words = ()  # likewise, words that are no special tokens: of a domain, or <think>
+    # Where rows are added, all are a multiple of this, as in transformers: of the mesh's axis `tensor`, and better of
+    # all its devices.
+    config.model.pad_to_multiple_of = 1
     # What the backward pass recomputes to save memory: none | dots: all but the linear maps' outputs | attention: all
     # but the attention's outputs | full: each layer | offload: as attention, whose outputs wait in the host's memory.
     config.model.remat = "none"

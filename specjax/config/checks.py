@@ -16,6 +16,7 @@ from specjax.values import shown
 
 NESTED = ("compare", "fleet", "sweep")  # groups whose names are the user's own; every value is overrides of the config
 FREE = ("data.eval", "data.columns")  # groups whose names are the user's own; every value is a string
+TEXTS = ("eval.prompts", "model.add_tokens", "model.add_words")  # whose flags may be repeated, a string each
 CHOICES = {
     "trainable": ("all", "lora"),
     "objective": ("next_token", "dpo"),
@@ -38,20 +39,22 @@ AT_LEAST = {
     **dict.fromkeys(("seed", "steps", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_norm"), 0),
     **dict.fromkeys(("accumulate", "slots", "eval.every", "eval.batches", "eval.patience"), 0),
     **dict.fromkeys(("checkpoint.every", "eval.answers"), 0),
+    "model.pad_to_multiple_of": 1,
     "data.eval_seed": -1,
     "data.length": 2,
 }
 INT32 = 2**31 - 1
+RANK = 1 << 16
 SEED = 2**63 - 2  # JAX takes 64 bits, with a sign; LoRA's draws have the next one
 AT_MOST = {
     **dict.fromkeys(("steps", "accumulate", "slots", "optimizer.warmup_steps"), INT32),
     **dict.fromkeys(("eval.every", "eval.batches", "eval.patience", "eval.max_new_tokens"), INT32),
     **dict.fromkeys(("checkpoint.every", "log.every"), INT32),
     **dict.fromkeys(("seed", "data.eval_seed"), SEED),
+    "model.pad_to_multiple_of": RANK,
     "seeds": 20,
     "eval.answers": 1000,
 }
-RANK = 1 << 16
 # How the errors of library functions call what a config gives them: their argument -> the key.
 ARGUMENTS = {
     **{
@@ -61,6 +64,7 @@ ARGUMENTS = {
     **{axis: f"config.mesh.{axis}" for axis in ("data", "fsdp", "expert", "context", "tensor")},
     **{"remat": "config.model.remat", "offload": "config.optimizer.offload", "wandb": "config.log.wandb"},
     "holdout": "config.data.eval_fraction",
+    **{name: f"config.model.{name}" for name in ("add_tokens", "add_words", "pad_to_multiple_of")},
     **{name: f"config.dpo.{name}" for name in ("beta", "loss", "label_smoothing")},
     "objective": "config.objective",
     "accumulate": "config.accumulate",

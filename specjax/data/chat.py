@@ -75,7 +75,7 @@ def resolve(tokenizer: Any, template: str | None = None) -> str:
             own = ", ".join(other for other, token in END_OF_TURN.items() if not token)
             raise UserError(
                 f"the {template} template ends a turn with '{end}', a token that the tokenizer '{name}' lacks: "
-                f"use one that ends it with the tokenizer's own ({own})."
+                f"use one that ends it with the tokenizer's own ({own}), or add the token ({argument('add_tokens')})."
             )
         if not end and not tokenizer.eos_token:
             raise UserError(

@@ -34,7 +34,7 @@ _KINDS: dict[str, Kind] = {
     "additional_special_tokens": optional(listed(_TOKEN, "a list of tokens")),
     **dict.fromkeys((f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")), _TOKEN),
 }
-_SPECIAL, _TEMPLATES = "special_tokens_map.json", "additional_chat_templates"
+_SPECIAL, _TEMPLATES, _ADDED = "special_tokens_map.json", "additional_chat_templates", "added_tokens"
 # Beside those that a tokenizer's class names.
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", _SPECIAL, "added_tokens.json", "chat_template.jinja"),
@@ -90,7 +90,8 @@ def _reason(folder: Path, error: Exception) -> str:
 def save_tokenizer(tokenizer: Any, out: Path, *, eos_token: str = "") -> None:
     """Writes a tokenizer into a folder: the files that it was loaded from, but for what has been changed since.
 
-    What transformers 5 writes is not opened by 4; a folder that 4 wrote stays one that both open.
+    What transformers 5 writes is not opened by 4; a folder that 4 wrote stays one that both open. Added tokens are
+    written into its files.
 
     Args:
       tokenizer: of transformers; loaded from a folder that is still there, or made otherwise.
@@ -103,7 +104,7 @@ def save_tokenizer(tokenizer: Any, out: Path, *, eos_token: str = "") -> None:
     source = Path(tokenizer.name_or_path or "")
     fresh = load_tokenizer(source) if tokenizer.name_or_path and has_tokenizer(source) else None
     changes = None if fresh is None else _changes(fresh, tokenizer)
-    if fresh is None or changes is None:
+    if fresh is None or changes is None or (_ADDED in changes and not (source / _FAST).is_file()):
         tokenizer.save_pretrained(out)
         return
     for name in (*_FILES, *fresh.vocab_files_names.values()):
@@ -114,6 +115,9 @@ def save_tokenizer(tokenizer: Any, out: Path, *, eos_token: str = "") -> None:
             shutil.copytree(source / _TEMPLATES, out / _TEMPLATES)
     else:
         changes |= _set_template(out, tokenizer.chat_template)
+    if added := changes.pop(_ADDED, None):
+        _change(out / _FAST, {_ADDED: added})
+        _list_added(out / _CONFIG, added)
     if changes:
         _change(out / "tokenizer_config.json", changes)
         old = read_object(out / _SPECIAL) if (out / _SPECIAL).is_file() else {}
@@ -127,17 +131,27 @@ def _change(path: Path, changes: dict[str, Any]) -> None:
         write_json(path, {key: value for key, value in held.items() if value is not None or key not in changes})
 
 
+def _list_added(path: Path, added: list[dict[str, Any]]) -> None:
+    """Lists added tokens in a `tokenizer_config.json` that lists them, as transformers 4 does."""
+    held = read_object(path) if path.is_file() else {}
+    if "added_tokens_decoder" in held:
+        listed = {str(one["id"]): {key: value for key, value in one.items() if key != "id"} for one in added}
+        _change(path, {"added_tokens_decoder": held["added_tokens_decoder"] | listed})
+
+
 def _changes(fresh: Any, tokenizer: Any) -> dict[str, Any] | None:
     """The keys of `tokenizer_config.json` in which a tokenizer differs from a fresh one; None: it differs in more.
 
-    Chat templates are not looked at.
+    Of `tokenizer.json` it is the key of the added tokens too. Chat templates are not looked at.
     """
     (was, was_files), (now, now_files) = _written(fresh), _written(tokenizer)
+    added = {_ADDED: now_files.pop(_ADDED)} if was_files.pop(_ADDED, None) != now_files.get(_ADDED) else {}
+    now_files.pop(_ADDED, None)
     changed = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
     several = tokenizer.chat_template != fresh.chat_template and isinstance(tokenizer.chat_template, dict)
     if was_files != now_files or not changed <= _CHANGEABLE or several:
         return None
-    return {key: now.get(key) for key in changed}
+    return added | {key: now.get(key) for key in changed}
 
 
 def _written(tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:

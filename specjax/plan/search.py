@@ -6,10 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from specjax import vocabulary
 from specjax.config import copied
 from specjax.config.entries import slots_of
 from specjax.errors import UserError
-from specjax.hf import config as hf_config
 from specjax.hf import folder as hf_folder
 from specjax.plan import targets
 
@@ -102,7 +102,7 @@ def fewer_slots(config: ConfigDict, target: targets.Target, planner: Planner) ->
 
 def meshes(config: ConfigDict, count: int, slices: int) -> list[dict[str, int]]:
     """Sizes of the mesh's axes that divide the job, those that cut layers and rows least first."""
-    sizes = hf_config.from_folder(hf_folder.resolve(config.model.path, config.model.revision, weights=False))
+    sizes = vocabulary.sizes_of(config, hf_folder.resolve(config.model.path, config.model.revision, weights=False))
     rows, dividing = _rows(config) // (config.accumulate or 1), []
     experts = [n for n in range(1, (sizes.num_experts or 1) + 1) if (sizes.num_experts or 1) % n == 0]
     for tensor in _powers(count):

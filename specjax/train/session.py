@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from specjax import flops, process, sharding
-from specjax.errors import NotFinite, UserError
+from specjax.errors import NotFinite, UserError, argument
 from specjax.models import Decoder
 from specjax.train import memory
 from specjax.train import step as steps_lib
@@ -305,7 +305,8 @@ def check_ids(name: str, data: Any, rows: int) -> None:
     text = f" {tokenizer.convert_ids_to_tokens(first)!r}" if tokenizer is not None and first >= 0 else ""
     raise UserError(
         f"{name} has token {first}{text}, for which the model's embedding of {rows} rows has none ({len(wrong)} such "
-        "tokens in all): give the model's own tokenizer, or leave the tokens that were added to it out of the data."
+        "tokens in all): give the model's own tokenizer, or leave the tokens that were added to it out of the data, or "
+        f"give the model rows for them ({argument('add_tokens')})."
     )
 
 

@@ -1,0 +1,158 @@
+"""Added tokens: in the tokenizer, as rows of the model, in every export, and opened by transformers."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import prompts, torch_logits, torch_model
+from run_fixtures import as_of_transformers_4, flags, specjax, write_base, write_data
+
+import specjax as sj
+from specjax import build
+from specjax.errors import UserError
+from specjax.hf.config import from_folder
+from specjax.hf.load import load
+from specjax.hf.tokenizer import load_tokenizer
+from specjax.hf.vocabulary import extend, grow, rows_for
+
+TEXT = "What has ada got?<|x|> Ada has 4 cats and zork."
+TOKENS = prompts(vocab_size=302, length=100)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("untied") / "base")
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("tied") / "base", tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("name", ["base", "tied"])
+def test_rows_are_what_transformers_draws_around_and_an_export_has_them(request, tmp_path, name):
+    import transformers
+
+    folder = request.getfixturevalue(name)
+    model, tokenizer = load(folder, dtype="float32")
+    assert sj.add_tokens(model, tokenizer, ["<|x|>"], ["zork"]) == [300, 301]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs.resize_token_embeddings(302, mean_resizing=True)
+    ends = {"get_input_embeddings": model.embed_tokens.embedding}
+    if name == "base":
+        ends["get_output_embeddings"] = model.lm_head.kernel
+    for end, ours in ends.items():  # of rows of size 0.15, theirs lie 5e-6 around the mean
+        table = np.asarray(ours[...])
+        np.testing.assert_allclose(table, getattr(theirs, end)().weight.detach().numpy(), rtol=0, atol=5e-5)
+        np.testing.assert_allclose(table[300:], np.tile(table[:300].mean(0), (2, 1)), rtol=0, atol=1e-6)
+    sj.export(model, tokenizer, tmp_path / "out")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert opened.config.vocab_size == 302 and opened.get_input_embeddings().num_embeddings == 302
+    np.testing.assert_allclose(np.asarray(model(TOKENS)), torch_logits(opened, TOKENS), rtol=0, atol=1e-4)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = again(TEXT)["input_ids"]
+    assert ids == tokenizer(TEXT)["input_ids"] and {300, 301} < set(ids)
+    assert again.decode(ids, skip_special_tokens=True) == TEXT.replace("<|x|>", "")
+    assert load(tmp_path / "out")[0].config.vocab_size == 302
+
+
+def test_files_of_transformers_4_get_the_tokens_in_its_dialect(base, tmp_path):
+    folder = write_base(tmp_path / "base")
+    as_of_transformers_4(folder)
+    tokenizer = load_tokenizer(folder)
+    extend(tokenizer, ["<|x|>"], ["zork"])
+    model, _ = load(folder, dtype="float32")
+    grow(model, 302)
+    sj.export(model, tokenizer, tmp_path / "out")
+    was, now = (json.loads((at / "tokenizer_config.json").read_text()) for at in (folder, tmp_path / "out"))
+    new = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    listed = {"300": new | {"content": "<|x|>", "special": True}, "301": new | {"content": "zork", "special": False}}
+    assert now == was | {"added_tokens_decoder": was["added_tokens_decoder"] | listed}
+    assert load_tokenizer(tmp_path / "out")(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+
+
+def test_a_token_of_the_vocabulary_keeps_its_id_and_rows_that_are_there_are_used(base, tmp_path):
+    tokenizer = load_tokenizer(base)
+    known = tokenizer.get_vocab()["What"]
+    assert extend(tokenizer, ["<|im_end|>"], ["What", "zork"]) == [3, known, 300]
+    assert tokenizer.added_tokens_decoder[3].special  # as it was
+    sizes = from_folder(base)
+    assert rows_for([3, known], sizes) == 300
+    assert rows_for([300], sizes) == 301
+    assert rows_for([300], sizes, 8) == 304
+    assert rows_for([3], sizes, 8) == 300  # nothing is needed
+
+
+def test_a_mesh_splits_the_rows_or_says_that_it_cannot(base):
+    plain, _ = load(base, dtype="float32")
+    grow(plain, 304)
+    model, _ = load(base, mesh=sj.make_mesh(fsdp=4, tensor=2), dtype="float32")
+    with pytest.raises(UserError, match="301 rows of the vocabulary .* set pad_to_multiple_of to a multiple of 2"):
+        grow(model, 301)
+    grow(model, 304)
+    assert model.embed_tokens.embedding[...].sharding.spec == model.lm_head.kernel[...].sharding.spec
+    np.testing.assert_allclose(np.asarray(model(TOKENS)), np.asarray(plain(TOKENS)), rtol=0, atol=1e-4)
+
+
+def test_the_language_model_of_a_multimodal_checkpoint_gets_rows(tmp_path):
+    import transformers
+
+    reference = torch_model("gemma3", vocab_size=300)
+    reference.save_pretrained(tmp_path / "base")
+    model, _ = load(tmp_path / "base", dtype="float32")
+    grow(model, 302)
+    sj.export(model, None, tmp_path / "out")
+    opened = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert opened.config.text_config.vocab_size == 302
+    np.testing.assert_allclose(np.asarray(model(TOKENS)), torch_logits(opened, TOKENS), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words", "said"),
+    [
+        (["<|x|>", ""], [], "add_tokens holds '': a token is a text that is not empty"),
+        ([], [" "], "add_words holds ' ': a token is a text"),
+        (["<|x|>"], ["<|x|>"], "add_words holds '<|x|>', which is named twice"),
+    ],
+)
+def test_a_token_is_named_once_and_is_a_text(base, tokens, words, said):
+    with pytest.raises(UserError) as raised:
+        extend(load_tokenizer(base), tokens, words)
+    assert said in str(raised.value)
+
+
+def test_what_cannot_grow_is_refused(base, tmp_path):
+    model, tokenizer = load(base, dtype="float32")
+    with pytest.raises(UserError, match="the vocabulary has 300 rows, and 299 are asked for"):
+        grow(model, 299)
+    sj.lora.inject(model, rank=2)
+    with pytest.raises(UserError, match="the model wears adapters, which know its vocabulary"):
+        sj.add_tokens(model, tokenizer, ["<|x|>"])
+    torch_model("gemma4_text").save_pretrained(tmp_path / "gemma4")
+    with pytest.raises(UserError, match="per-layer embeddings have a table of their own"):
+        rows_for([600], from_folder(tmp_path / "gemma4"))
+
+
+def test_rows_that_no_adapter_would_train_are_refused_before_the_data_are_read(base, tmp_path, capsys):
+    argv = flags(base, tmp_path / "run", "lora", tmp_path / "none.jsonl") + ["--config.model.add_tokens=<|x|>"]
+    assert specjax("train", *argv) == 2
+    assert "need 1 rows beyond the model's 300, the first for '<|x|>', which LoRA's" in capsys.readouterr().err
+
+
+def test_a_run_on_added_tokens_resumes_and_exports_them(base, tmp_path, capsys):
+    import transformers
+
+    write_data(base.parent / "data")
+    run = tmp_path / "run"
+    argv = flags(base, run, "sft", **{"checkpoint.every": 4, "model.pad_to_multiple_of": 8, "export": "false"})
+    argv += ["--config.model.add_tokens=<|x|>", "--config.model.add_words=figs", "--config.model.add_words=hens"]
+    assert specjax("train", *argv) == 0
+    assert specjax("train", *argv[:-1]) == 2
+    assert "model.add_words (was ['figs', 'hens'], now ['figs'])" in capsys.readouterr().err
+    assert specjax("export", f"--workdir={run}", f"--out={tmp_path / 'out'}") == 0
+    model, _ = build.load_run(run, "best", sj.make_mesh())
+    assert model.config.vocab_size == 304
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(np.asarray(model(TOKENS)), torch_logits(theirs, TOKENS), rtol=0, atol=1e-4)
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("<|x|>hens")["input_ids"]
+    assert ids[-2:] == [300, 302]
