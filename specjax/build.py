@@ -162,6 +162,8 @@ def model_of(config: ConfigDict, folder: Path, mesh: Mesh | None, *, abstract: b
 
     def adapted(model: Decoder) -> Decoder:
         settings = lora_settings(config)
+        if named := settings.get("trainable_token_indices"):
+            settings["trainable_token_indices"] = vocabulary.trained_rows(config, folder, named)
         if start := settings.pop("init_from", None):
             lora.load(model, start)
             agree.check(model, Path(start), **settings)
@@ -361,6 +363,7 @@ def write_export(
         return ""
     told: dict[str, Any] = {"base": config.model.path, "revision": config.model.revision or None, "card": card}
     told["fingerprint"] = model.origin.fingerprint.partition("+")[0]
+    told["vocab_size"] = model.config.vocab_size if vocabulary.adds(config) else 0
     idle = lora.save(model, out, tokenizer=tokenizer, overwrite=overwrite, eos_token=eos_token, **told)
     if not idle:
         return ""

@@ -1,14 +1,14 @@
 """What a config adds to a model's vocabulary, and whether the rows of it train."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from specjax.config import lora_settings
-from specjax.config.checks import ARGUMENTS
+from specjax.config.checks import ADDED, ARGUMENTS
 from specjax.errors import UserError, keys
 from specjax.hf import config as hf_config
 from specjax.hf import vocabulary
@@ -16,6 +16,7 @@ from specjax.hf.tokenizer import load_tokenizer
 from specjax.lora.peft_config import read_config
 from specjax.models import ModelConfig
 
+Named = str | Sequence[int | str] | Mapping[str, Sequence[int | str]]
 ENDS = ("embed_tokens", "lm_head")
 
 
@@ -23,7 +24,7 @@ ENDS = ("embed_tokens", "lm_head")
 def sizes_of(config: ConfigDict, folder: Path) -> ModelConfig:
     """The sizes of a config's model, with rows for the tokens that it adds."""
     sizes = hf_config.from_folder(folder)
-    if not _adds(config):
+    if not adds(config):
         return sizes
     ids = _extended(config, folder)[1]
     return dataclasses.replace(sizes, vocab_size=vocabulary.rows_for(ids, sizes, config.model.pad_to_multiple_of))
@@ -34,29 +35,55 @@ def extend(config: ConfigDict, folder: Path, tokenizer: Any) -> None:
     """Gives the folder's tokenizer the tokens that a config adds.
 
     Raises:
-      UserError: see `hf.vocabulary.extend`; or a LoRA run would leave all of the new rows untrained.
+      UserError: see `hf.vocabulary.extend`; or a LoRA run would leave new rows untrained.
     """
     ids = vocabulary.extend(tokenizer, config.model.add_tokens, config.model.add_words)
     rows = hf_config.from_folder(folder).vocab_size
     new = [token for token in ids if token >= rows]
-    if new and config.trainable == "lora" and not _trained(lora_settings(config)):
-        first = tokenizer.convert_ids_to_tokens(new[0])
+    if not new or config.trainable != "lora":
+        return
+    trained = _trained(lora_settings(config), tokenizer, ids)
+    if left := [token for token in new if token not in trained]:
         raise UserError(
-            f"config.model.add_tokens and config.model.add_words need {len(new)} rows beyond the model's {rows}, the "
-            f"first for {first!r}, which LoRA's factors do not train: set "
-            "config.lora.modules_to_save=embed_tokens,lm_head."
+            f"config.model.add_tokens and config.model.add_words need {len(new)} rows beyond the model's {rows}, and "
+            f"LoRA's factors do not train that of {tokenizer.convert_ids_to_tokens(left[0])!r}: set "
+            "config.lora.trainable_token_indices=added."
         )
 
 
-def _trained(settings: Mapping[str, Any]) -> bool:
-    """Whether an adapter trains rows of the embedding or the output layer."""
+@keys(ARGUMENTS)
+def trained_rows(config: ConfigDict, folder: Path, named: Named) -> Sequence[int] | dict[str, list[int]]:
+    """The ids that `lora.trainable_token_indices` names, as `lora.inject` takes them."""
+    return _ids(named, *_extended(config, folder))
+
+
+def _ids(named: Named, tokenizer: Any, added: list[int]) -> Sequence[int] | dict[str, list[int]]:
+    if named == ADDED:
+        if not added:
+            raise UserError(
+                "config.lora.trainable_token_indices is 'added', but config.model.add_tokens and "
+                "config.model.add_words are empty: name tokens there, or here."
+            )
+        return {end: added for end in ENDS}
+    if isinstance(named, Mapping):
+        return {name: vocabulary.ids_of(tokenizer, of) for name, of in named.items()}
+    return vocabulary.ids_of(tokenizer, named)
+
+
+def _trained(settings: Mapping[str, Any], tokenizer: Any, added: list[int]) -> set[int] | range:
+    """The rows of the embedding or the output layer that an adapter trains."""
     start = settings.get("init_from")
     held = read_config(Path(start)) if start else {}
-    named = settings.get("modules_to_save") or held.get("modules_to_save", [])
-    return any(name.endswith(ENDS) for name in named)
+    saved = settings.get("modules_to_save") or held.get("modules_to_save", [])
+    if any(name.endswith(ENDS) for name in saved):
+        return range(max(added, default=-1) + 1)
+    named = settings.get("trainable_token_indices") or held.get("trainable_token_indices")
+    found = _ids(named, tokenizer, added) if named else []
+    return {one for of in (found.values() if isinstance(found, dict) else [found]) for one in of}
 
 
-def _adds(config: ConfigDict) -> bool:
+def adds(config: ConfigDict) -> bool:
+    """Whether a config adds any."""
     return bool(config.model.add_tokens or config.model.add_words)
 
 

@@ -218,7 +218,7 @@ def test_what_cannot_share_a_batch_is_refused():
     with pytest.raises(UserError, match="no adapter has the slot 3"):
         made(TOKENS, adapters=3)
     sj.lora.inject(made, rank=2, name="whole", modules_to_save=["norm"], targets=["q_proj"])
-    with pytest.raises(UserError, match="adapter 'whole' has copies of whole modules, which cannot share a batch"):
+    with pytest.raises(UserError, match="adapter 'whole' has copies of whole modules or of rows, which cannot share"):
         made(TOKENS, adapters=[0, 3])
     with pytest.raises(UserError, match="adapters hr, law, v1.2, whole are loaded: unload all but the one to train"):
         sj.fit(made, data(), sj.adamw(1e-3), steps=1, trainable=sj.LORA)

@@ -376,5 +376,7 @@ def test_what_the_base_lacks_is_said_with_the_adapters_name(once):
         fleet.fit(model(), {"hr": one_of("hr"), "tax": one_of("tax", lora={"rank": 2, "targets": ["nope_proj"]})})
     with pytest.raises(UserError, match="adapter tax: its data has length 64, the first adapter's 32"):
         fleet.fit(model(), {"hr": one_of("hr"), "tax": one_of("tax", data=data(batch_size=2))})
-    with pytest.raises(UserError, match="adapter hr: it has copies of whole modules or biases, which cannot share a"):
+    with pytest.raises(
+        UserError, match="adapter hr: it has copies of whole modules, rows or biases, which cannot share"
+    ):
         fleet.fit(model(), {"hr": one_of("hr", lora={"rank": 2, "targets": ["q_proj"], "modules_to_save": ["norm"]})})

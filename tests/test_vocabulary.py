@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import prompts, torch_logits, torch_model
 from run_fixtures import as_of_transformers_4, flags, specjax, write_base, write_data
+from safetensors.numpy import load_file
 
 import specjax as sj
 from specjax import build
@@ -16,6 +17,17 @@ from specjax.hf.tokenizer import load_tokenizer
 from specjax.hf.vocabulary import extend, grow, rows_for
 
 TEXT = "What has ada got?<|x|> Ada has 4 cats and zork."
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # peft's own
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),  # peft's note
+]
+
+NEXT = {
+    "lora.rank": None,
+    "model.add_tokens": "<|x|>",
+    "model.add_words": "figs",
+    "lora.trainable_token_indices": "added",
+}
 TOKENS = prompts(vocab_size=302, length=100)
 
 
@@ -136,7 +148,15 @@ def test_what_cannot_grow_is_refused(base, tmp_path):
 def test_rows_that_no_adapter_would_train_are_refused_before_the_data_are_read(base, tmp_path, capsys):
     argv = flags(base, tmp_path / "run", "lora", tmp_path / "none.jsonl") + ["--config.model.add_tokens=<|x|>"]
     assert specjax("train", *argv) == 2
-    assert "need 1 rows beyond the model's 300, the first for '<|x|>', which LoRA's" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "need 1 rows beyond the model's 300, and LoRA's factors do not train that of '<|x|>': set" in said
+    argv += ["--config.model.add_words=figs", "--config.lora.trainable_token_indices=<|x|>,5"]
+    assert specjax("train", *argv) == 2
+    assert "do not train that of 'figs'" in capsys.readouterr().err
+    argv[-2:] = ["--config.lora.trainable_token_indices=<|y|>"]
+    assert specjax("train", *argv) == 2
+    said = capsys.readouterr().err
+    assert "trainable_token_indices names '<|y|>', which is no token of the tokenizer: add it by config.model" in said
 
 
 def test_a_run_on_added_tokens_resumes_and_exports_them(base, tmp_path, capsys):
@@ -156,3 +176,72 @@ def test_a_run_on_added_tokens_resumes_and_exports_them(base, tmp_path, capsys):
     np.testing.assert_allclose(np.asarray(model(TOKENS)), torch_logits(theirs, TOKENS), rtol=0, atol=1e-4)
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("<|x|>hens")["input_ids"]
     assert ids[-2:] == [300, 302]
+
+
+@pytest.mark.parametrize("name", ["base", "tied"])
+def test_rows_of_added_tokens_train_beside_factors_and_open_in_peft(request, tmp_path, capsys, name):
+    import peft
+    import transformers
+
+    folder, run = request.getfixturevalue(name), tmp_path / "run"
+    write_data(folder.parent / "data")
+    argv = flags(folder, run, "lora", **{"lora.trainable_token_indices": "added", "lora.targets": "q_proj,up_proj"})
+    argv += ["--config.model.add_tokens=<|x|>", "--config.model.add_words=figs"]
+    assert specjax("train", *argv) == 0
+    assert specjax("train", *argv) == 0  # it is done, and says so
+    model, _ = build.load_run(run, "best", sj.make_mesh())
+    trained = np.asarray(model(TOKENS))
+    table = np.asarray(model.embed_tokens.embedding[...])
+    rows = np.asarray(model.embed_tokens.own["0"].embedding[...])
+    assert np.abs(rows[1] - table[301]).max() > 1e-3  # of `figs`, which the data have
+    opened = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    opened.resize_token_embeddings(302)
+    opened = peft.PeftModel.from_pretrained(opened, run / "export")
+    np.testing.assert_allclose(torch_logits(opened, TOKENS), trained, rtol=0, atol=1e-4)
+    card = (run / "export" / "README.md").read_text()
+    assert "    base.resize_token_embeddings(len(tokenizer))\nmodel = PeftModel" in card
+    assert specjax("export", f"--workdir={run}", f"--out={tmp_path / 'merged'}", "--merge") == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == 302 and merged.config.tie_word_embeddings == (name == "tied")
+    np.testing.assert_allclose(torch_logits(merged, TOKENS), trained, rtol=0, atol=1e-4)
+    capsys.readouterr()
+    ask = ["--prompt=What has ada got?", "--max_new_tokens=8"]
+    assert specjax("generate", f"--model={run}", *ask) == 0
+    ours = capsys.readouterr().out
+    assert specjax("generate", f"--model={folder}", f"--adapter=it={run / 'export'}", *ask) == 0
+    assert capsys.readouterr().out.endswith(ours)  # the base got its rows
+    if name == "tied":
+        argv = flags(
+            folder, tmp_path / "next", **NEXT | {"lora.rank": None, "lora.init_from": run / "export", "steps": 3}
+        )
+        assert specjax("train", *argv) == 0
+    with pytest.raises(UserError, match=r"trainable_token_indices has 30\d, and the model has rows for 0 to 299"):
+        sj.lora.load(load(folder, dtype="float32")[0], run / "export")
+
+
+def test_an_adapter_that_peft_trained_on_a_resized_base_is_read(base, tmp_path):
+    """Where rows were added, PEFT writes the whole tables beside the trained rows."""
+    import peft
+    import torch
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs.resize_token_embeddings(302)
+    told = {"embed_tokens": [300, 301], "lm_head": [300, 301]}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=told, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(theirs, config)
+    generator = torch.Generator().manual_seed(0)
+    for weight in theirs.parameters():
+        if weight.requires_grad:
+            weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    theirs.save_pretrained(tmp_path / "adapter")
+    assert any("base_layer" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    model, _ = load(base, dtype="float32")
+    grow(model, 302)
+    sj.lora.load(model, tmp_path / "adapter")
+    np.testing.assert_allclose(np.asarray(model(TOKENS)), torch_logits(theirs, TOKENS), rtol=0, atol=1e-4)
+    other, _ = load(base, dtype="float32")
+    grow(other, 302)
+    other.lm_head.kernel[...] = other.lm_head.kernel[...].at[7].add(1.0)
+    with pytest.raises(UserError, match="lm_head.token_adapter.base_layer.weight is another table than the base's"):
+        sj.lora.load(other, tmp_path / "adapter")

@@ -15,7 +15,8 @@ from specjax.errors import UserError
 from specjax.generation.generate import generate as generate_texts
 from specjax.hf import load as hf_load
 from specjax.hf.tokenizer import load_tokenizer
-from specjax.lora.peft import base_of
+from specjax.hf.vocabulary import grow
+from specjax.lora.base_file import base_of, rows_of
 from specjax.models import Decoder
 
 Who = str | EllipsisType | None  # an adapter; None: the base alone; `...`: the model as it was loaded
@@ -87,6 +88,7 @@ def load(model: str, adapters: Mapping[str, str]) -> Speakers:
         decoder, tokenizer = hf_load.load(model, mesh=mesh, dtype=dtype)
         if tokenizer is None:
             raise UserError(f"{model} has no tokenizer files: give a folder that has.")
+    grow(decoder, _rows(decoder, adapters))
     tokenizers, bases = {}, {}
     for name, folder in adapters.items():
         lora.load(decoder, folder, name=name)
@@ -109,6 +111,21 @@ def load(model: str, adapters: Mapping[str, str]) -> Speakers:
             file=sys.stderr,
         )
     return Speakers(decoder, tokenizers, tokenizer)
+
+
+def _rows(model: Decoder, adapters: Mapping[str, str]) -> int:
+    """The rows of the vocabulary that all adapters were trained with: the base's, or more where tokens were added.
+
+    Raises:
+      UserError: they were trained with different ones.
+    """
+    rows = {name: rows_of(folder) or model.config.vocab_size for name, folder in adapters.items()}
+    if len(set(rows.values())) > 1:
+        named = ", ".join(f"{name} with {count} rows" for name, count in rows.items())
+        raise UserError(
+            f"the adapters were trained with different vocabularies ({named}): ask each in a call of its own."
+        )
+    return max(rows.values(), default=model.config.vocab_size)
 
 
 def _renumbered(said: Callable[[int, str], None], numbers: Sequence[int]) -> Callable[[int, str], None]:

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict as ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-from specjax.config.checks import FREE, NESTED, TYPES, check, eval_names, flat, groups_of_rows, nearest_key
+from specjax.config.checks import ADDED, FREE, NESTED, TYPES, check, eval_names, flat, groups_of_rows, nearest_key
 from specjax.errors import UserError
 
 MICRO_TOKENS = 256  # from so many on, a CPU's matrix products are no faster (docs/measurements.md, Beside TRL and PEFT)
@@ -82,6 +82,9 @@ def get_config() -> ConfigDict:
     config.lora.layers_to_transform = placeholder(object)  # layer numbers, with a list of targets; not set: all
     config.lora.exclude_modules = placeholder(object)  # names, "a,b" or a pattern of maps to leave out
     config.lora.modules_to_save = placeholder(object)  # names of modules that train whole: embed_tokens, lm_head, norm
+    # Ids or tokens whose rows of the embedding train, and of a tied output layer with it, as in PEFT; or of each by
+    # name: {"embed_tokens": [...], "lm_head": [...]}; or "added": the added tokens, at both ends.
+    config.lora.trainable_token_indices = placeholder(object)
     config.lora.bias = placeholder(str)  # which biases train: none | all | lora_only; not set: none
     config.lora.ensure_weight_tying = placeholder(bool)  # modules_to_save trains tied embeddings as one table
 
@@ -244,6 +247,7 @@ def lora_settings(config: ConfigDict) -> dict[str, Any]:
     if lora.init_from:
         plain: dict[str, Callable[[Any], Any]] = {"rank_pattern": dict, "alpha_pattern": dict}
         plain |= {"targets": _names, "exclude_modules": _names, "modules_to_save": _list}
+        plain["trainable_token_indices"] = _tokens
         return {key: plain.get(key, _plain)(lora[key]) for key in lora if lora[key] is not None}
     targets = "all-linear" if lora.targets is None else _names(lora.targets)
     layers = lora.layers_to_transform
@@ -261,7 +265,9 @@ def lora_settings(config: ConfigDict) -> dict[str, Any]:
         "modules_to_save": _list(lora.modules_to_save),
         "bias": lora.bias or "none",
         "ensure_weight_tying": bool(lora.ensure_weight_tying),
-        **({"init": lora.init} if lora.init else {}),  # not there in runs of before
+        # Not there in runs of before.
+        **({"init": lora.init} if lora.init else {}),
+        **({"trainable_token_indices": _tokens(named)} if (named := lora.trainable_token_indices) else {}),
     }
 
 
@@ -272,6 +278,15 @@ def _plain(value: Any) -> Any:
 def _list(names: Any) -> list[str]:
     """A list of names of a list, a single name, "a,b" or None."""
     return names.split(",") if isinstance(names, str) else list(names or [])
+
+
+def _tokens(named: Any) -> Any:
+    """Ids and tokens as lists, of a list, a dict of lists or "5,6"; "added" as it is."""
+    if isinstance(named, Mapping | ConfigDict):
+        return {name: _tokens(of) for name, of in named.items()}
+    if isinstance(named, str):
+        return named if named == ADDED else [int(one) if one.isdecimal() else one for one in named.split(",")]
+    return [named] if isinstance(named, int) else list(named)
 
 
 def _names(names: Any) -> Any:

@@ -15,6 +15,7 @@ from specjax.errors import UserError, keys, nearest
 from specjax.values import shown
 
 NESTED = ("compare", "fleet", "sweep")  # groups whose names are the user's own; every value is overrides of the config
+ADDED = "added"  # of lora.trainable_token_indices: the tokens of model.add_tokens and model.add_words
 FREE = ("data.eval", "data.columns")  # groups whose names are the user's own; every value is a string
 TEXTS = ("eval.prompts", "model.add_tokens", "model.add_words")  # whose flags may be repeated, a string each
 CHOICES = {
@@ -73,7 +74,16 @@ ARGUMENTS = {
         name: f"config.lora.{name}"
         for name in (
             *("rank", "alpha", "targets", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules"),
-            *("modules_to_save", "bias", "ensure_weight_tying", "dropout", "rslora", "dora", "init"),
+            *(
+                "modules_to_save",
+                "bias",
+                "ensure_weight_tying",
+                "dropout",
+                "rslora",
+                "dora",
+                "init",
+                "trainable_token_indices",
+            ),
         )
     },
 }
@@ -266,6 +276,13 @@ def _check_lora_names(lora: ConfigDict) -> None:
         offered = {"targets": "'all-linear', a list of names or a pattern", "modules_to_save": "a list of names"}
         offer = offered.get(key, "a list of names or a pattern")
         raise UserError(f"config.lora.{key} is {lora[key]!r}: give {offer}.")
+    rows = lora.trainable_token_indices
+    each = rows.values() if isinstance(rows, Mapping | ConfigDict) else [rows]
+    if rows is not None and not (each and all(map(_are_tokens, each))):
+        raise UserError(
+            f"config.lora.trainable_token_indices is {rows!r}: give 'added', a list of ids or tokens, or such lists by "
+            "name, {'embed_tokens': [...], 'lm_head': [...]}."
+        )
     layers = lora.layers_to_transform
     listed = layers if isinstance(layers, list | tuple) else [layers]
     if layers is not None and not (listed and all(_is_whole(one) and one >= 0 for one in listed)):
@@ -394,6 +411,12 @@ def _check_devices(config: ConfigDict, device_count: int) -> None:
             f"has {micro} rows for {rows} groups of devices (config.mesh.data x fsdp x expert): "
             f"make the batch size a multiple of {rows * config.accumulate}."
         )
+
+
+def _are_tokens(value: Any) -> bool:
+    """Whether a value is ids and tokens, or a string of them."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    return bool(listed) and all(_is_text(one) or (_is_whole(one) and one >= 0) for one in listed)
 
 
 def _is_text(value: Any) -> bool:

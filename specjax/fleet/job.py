@@ -133,7 +133,7 @@ def alone(config: ConfigDict) -> str:
     """Why a run cannot be an adapter of a fleet, in a sentence, or ""; of its model nothing is known here."""
     if config.trainable != "lora":
         return f"config.trainable is {config.trainable!r}: a fleet trains adapters, set it to 'lora'."
-    for key in ("init_from", "init", "dora", "modules_to_save", "ensure_weight_tying"):
+    for key in ("init_from", "init", "dora", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"):
         if config.lora[key]:
             return f"config.lora.{key} is set: a fleet trains plain LoRA from fresh factors."
     for key, only in (

@@ -42,7 +42,7 @@ def fresh(model: Decoder, settings: Mapping[str, Any]) -> Adapter:
     adapter = collect(copy, NAME)
     others = {factors.variant.name for factors in adapter.factors.values()} - {VARIANT.name}
     if adapter.copies or others:
-        what = "copies of whole modules or biases" if adapter.copies else f"factors of the variant {min(others)}"
+        what = "copies of whole modules, rows or biases" if adapter.copies else f"factors of the variant {min(others)}"
         raise UserError(
             f"it has {what}, which cannot share a batch with other adapters: leave that out, or train it alone."
         )

@@ -69,8 +69,8 @@ def generate(
       adapter: the LoRA adapter to answer with, None for the base alone; default the one in use. A list has one for each
         prompt, ["hr", "tax", None, ...]: such prompts share batches, each row with its own adapter. Loading, unloading
         and choosing adapters then compiles nothing while they fit what there was room for (`specjax.lora.reserve`).
-        Adapters with DoRA, or with copies of whole modules (`modules_to_save`, `bias`), can't share: their prompts are
-        answered in batches of their own, by a program of their own.
+        Adapters with DoRA, or with copies of whole modules (`modules_to_save`, `bias`) or of rows, can't share: their
+        prompts are answered in batches of their own, by a program of their own.
       batch_size: prompts at a time.
       generation_config: stands for the model's file; {} leaves it out, but for its end tokens.
       said: told a prompt's number and its text so far after every token, but for the last ones; it may raise.

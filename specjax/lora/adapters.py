@@ -59,6 +59,7 @@ class Copies:
     values: dict[str, Array]
     layers: Layers
     tied: bool = False
+    rows: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -93,14 +94,19 @@ def attach(model: Decoder, name: str, adapter: Adapter) -> None:
         values = {}
         for parameter, value in copies.values.items():
             base = getattr(part, "embedding" if parameter == TIED_HEAD else parameter)
+            axes, mesh = base.get_metadata("axes"), sharding.mesh_of(base[...])
             # A copy in any case: what trains is donated, and the base must outlive it.
-            value = jax.device_put(jnp.array(value, jnp.float32, copy=True), base[...].sharding)
-            values[parameter] = nnx.LoRAParam(value, axes=base.get_metadata("axes"))
-            mesh = sharding.mesh_of(base[...])
+            value = jnp.array(value, jnp.float32, copy=True)
+            if parameter in copies.rows:
+                axes = (None, *axes[1:])
+                place = None if mesh is None else sharding.named_sharding(mesh, axes, value.shape, parameter)
+            else:
+                place = base[...].sharding
+            values[parameter] = nnx.LoRAParam(value if place is None else jax.device_put(value, place), axes=axes)
         mask = None
         if not all(copies.layers):
             mask = constant(np.array(copies.layers, np.float32), ("layers",), mesh)
-        part.own[str(slot)] = Own(values, copies.layers, mask, copies.tied)
+        part.own[str(slot)] = Own(values, copies.layers, mask, copies.tied, copies.rows)
     model.adapters = (*model.adapters[:slot], name, *model.adapters[slot + 1 :])
     use(model, name)
 
@@ -185,7 +191,7 @@ def collect(model: Decoder, name: str) -> Adapter:
         if str(slot) in part.own:
             own = part.own[str(slot)]
             values = {key: getattr(own, key)[...] for key in own.parameters}
-            adapter.copies[path] = Copies(values, own.layers, own.tied)
+            adapter.copies[path] = Copies(values, own.layers, own.tied, dict(own.rows))
     return adapter
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from specjax.errors import UserError, argument
-from specjax.lora import adapters, targets
+from specjax.lora import adapters, targets, tokens
 from specjax.lora.peft_config import CONFIG, read_config
 from specjax.models import Decoder
 
@@ -47,6 +47,10 @@ def check(model: Decoder, folder: Path, **given: Any) -> None:
         same = [set(targets.match_saved(model, saved, strict=False)) for saved in (given["modules_to_save"], theirs)]
         if same[0] != same[1]:
             refuse("modules_to_save", theirs)
+    if "trainable_token_indices" in given:
+        theirs = held.get("trainable_token_indices")
+        if theirs is None or tokens.match(model, theirs) != tokens.match(model, given["trainable_token_indices"]):
+            refuse("trainable_token_indices", theirs)
     places = {"targets": "target_modules", "exclude_modules": "exclude_modules"}
     places["layers_to_transform"] = "layers_to_transform"
     asked = {name: given.get(name, held.get(key)) for name, key in places.items()}

@@ -79,7 +79,8 @@ def reserve(model: Decoder, *, slots: int, rank: int, targets: str | Sequence[st
 def shares(model: Decoder, name: str) -> bool:
     """Whether rows that an adapter answers may share a batch with other adapters' rows.
 
-    Not with DoRA, whose norm would be taken from the whole kernel for every row; nor with copies of whole modules.
+    Not with DoRA, whose norm would be taken from the whole kernel for every row; nor with copies of whole modules
+    or of rows.
 
     Raises:
       UserError: there is no such adapter.

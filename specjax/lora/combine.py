@@ -122,7 +122,7 @@ def _plain(model: Decoder, name: str) -> Adapter:
     adapter = adapters.on_host(adapters.collect(model, name))
     other = next((one.variant.name for one in adapter.factors.values() if type(one.variant) is not LoRA), "")
     if adapter.copies or other:
-        what = f"factors of another kind ({other})" if other else "copies of whole modules (modules_to_save, or biases)"
+        what = f"factors of another kind ({other})" if other else "copies of whole modules, rows or biases"
         raise UserError(f"adapter {name!r} has {what}: plain LoRA factors alone can be combined.")
     return adapter
 

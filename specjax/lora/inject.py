@@ -11,7 +11,7 @@ import numpy as np
 
 from specjax import sharding
 from specjax.errors import UserError, argument, nearest
-from specjax.lora import fused
+from specjax.lora import fused, tokens
 from specjax.lora import targets as targets_lib
 from specjax.lora.adapters import DEFAULT, Adapter, Copies, Factors, attach, check_free
 from specjax.lora.targets import TIED_HEAD, TIED_PATH, Layers
@@ -41,6 +41,7 @@ def inject(
     layers_to_transform: int | Sequence[int] | None = None,
     exclude_modules: str | Sequence[str] | None = None,
     modules_to_save: Sequence[str] = (),
+    trainable_token_indices: tokens.Given = (),
     bias: str = "none",
     ensure_weight_tying: bool = False,
     seed: int = 0,
@@ -69,6 +70,8 @@ def inject(
       exclude_modules: linear maps to leave out, given like `targets`.
       modules_to_save: ends of names of modules that train as a whole beside the factors ("embed_tokens", "lm_head",
         "norm" for every norm). The base keeps its own.
+      trainable_token_indices: ids whose rows of the embedding train, and of a tied output layer with it; or names with
+        their ids, {"embed_tokens": [...], "lm_head": [...]}. The base keeps its own.
       bias: "all" biases train, or those of the targeted maps ("lora_only"), or "none". The base keeps its own.
       ensure_weight_tying: where embeddings are tied, `modules_to_save` trains one table for both ends; otherwise it
         trains the end that it names, and the other stays the base's, as in PEFT.
@@ -96,6 +99,8 @@ def inject(
     )
     saved = targets_lib.match_saved(model, modules_to_save)
     copies = _copies(model, saved, chosen, bias, ensure_weight_tying)
+    if trainable_token_indices:
+        copies |= tokens.fresh(model, trainable_token_indices, {*saved, *chosen})
     shapes = _shapes(model, chosen, (rank, ranks), (alpha, alphas))
     if init not in INITS:
         offered = ", ".join(map(repr, INITS))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from specjax import sharding
@@ -96,17 +97,28 @@ def _replace(model: Decoder, path: Path, copies: Copies) -> None:
     """Puts an adapter's copies in the base's place, cast to its dtype."""
     module = part(model, path)
     if isinstance(module, Embed) and model.lm_head is None and not copies.tied:
-        _untie(model, copies.values.get(TIED_HEAD, model.embed_tokens.embedding[...]))
+        if TIED_HEAD in copies.values or not copies.rows:  # else the rows are those of both ends
+            table = model.embed_tokens.embedding[...]
+            _untie(model, _with_rows(table, copies, TIED_HEAD) if TIED_HEAD in copies.values else table)
     for parameter, value in copies.values.items():
         if parameter == TIED_HEAD:
             continue
         base = getattr(module, parameter)
         old = base[...]
-        if all(copies.layers):
+        if parameter in copies.rows:
+            base[...] = jax.device_put(_with_rows(old, copies, parameter), old.sharding)
+        elif all(copies.layers):
             base[...] = jax.device_put(jnp.array(value, old.dtype, copy=True), old.sharding)
         else:
             on = jnp.asarray(copies.layers).reshape(-1, *(1,) * (old.ndim - 1))
             base[...] = jax.device_put(jnp.where(on, jnp.asarray(value).astype(old.dtype), old), old.sharding)
+
+
+def _with_rows(table: Any, copies: Copies, parameter: str) -> Any:
+    """A table [V,D] with an adapter's rows in their places, or the adapter's whole copy."""
+    value = jnp.asarray(copies.values[parameter])
+    rows = copies.rows.get(parameter)
+    return value if rows is None else table.at[np.array(rows)].set(value.astype(table.dtype))
 
 
 def _untie(model: Decoder, table: Any) -> None:

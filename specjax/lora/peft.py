@@ -18,13 +18,13 @@ from safetensors.numpy import save_file
 from specjax import sharding
 from specjax.cluster import processes
 from specjax.errors import UserError, keys
-from specjax.files import read_object, refuse_base
+from specjax.files import refuse_base
 from specjax.hf import names as hf_names
 from specjax.hf.ends import declared
 from specjax.hf.place import check
 from specjax.hf.tensors import Tensors
 from specjax.hf.tokenizer import save_tokenizer
-from specjax.lora import adapters, fused, mlx, targets
+from specjax.lora import adapters, base_file, fused, mlx, targets, tokens
 from specjax.lora.adapters import Adapter, Copies, Factors
 from specjax.lora.peft_config import CONFIG, WEIGHTS, read_config, write_config
 from specjax.lora.targets import TIED_HEAD, TIED_PATH
@@ -36,7 +36,10 @@ from specjax.models.layers import Linear
 from specjax.models.moe import Router
 
 _PREFIX = "base_model.model."
-BASE = "base.json"  # no file of PEFT's, which passes over it: {"fingerprint": ...} of the base's weights
+_TABLE = re.compile(  # the base's embedding or head, also inside of what PEFT wraps it in
+    re.escape(_PREFIX)
+    + r"((?:model\.(?:language_model\.)?)?(embed_tokens|lm_head))(?:\.token_adapter)?(?:\.base_layer)?\.weight"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ def save(
     eos_token: str = "",
     card: str = "",
     fingerprint: str = "",
+    vocab_size: int = 0,
 ) -> list[str]:
     """Writes an adapter as PEFT does, and reads it back before the folder appears.
 
@@ -76,7 +80,8 @@ def save(
       eos_token: the token that ends its answers, where it was taught another than the tokenizer's eos token. What ends
         a text is in the folder's tokenizer and, where the base's files do not say it, in a `generation_config.json`.
       card: the text of README.md, the model card; "": none is written.
-      fingerprint: of the base's weights, kept in a file beside the adapter's, see `base_of`; "": not known.
+      fingerprint: of the base's weights, kept in a file beside the adapter's, see `base_file`; "": not known.
+      vocab_size: the base's rows where tokens were added to it, kept there too; 0: none were.
 
     Returns:
       The targeted modules whose B is all zero, in which the adapter changes nothing; after training, none.
@@ -98,8 +103,7 @@ def save(
 
     def write(folder: Path) -> None:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})  # a second key of it would come in any order
-        if fingerprint:
-            (folder / BASE).write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+        base_file.write(folder, fingerprint, vocab_size)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -129,14 +133,6 @@ def load(model: Decoder, folder: str | Path, *, name: str = adapters.DEFAULT) ->
     adapters.attach(model, name, read(model, Path(folder)))
 
 
-def base_of(folder: str | Path) -> tuple[str, str]:
-    """What an adapter's folder says of its base: the name, and the fingerprint of its weights; each may be ""."""
-    if mlx.is_mlx(Path(folder)):
-        return mlx.base_of(Path(folder)), ""
-    told = read_object(Path(folder) / BASE) if (Path(folder) / BASE).is_file() else {}
-    return str(read_config(Path(folder)).get("base_model_name_or_path", "")), str(told.get("fingerprint") or "")
-
-
 def read(model: Decoder, folder: Path) -> Adapter:
     """The adapter in a folder, in arrays of this model's shapes; see `load`."""
     if mlx.is_mlx(folder):
@@ -159,7 +155,7 @@ def read(model: Decoder, folder: Path) -> Adapter:
     unknown = [
         key
         for key in held
-        if key not in rows and key not in expert_keys and not _is_the_bases(model, folder, key, held)
+        if key not in rows and key not in expert_keys and not _is_the_bases(model, adapter, folder, key, held)
     ]
     if unknown and model.config.multimodal and not any(".language_model." in key for key in unknown):
         raise UserError(
@@ -259,6 +255,8 @@ def _plan(model: Decoder, config: dict[str, Any]) -> Adapter:
             continue
         everywhere = (True,) * len(targets.modules(model, path))
         copies[path] = _blank(model, path, ("bias",), chosen[path] if bias == "lora_only" else everywhere)
+    if given := config.get("trainable_token_indices"):
+        copies |= tokens.blank(model, given)
     return Adapter(factors, copies, config.get("lora_dropout", 0.0), config.get("use_rslora", False))
 
 
@@ -293,7 +291,9 @@ def _table(model: Decoder, adapter: Adapter) -> Iterator[_Row]:
         for field in copies.values:
             keys, kind = targets.tensors(model, path, field)
             for layer, key in enumerate(keys):
-                if copies.layers[layer]:
+                if field in copies.rows:
+                    yield _Row(f"{_PREFIX}{key.removesuffix('weight')}{tokens.KEY}", path, field, layer, "table")
+                elif copies.layers[layer]:
                     inside = "base_layer." if ranks[layer] else ""  # where PEFT wraps the map
                     module, _, last = key.rpartition(".")
                     yield _Row(f"{_PREFIX}{module}.{inside}{last}", path, field, layer, kind)
@@ -319,24 +319,26 @@ def _to_file(model: Decoder, adapter: Adapter, row: _Row) -> np.ndarray:
     return np.ascontiguousarray(hf_names.to_hf(_place(model, adapter, row), row.kind))
 
 
-def _is_the_bases(model: Decoder, folder: Path, key: str, held: Tensors) -> bool:
+def _is_the_bases(model: Decoder, adapter: Adapter, folder: Path, key: str, held: Tensors) -> bool:
     """Whether a tensor only repeats the base's embedding or head, as PEFT's `save_embedding_layers` writes them.
+
+    What it has in the place of rows that are the adapter's own is of no matter: there PEFT writes what it drew.
 
     Raises:
       UserError: it holds others: the adapter was trained on another vocabulary or embedding.
     """
-    hit = re.fullmatch(
-        re.escape(_PREFIX) + r"((?:model\.(?:language_model\.)?)?(embed_tokens|lm_head))(?:\.base_layer)?\.weight", key
-    )
+    hit = _TABLE.fullmatch(key)
     if hit is None:
         return False
     head = model.lm_head if hit[2] == "lm_head" else None
     table: Any = model.embed_tokens.embedding[...] if head is None else head.kernel[...]
     theirs = held[key]
-    # Of a model of shapes alone there is nothing to compare.
-    same = isinstance(table, jax.core.Tracer) or np.array_equal(theirs.astype(table.dtype), processes.gather(table))
-    if theirs.shape == table.shape and same:
-        return True
+    if theirs.shape == table.shape:
+        if isinstance(table, jax.core.Tracer):  # of a model of shapes alone there is nothing to compare
+            return True
+        others = (theirs.astype(table.dtype) != processes.gather(table)).any(axis=1)
+        if set(np.flatnonzero(others).tolist()) <= set(tokens.covered(model, adapter, hit[2])):
+            return True
     raise UserError(
         f"{folder}: {key} is another table than the base's, but {CONFIG} does not have {hit[2]} in modules_to_save: "
         "is this adapter of another base model, or of one whose vocabulary was resized?"
@@ -356,6 +358,9 @@ def _differs(model: Decoder, wrote: Adapter, found: Adapter) -> str:
         alphas = [[a for a, r in zip(f.alphas, f.ranks, strict=True) if r] for f in (one, other)]
         if one.variant is not other.variant or one.ranks != other.ranks or alphas[0] != alphas[1]:
             return f"variant, rank or alpha of {sharding.path_name(path)}"
+    for path, held in wrote.copies.items():
+        if held.rows != found.copies[path].rows:
+            return f"trainable_token_indices of {sharding.path_name(path)}"
     for row in _table(model, wrote):
         if _place(model, wrote, row).tobytes() != _place(model, found, row).tobytes():
             return row.key

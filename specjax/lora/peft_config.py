@@ -12,7 +12,7 @@ from typing import Any
 
 from specjax.errors import UserError, nearest
 from specjax.files import read_object
-from specjax.lora import fused, targets
+from specjax.lora import fused, targets, tokens
 from specjax.lora.adapters import Adapter
 from specjax.lora.targets import TIED_HEAD
 from specjax.lora.variants import VARIANTS
@@ -24,6 +24,7 @@ CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "
 
 _SCALE = number("a number other than 0", lambda v: v != 0)
 _MODULES = Kind("a list of names or a pattern", either(TEXT, NAMES).fits)
+_IDS = listed(whole(), "a list of ids")
 # Keys that are read: what they may hold.
 _READ: dict[str, Kind] = {
     "r": whole(1),
@@ -35,6 +36,7 @@ _READ: dict[str, Kind] = {
     "target_parameters": NAMES,
     "exclude_modules": _MODULES,
     "modules_to_save": NAMES,
+    "trainable_token_indices": either(_IDS, mapped(_IDS, "modules' names with lists of ids")),
     "layers_to_transform": either(Kind("a layer's number", whole().fits), listed(whole(), "a list of such")),
     "layers_pattern": Kind("a name or a list of names", either(TEXT, NAMES).fits),
     "rank_pattern": mapped(whole(1), "patterns with whole numbers of at least 1"),
@@ -47,7 +49,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "layer_replication": (None, []),
     "lora_bias": (False, None),
-    "trainable_token_indices": (None,),
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -183,6 +184,7 @@ def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: s
         "target_modules": shorten(of_modules, lambda name, end: name.endswith(f".{end}")),
         "target_parameters": parameters or None,
         "modules_to_save": shorten(saved, str.endswith) if saved else None,
+        "trainable_token_indices": tokens.written(adapter),
         "ensure_weight_tying": any(copies.tied for copies in adapter.copies.values()),
         "bias": _bias(adapter),
         "layers_to_transform": None,
@@ -204,9 +206,9 @@ def saved_modules(model: Decoder, adapter: Adapter) -> list[str]:
     """The names PEFT knows the adapter's whole modules by."""
     found = []
     for path, copies in adapter.copies.items():
-        if TIED_HEAD in copies.values:
+        if TIED_HEAD in copies.values and not copies.rows:
             found.append(TIED_HEAD)
-        if list(copies.values) not in ([TIED_HEAD], ["bias"]):
+        if not copies.rows and list(copies.values) not in ([TIED_HEAD], ["bias"]):
             found += [name for name, on in zip(targets.modules(model, path), copies.layers, strict=True) if on]
     return found
 

@@ -23,19 +23,33 @@ Path = tuple[str | int, ...]
 
 
 class Own(nnx.Module):
-    """An adapter's own copies of a module's parameters, used in their place (PEFT's `modules_to_save` and `bias`).
+    """An adapter's own copies of a module's parameters, or of some of their rows, used in their place.
 
-    They are float32 `nnx.LoRAParam`, attributes named like the parameters they stand for.
+    They are PEFT's `modules_to_save`, `bias` and `trainable_token_indices`: float32 `nnx.LoRAParam`, attributes named
+    like the parameters they stand for.
 
     Attributes:
       layers: the layers whose copies are used, of a stacked module.
       tied: of a tied embedding: the copy is the output's table too.
+      rows: (parameter, numbers of its rows) of those of which a copy has these rows alone.
     """
 
-    def __init__(self, values: dict[str, nnx.LoRAParam], layers: tuple[bool, ...], mask: Constant | None, tied: bool):
+    def __init__(
+        self,
+        values: dict[str, nnx.LoRAParam],
+        layers: tuple[bool, ...],
+        mask: Constant | None,
+        tied: bool,
+        rows: dict[str, tuple[int, ...]],
+    ):
         for name, value in values.items():
             setattr(self, name, value)
         self.parameters, self.layers, self.mask, self.tied = tuple(values), layers, mask, tied
+        self.rows = tuple(rows.items())
+
+    def rows_of(self, name: str) -> tuple[int, ...]:
+        """The numbers of the rows that a copy has; (): it has all of the parameter."""
+        return dict(self.rows).get(name, ())
 
 
 class Adaptable(nnx.Module):
@@ -63,6 +77,8 @@ class Adaptable(nnx.Module):
         if own is None or name not in own.parameters:
             return value
         copy: jax.Array = getattr(own, name)[...]
+        if rows := own.rows_of(name):
+            return value.at[np.array(rows)].set(copy.astype(value.dtype), unique_indices=True)
         return copy if own.mask is None else jnp.where(own.mask[...] != 0, copy, value.astype(copy.dtype))
 
 
@@ -95,7 +111,8 @@ def select(model: Any, adapters: int | Sequence[int] | Int32[Array | np.ndarray,
         rows of the batch, a negative one for the base. An array of JAX may change without compiling again.
 
     Raises:
-      UserError: no adapter has such a slot, or one of several has copies of whole modules, which cannot share a batch.
+      UserError: no adapter has such a slot, or one of several has copies of whole modules or of rows, which cannot
+        share a batch.
     """
     if adapters is not None and not isinstance(adapters, jax.Array):
         check_slots(model, adapters)
@@ -113,8 +130,8 @@ def select(model: Any, adapters: int | Sequence[int] | Int32[Array | np.ndarray,
         held = [model.adapters[int(slot)] for slot in part.own if int(slot) in asked]
         if held:
             raise UserError(
-                f"adapter {held[0]!r} has copies of whole modules, which cannot share a batch: give it one of its own, "
-                "or unload it."
+                f"adapter {held[0]!r} has copies of whole modules or of rows, which cannot share a batch: give it one "
+                "of its own, or unload it."
             )
         if isinstance(part, AdaptableMap):
             for name, stack in list(part.updates.items()):

@@ -181,11 +181,24 @@ class Embed(Adaptable):
 
     def __call__(self, tokens: Int32[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         """The tokens' rows of the table, in `dtype`."""
-        return jnp.take(self.used("embedding"), tokens, axis=0).astype(dtype)
+        held = self.copies
+        rows = () if held is None else held.rows_of("embedding")
+        if held is None or not rows:
+            return jnp.take(self.used("embedding"), tokens, axis=0).astype(dtype)
+        # The adapter's few rows are looked up by themselves: a table with them in place would be a second one.
+        base: jax.Array = self.embedding[...]
+        places = jnp.full(base.shape[0], -1, jnp.int32).at[np.array(rows)].set(np.arange(len(rows), dtype=np.int32))
+        place = jnp.take(places, tokens, axis=0)
+        own = jnp.take(held.embedding[...], place, axis=0, mode="clip").astype(base.dtype)
+        return jnp.where(place[..., None] >= 0, own, jnp.take(base, tokens, axis=0)).astype(dtype)
 
     def output(self) -> Float[Array, "V D"]:
-        """The table of a tied output layer; an adapter's copy of the embedding is not it, unless it ties them."""
-        tied = self.copies is not None and self.copies.tied
+        """The table of a tied output layer: not an adapter's copy of the embedding, unless it ties them.
+
+        An adapter's rows of the embedding are in it, where the output layer has none of its own.
+        """
+        own = self.copies
+        tied = own is not None and (own.tied or (own.rows_of("embedding") and "lm_head" not in own.parameters))
         return self.used("embedding") if tied else self.used("lm_head", base="embedding")
 
 
