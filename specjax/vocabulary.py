@@ -75,7 +75,8 @@ def _trained(settings: Mapping[str, Any], tokenizer: Any, added: list[int]) -> s
     start = settings.get("init_from")
     held = read_config(Path(start)) if start else {}
     saved = settings.get("modules_to_save") or held.get("modules_to_save", [])
-    if any(name.endswith(ENDS) for name in saved):
+    targets = settings.get("targets") or held.get("target_modules") or ()
+    if any(name.endswith(ENDS) for name in (*saved, *([targets] if isinstance(targets, str) else targets))):
         return range(max(added, default=-1) + 1)
     named = settings.get("trainable_token_indices") or held.get("trainable_token_indices")
     found = _ids(named, tokenizer, added) if named else []

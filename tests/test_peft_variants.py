@@ -77,6 +77,16 @@ VARIANTS = {
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         "tied",
     ),
+    "the embedding": (
+        {
+            "target_modules": ["q_proj", "embed_tokens", "lm_head"],
+            "rank_pattern": {"embed_tokens": 3},
+            "alpha_pattern": {"embed_tokens": 12},
+            "use_rslora": True,
+        },
+        "plain",
+    ),
+    "a tied embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "tied"),
     "rows": ({"target_modules": MANY, "trainable_token_indices": [517, 3, 40]}, "plain"),
     "rows of both ends": (
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 2], "lm_head": [5, 517]}},
@@ -252,9 +262,10 @@ def _assert_stack_is_fresh(path, linear, stack):
 
 GRADIENTS = ["ranks and alphas", "DoRA in some layers", "tied ends kept tied", "rows of both ends", "rows of tied ends"]
 TRAINED = ["ranks and alphas", "DoRA in some layers", "whole modules", "all biases", "rows of both ends"]
-TRAINED += ["rows of tied ends", "other rows of tied ends"]
+GRADIENTS += ["the embedding", "a tied embedding"]
+TRAINED += ["a tied embedding", "rows of tied ends", "other rows of tied ends"]
 EXPORTED = ["DoRA", "whole modules", "a tied input", "a tied output", "tied ends kept tied", "everything"]
-EXPORTED += ["rows of tied ends", "other rows of tied ends"]
+EXPORTED += ["a tied embedding", "rows of tied ends", "other rows of tied ends"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -460,6 +471,8 @@ MATCHED = [
     {"target_modules": ["model.layers.2.mlp.down_proj", "layers.0.self_attn.q_proj", "lm_head"]},
     {"target_modules": ["model.layers.2.mlp.down_proj", "q_proj"], "layers_to_transform": [0, 1]},
     {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": 1},
+    {"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": 1},
+    {"target_modules": r".*\.(q_proj|embed_tokens)"},
     {"target_modules": ["q_proj"], "layers_to_transform": [1, 2], "layers_pattern": ["blocks", "layers"]},
     {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["layers.1.mlp", "norm", "layers.0"]},
     {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["1.mlp.up_proj"]},
@@ -700,6 +713,17 @@ def _save_wrongly(made, out):
             {"trainable_token_indices": [3], "modules_to_save": ["lm_head"]},
             "trains rows of lm_head, or of",
         ),
+        (
+            "plain",
+            {"targets": ["embed_tokens"], "dora": True},
+            "dora does not go on an embedding: leave it out of targ",
+        ),
+        ("plain", {"targets": ["embed_tokens"], "init": "pissa"}, "embed_tokens is of experts or an embedding: name"),
+        (
+            "tied",
+            {"targets": ["embed_tokens"], "trainable_token_indices": [3]},
+            "trains rows of embed_tokens, or of what is tied to it, and so do targets",
+        ),
         ("plain", {"bias": "all"}, "linear maps of this model have none"),
         ("plain", {"bias": "some"}, "bias 'some': choose one of none, all, lora_only"),
         ("plain", {"ensure_weight_tying": True}, "is for a model whose embeddings are tied"),
@@ -712,6 +736,18 @@ def test_what_contradicts_itself_or_matches_nothing_is_refused(bases, name, opti
     with pytest.raises(UserError, match=said):
         sj.lora.inject(made, **{"rank": 2, "targets": ["q_proj"]} | options)
     assert sj.lora.names(made) == []
+
+
+def test_one_update_at_both_ends_and_a_rate_of_its_own_for_the_embedding_are_refused(bases, tmp_path):
+    made = load(bases["tied"][0], dtype="float32")[0]
+    sj.lora.inject(made, rank=2, targets=["q_proj", "embed_tokens"])
+    with pytest.raises(UserError, match="LoRA.* has a rate of its own for an embedding's factors in PEFT"):
+        sj.lora_plus(sj.adamw(1e-3), 16.0).init(split(made, sj.LORA)[1])
+    sj.lora.save(made, tmp_path / "adapter")
+    path = tmp_path / "adapter" / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ensure_weight_tying": True}))
+    with pytest.raises(UserError, match="ensure_weight_tying with embed_tokens in target_modules, one update at both"):
+        sj.lora.load(made, tmp_path / "adapter", name="tied")
 
 
 def test_merging_into_a_quantised_base_is_refused(bases):

@@ -13,18 +13,22 @@ from specjax.errors import UserError
 from specjax.generation.generate import generate_tokens
 from specjax.generation.pools import pools
 from specjax.lora import bank
-from specjax.lora.targets import linears
+from specjax.lora.targets import linears, maps_of
 
 PROMPTS = [[5, 6, 7], [9] * 9, [3, 4], [8, 7, 6, 5], [1, 2], [4] * 5]
 NEW = 8
 TOKENS = prompts(rows=6, length=24, vocab_size=128)
 #: name -> what `inject` is told: ranks, scales, maps and layers differ; the last two share no batch.
 ADAPTERS = {
-    "hr": {"rank": 2, "targets": ["q_proj", "v_proj", "down_proj", "lm_head"], "rank_pattern": {"layers.1.*": 1}},
+    "hr": {
+        "rank": 2,
+        "targets": ["q_proj", "v_proj", "down_proj", "lm_head", "embed_tokens"],
+        "rank_pattern": {"layers.1.*": 1},
+    },
     "tax": {"rank": 4, "alpha": 12},
     "law": {"rank": 8, "targets": ["k_proj", "o_proj", "up_proj"], "rslora": True, "layers_to_transform": [1]},
     "dora": {"rank": 2, "targets": ["q_proj", "up_proj"], "dora": True},
-    "whole": {"rank": 2, "targets": ["q_proj"], "modules_to_save": ["norm"]},
+    "whole": {"rank": 2, "targets": ["q_proj"], "modules_to_save": ["norm"], "trainable_token_indices": [5, 9]},
 }
 SHARING = ["hr", "tax", "law"]
 
@@ -44,6 +48,10 @@ def folders(tmp_path_factory):
                 stack.b[...] = noise * rng.standard_normal(noise.shape).astype(np.float32)
         if name == "whole":
             made.norm.own["0"].scale[...] = made.norm.own["0"].scale[...] * 2 - 1
+            made.embed_tokens.own["0"].embedding[...] *= -2
+        if name == "hr":
+            a = made.embed_tokens.updates["embedding"].a
+            a[...] = 0.1 * rng.standard_normal(a.shape).astype(np.float32)
         sj.lora.save(made, out / name)
     return {name: out / name for name in ADAPTERS}
 
@@ -70,7 +78,7 @@ def assert_answered(alone, chosen, answers):
 
 
 def room(made):
-    sj.lora.reserve(made, slots=8, rank=8, targets=sorted({path[-1] for path in linears(made)}))
+    sj.lora.reserve(made, slots=8, rank=8, targets=sorted({path[-1] for path in maps_of(made)}))
 
 
 def several(folders, *names, **changes):

@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     config.lora.rank = placeholder(int)  # rank of the factors; must be set, unless `init_from` is
     config.lora.alpha = placeholder(float)  # the update is scaled by alpha/rank; not set: 2 * rank
     config.lora.dropout = placeholder(float)  # probability; not set: 0
-    # Which linear maps get factors: names, "a,b" or a pattern, as in PEFT; not set: "all-linear".
+    # Which linear maps, or embed_tokens, get factors: names, "a,b" or a pattern, as in PEFT; not set: "all-linear".
     config.lora.targets = placeholder(object)
     config.lora.rslora = placeholder(bool)  # scale by alpha/sqrt(rank) instead of alpha/rank
     config.lora.dora = placeholder(bool)  # DoRA: train the magnitude of each output too

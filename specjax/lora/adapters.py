@@ -19,12 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from specjax import sharding
 from specjax.cluster import processes
 from specjax.errors import UserError, nearest
-from specjax.lora.targets import TIED_HEAD, Layers, is_stacked, linears, parts
+from specjax.lora.targets import TIED_HEAD, Layers, is_stacked, maps_of, parts
 from specjax.lora.variants import LoRA, PiSSA, variant_of
 from specjax.models import Decoder
 from specjax.models.adapter import Adaptable, AdaptableMap, Own, Path
 from specjax.models.experts import ExpertLinear
-from specjax.models.layers import Axes, Linear
+from specjax.models.layers import Axes, Embed, Linear
 from specjax.models.stack import Constant, Member, Stack
 
 DEFAULT = "default"
@@ -81,7 +81,7 @@ def check_free(model: Decoder, name: str) -> None:
 def attach(model: Decoder, name: str, adapter: Adapter) -> None:
     """Puts an adapter on the model, placed on its mesh, and in use; copies lie like what they stand for."""
     slot = next((i for i, held in enumerate(model.adapters) if held is None), len(model.adapters))
-    maps, modules = linears(model), parts(model)
+    maps, modules = maps_of(model), parts(model)
     for path, factors in adapter.factors.items():
         member = Member(slot, factors.ranks, factors.alphas, adapter.dropout, adapter.rslora)
         held = maps[path].updates.get(factors.variant.name)
@@ -113,7 +113,7 @@ def attach(model: Decoder, name: str, adapter: Adapter) -> None:
 
 def _stack(linear: AdaptableMap, variant: LoRA, rows: Sequence[tuple[Member, Mapping[str, Array]]]) -> Stack:
     """The stack of adapters, one row each, padded with zeros to the largest rank and placed on the map's mesh."""
-    assert isinstance(linear, Linear | ExpertLinear)
+    assert isinstance(linear, Linear | ExpertLinear | Embed)
     rank = max(max(member.ranks) for member, _ in rows)
     at = int(is_stacked(linear))  # the axis of adapters, behind that of the layers
     mesh = sharding.mesh_of(jax.tree.leaves(nnx.state(linear))[0])
@@ -197,7 +197,7 @@ def collect(model: Decoder, name: str) -> Adapter:
 
 def as_saved(model: Decoder, adapter: Adapter) -> Adapter:
     """The adapter of `on_host` as files have it: PiSSA is plain LoRA of twice the rank, and of the same scale."""
-    maps, factors = linears(model), {}
+    maps, factors = maps_of(model), {}
     for path, one in adapter.factors.items():
         if isinstance(one.variant, PiSSA):
             values = one.variant.as_lora(dict(one.values), one.ranks, int(is_stacked(maps[path])))

@@ -21,7 +21,7 @@ from specjax import sharding
 from specjax.errors import UserError
 from specjax.lora import targets as targets_lib
 from specjax.lora.adapters import constant, placed, rows_of, slot_of, worn
-from specjax.lora.targets import is_stacked, linears, parts
+from specjax.lora.targets import is_stacked, maps_of, parts
 from specjax.lora.variants import PISSA, VARIANTS, LoRA, variant_of
 from specjax.models import Decoder
 from specjax.models.adapter import AdaptableMap, Path
@@ -70,7 +70,7 @@ def reserve(model: Decoder, *, slots: int, rank: int, targets: str | Sequence[st
     for name, number in {"slots": slots, "rank": rank}.items():
         if number < 1:
             raise UserError(f"{name} is {number}: it must be at least 1.")
-    bank, maps = _BANKS.setdefault(model, _Bank()), linears(model)
+    bank, maps = _BANKS.setdefault(model, _Bank()), maps_of(model)
     bank.slots, bank.rank = max(bank.slots, slots), max(bank.rank, rank)
     bank.maps |= {(path, variant_of(maps[path], {}).name) for path in targets_lib.match(model, targets)}
     bank.made_of = []
@@ -99,7 +99,7 @@ def serving(model: Decoder) -> Decoder:
     bank = _BANKS.setdefault(model, _Bank())
     _fill(bank, model)
     made = bare(model)
-    for path, part in linears(made).items():
+    for path, part in maps_of(made).items():
         part.active = ...
         for at, stack in bank.stacks.items():
             if at[0] == path:  # a stack of its own, whose rows are set: the arrays are the bank's
@@ -111,7 +111,7 @@ def serving(model: Decoder) -> Decoder:
 def bear(model: Decoder, slots: np.ndarray) -> None:
     """Says of a model of `serving` which adapter each row of the next batch bears: int32 [G]; below 0: the base."""
     mesh, rows = _mesh(model), np.asarray(slots, np.int32)
-    for part in linears(model).values():
+    for part in maps_of(model).values():
         for stack in _stacks(part):
             layers = part.kernel.shape[0] if is_stacked(part) else None
             whole = rows if layers is None else np.broadcast_to(rows, (layers, len(rows)))
@@ -132,7 +132,7 @@ def bare(model: Decoder) -> Decoder:
 
 def _fill(bank: _Bank, model: Decoder) -> None:
     """Makes the bank's stacks, where the model's are others than those that it was made of; room only grows."""
-    maps = linears(model)
+    maps = maps_of(model)
     held = {(path, stack.variant.name): stack for path, part in maps.items() for stack in _stacks(part)}
     held = {at: stack for at, stack in held.items() if _variant(stack).shares}
     made_of = [(at, one.members, *(getattr(one, field)[...] for field in one.fields)) for at, one in held.items()]

@@ -21,7 +21,7 @@ import numpy as np
 from specjax import sharding
 from specjax.errors import UserError
 from specjax.lora.adapters import Adapter, Factors
-from specjax.lora.targets import Layers, linears, modules
+from specjax.lora.targets import Layers, maps_of, modules
 from specjax.lora.variants import ExpertLoRA, variant_of
 from specjax.models import Decoder
 from specjax.models.adapter import Path
@@ -34,7 +34,7 @@ FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 def check(model: Decoder, factors: Mapping[Path, Factors], dropout: float, dora: bool) -> None:
     """Raises `UserError` for an adapter on experts or router that PEFT's files cannot hold."""
-    maps = linears(model)
+    maps = maps_of(model)
     single = by_parameter(model)
     touched = [path for path in factors if isinstance(maps[path], ExpertLinear) or path in single]
     if not touched:
@@ -60,7 +60,7 @@ def check(model: Decoder, factors: Mapping[Path, Factors], dropout: float, dora:
 
 def by_parameter(model: Decoder) -> dict[Path, list[str]]:
     """The maps of one matrix that PEFT must know by their parameter, with its name in each layer."""
-    maps = linears(model)
+    maps = maps_of(model)
     experts = {path[-1] for path, one in maps.items() if isinstance(one, ExpertLinear)}
     return {
         path: [f"{name}.weight" for name in modules(model, path)]
@@ -124,7 +124,7 @@ def settings(model: Decoder, adapter: Adapter) -> tuple[dict[str, int], dict[str
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     targets: list[str] = []
-    maps = linears(model)
+    maps = maps_of(model)
     for path, known in by_parameter(model).items():
         if path not in adapter.factors:
             continue
@@ -222,7 +222,7 @@ def _layer(
 
 def _maps_of(model: Decoder, parameter: str) -> list[list[tuple[Path, ExpertLinear]]]:
     """Our maps that PEFT has as one parameter, in its order, each as its modules, one per segment, by path."""
-    maps = [(path, one) for path, one in sorted(linears(model).items()) if isinstance(one, ExpertLinear)]
+    maps = [(path, one) for path, one in sorted(maps_of(model).items()) if isinstance(one, ExpertLinear)]
     return [[(path, one) for path, one in maps if path[-1] == name] for name in FUSED[parameter]]
 
 

@@ -139,7 +139,7 @@ def _fresh(
     seed: int,
 ) -> dict[Path, Factors]:
     """First values of the maps' factors, by the ranks and alphas of their layers and PEFT's keys for the variant."""
-    maps = targets_lib.linears(model)
+    maps = targets_lib.maps_of(model)
     variants = {path: variant_of(maps[path], settings) for path in shapes}
     # A program that draws takes most of a second to compile. So all draw equally many: a key's first numbers are those
     # that it gives for any shape of as many.
@@ -170,11 +170,11 @@ def _principal(
     """
     if dora:
         raise UserError(f"{argument('init')} is 'pissa', which does not go with {argument('dora')}: leave one out.")
-    maps, factors = targets_lib.linears(model), {}
+    maps, factors = targets_lib.maps_of(model), {}
     for path, (ranks, alphas) in shapes.items():
         linear, name = maps[path], sharding.path_name(path)
         if not isinstance(linear, Linear) or isinstance(linear.kernel, Quantised):
-            what = "is quantised" if isinstance(linear.kernel, Quantised) else "is of experts"
+            what = "is quantised" if isinstance(linear, Linear) else "is of experts or an embedding"
             raise UserError(
                 f"{argument('init')} is 'pissa', but {name} {what}: name other {argument('targets')}, or leave "
                 f"{argument('init')} out."

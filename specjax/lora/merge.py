@@ -13,7 +13,7 @@ from specjax import sharding
 from specjax.errors import UserError, argument
 from specjax.hf.quantise import dequantise_base, is_quantised
 from specjax.lora.adapters import Copies, active, collect, unload
-from specjax.lora.targets import TIED_HEAD, is_stacked, linears, part
+from specjax.lora.targets import TIED_HEAD, is_stacked, maps_of, part, weight
 from specjax.lora.variants import LoRA
 from specjax.models import Decoder
 from specjax.models.adapter import Path
@@ -50,9 +50,9 @@ def merge(model: Decoder, name: str | None = None, *, dequantise: bool = False) 
         raise UserError(f"the base is not quantised: leave {argument('dequantise')} out of the merge.")
     if quantised:
         dequantise_base(model)
-    maps = linears(model)
+    maps = maps_of(model)
     for path in adapter.factors:
-        _check_dtype((*path, "kernel"), maps[path].kernel.dtype)
+        _check_dtype((*path, "kernel"), weight(maps[path]).dtype)
     for path, copies in adapter.copies.items():
         for parameter in copies.values:
             stored = "embedding" if parameter == TIED_HEAD else parameter
@@ -60,7 +60,9 @@ def merge(model: Decoder, name: str | None = None, *, dequantise: bool = False) 
     for path, copies in adapter.copies.items():
         _replace(model, path, copies)
     for path, factors in adapter.factors.items():
-        linear, kernel = maps[path], maps[path].kernel
+        linear, kernel = maps[path], weight(maps[path])
+        if isinstance(linear, Embed) and model.lm_head is None:
+            _untie(model, linear.embedding[...])
         scales = jnp.array(Member(0, factors.ranks, factors.alphas, 0.0, adapter.rslora).scales, jnp.float32)
         stacked = is_stacked(linear)
         merger = _merger(factors.variant, linear.in_dims, stacked, kernel[...].sharding)

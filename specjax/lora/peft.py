@@ -118,8 +118,8 @@ def save(
             raise UserError(f"{out}: {different} came back otherwise than it was written: nothing is saved.")
 
     processes.together(out, overwrite, write, check)
-    ends = ".lora_B.weight"
-    return [key[len(_PREFIX) : -len(ends)] for key, one in tensors.items() if key.endswith(ends) and not one.any()]
+    last = re.compile(r"\.(lora_B\.weight|lora_embedding_A)$")
+    return [last.sub("", key)[len(_PREFIX) :] for key, one in tensors.items() if last.search(key) and not one.any()]
 
 
 def load(model: Decoder, folder: str | Path, *, name: str = adapters.DEFAULT) -> None:
@@ -219,7 +219,7 @@ def _plan(model: Decoder, config: dict[str, Any]) -> Adapter:
             saved=config.get("modules_to_save", []),
             strict=False,
         )
-    maps, parts = targets.linears(model), targets.parts(model)
+    maps, parts = targets.maps_of(model), targets.parts(model)
     rank_of, alpha_of = _patterns(config)
     chosen = {path: flags for path, flags in chosen.items() if not isinstance(maps[path], ExpertLinear | Router)}
     matrices = fused.matrices(model, config.get("target_parameters", []))
@@ -234,6 +234,11 @@ def _plan(model: Decoder, config: dict[str, Any]) -> Adapter:
         values: dict[str, Any] = {field: np.zeros(shape, np.float32) for field, (shape, _) in arrays.items()}
         factors[path] = Factors(variant, values, ranks, tuple(float(alpha_of(name)) for name in modules))
     tie = bool(config.get("ensure_weight_tying")) and model.lm_head is None
+    if tie and targets.embedding(model) in chosen:
+        raise UserError(
+            "ensure_weight_tying with embed_tokens in target_modules, one update at both ends of tied embeddings, is "
+            "not supported."
+        )
     copies: dict[ModulePath, Copies] = {}
     for path, flags in saved.items():
         if path in parts:
@@ -279,7 +284,7 @@ def _blank(model: Decoder, path: ModulePath, fields: tuple[str, ...], layers: ta
 
 def _table(model: Decoder, adapter: Adapter) -> Iterator[_Row]:
     """Every tensor of the adapter's file."""
-    maps = targets.linears(model)
+    maps = targets.maps_of(model)
     for path, factors in adapter.factors.items():
         tensors = factors.variant.tensors(maps[path].in_dims)  # none of experts: see `fused.tensors`
         for layer, module in enumerate(targets.modules(model, path)):
@@ -294,7 +299,7 @@ def _table(model: Decoder, adapter: Adapter) -> Iterator[_Row]:
                 if field in copies.rows:
                     yield _Row(f"{_PREFIX}{key.removesuffix('weight')}{tokens.KEY}", path, field, layer, "table")
                 elif copies.layers[layer]:
-                    inside = "base_layer." if ranks[layer] else ""  # where PEFT wraps the map
+                    inside = "base_layer." if ranks[layer] and field != TIED_HEAD else ""  # where PEFT wraps the map
                     module, _, last = key.rpartition(".")
                     yield _Row(f"{_PREFIX}{module}.{inside}{last}", path, field, layer, kind)
         if copies.tied:  # the same table, under both names

@@ -148,7 +148,7 @@ def write_config(model: Decoder, adapter: Adapter, base: str | None, revision: s
 
     `r` and `lora_alpha` are the most frequent ones, `rank_pattern` and `alpha_pattern` hold the others.
     """
-    maps = targets.linears(model)
+    maps = targets.maps_of(model)
     matrices = fused.by_parameter(model)
     ranks, alphas = {}, {}
     for path, factors in adapter.factors.items():

@@ -45,6 +45,16 @@ def linears(model: Decoder) -> dict[Path, Linear | ExpertLinear]:
     return {path: part for path, part in parts(model).items() if isinstance(part, Linear | ExpertLinear)}
 
 
+def maps_of(model: Decoder) -> dict[Path, Linear | ExpertLinear | Embed]:
+    """What factors go beside: the linear maps and the embedding."""
+    return {path: part for path, part in parts(model).items() if isinstance(part, Linear | ExpertLinear | Embed)}
+
+
+def weight(part: Linear | ExpertLinear | Embed) -> Any:
+    """The variable that factors add to."""
+    return part.embedding if isinstance(part, Embed) else part.kernel
+
+
 def embedding(model: Decoder) -> Path:
     """The path of the embedding."""
     return next(path for path, part in parts(model).items() if isinstance(part, Embed))
@@ -90,12 +100,13 @@ def match(
     saved: Sequence[str] = (),
     strict: bool = True,
 ) -> dict[Path, Layers]:
-    """The linear maps that `targets` names, and in which layers.
+    """The maps that `targets` names, linear ones and the embedding, and in which layers.
 
     Args:
       model: the model.
-      targets: "all-linear" (every linear map of the layers, not the head); another string is a regular expression that
-        must match a module's full name ("model.layers.0.self_attn.q_proj"); a list holds names or ends of names.
+      targets: "all-linear" (every linear map of the layers, neither the head nor the embedding); another string is a
+        regular expression that must match a module's full name ("model.layers.0.self_attn.q_proj"); a list holds names
+        or ends of names.
       exclude: likewise, of maps to leave out.
       layers: numbers of the layers to touch, where `targets` is a list of ends of names; None: all.
       layers_pattern: the name before a layer's number ("layers"); None: any.
@@ -105,11 +116,11 @@ def match(
     Raises:
       UserError: a target matches nothing; the names that are there are listed.
     """
-    maps = linears(model)
-    known = sorted({str(path[-1]) for path in maps})
+    known = sorted({str(path[-1]) for path in maps_of(model)})
+    ends = [part for part in (model.lm_head, model.embed_tokens) if part is not None]
     pattern = targets if isinstance(targets, str) and targets.lower() != "all-linear" else None
     hit = Pattern(pattern, argument("targets")) if pattern is not None else None
-    names = {path: modules(model, path) for path in maps}
+    names = {path: modules(model, path) for path in maps_of(model)}
     everything = [name for found in names.values() for name in found]
     for one in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or ():
         Pattern(one, "layers_pattern")
@@ -126,14 +137,14 @@ def match(
         if left_out(name) or any(inside(name) for inside in whole):
             return False
         if isinstance(targets, str):
-            return hit(name) if hit else maps[path] is not model.lm_head
+            return hit(name) if hit else all(part(model, path) is not end for end in ends)
         if name in targets:  # PEFT asks a full name for no layer
             return True
         return _ends(targets)(name) and (
             layers is None or layers == [] or _layer(name, layers_pattern) in _some(layers)
         )
 
-    found = {path: tuple(chosen(path, name) for name in names[path]) for path in maps}
+    found = {path: tuple(chosen(path, name) for name in of) for path, of in names.items()}
     found = {path: flags for path, flags in found.items() if any(flags)}
     if not found:
         raise UserError(

@@ -171,8 +171,10 @@ class RMSNorm(Adaptable):
         return ((1.0 + scale if self.style == "gemma" else scale) * y).astype(x.dtype)
 
 
-class Embed(Adaptable):
-    """Token embedding, [V,D]."""
+class Embed(AdaptableMap):
+    """Token embedding, [V,D] (+ the updates in use)."""
+
+    in_dims = 1  # a token
 
     def __init__(self, vocab_size: int, embed_dim: int, *, rngs: nnx.Rngs | None, stddev: float = 0.02):
         super().__init__()
@@ -181,6 +183,12 @@ class Embed(Adaptable):
 
     def __call__(self, tokens: Int32[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         """The tokens' rows of the table, in `dtype`."""
+        x = self._rows(tokens, dtype)
+        for update in self.active_updates():
+            x = (x + update(Call(tokens))).astype(dtype)
+        return x
+
+    def _rows(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         held = self.copies
         rows = () if held is None else held.rows_of("embedding")
         if held is None or not rows:

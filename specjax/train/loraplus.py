@@ -24,7 +24,8 @@ def lora_plus(rule: optax.GradientTransformation, ratio: float) -> Optimizer:
       ratio: 1 is the rule itself; the paper advises 16 and a smaller rate.
 
     Raises:
-      UserError: a ratio that is not above 0; from `init`, parameters without LoRA's factors.
+      UserError: a ratio that is not above 0; from `init`, parameters without LoRA's factors, or with
+        those of an embedding.
     """
     if not ratio > 0:
         raise UserError(f"ratio is {ratio}: it must be above 0; 1 is off.")
@@ -33,6 +34,11 @@ def lora_plus(rule: optax.GradientTransformation, ratio: float) -> Optimizer:
     def init(params: Any) -> Any:
         if not any(name_of(path) == "b" for path, _ in jax.tree.leaves_with_path(params)):
             raise UserError("LoRA+ is for LoRA's factors, and none of them trains: use the rule as it is.")
+        if any("embed_tokens" in str(path) and name_of(path) == "b" for path, _ in jax.tree.leaves_with_path(params)):
+            raise UserError(
+                "LoRA+ has a rate of its own for an embedding's factors in PEFT, which is not supported: leave the "
+                "embedding out of LoRA's targets, or use the rule as it is."
+            )
         return inner.init(params)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

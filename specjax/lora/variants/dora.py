@@ -11,9 +11,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Float32
 
-from specjax.lora.variants.lora import Draw, LoRA, Values, dropped
-from specjax.models.experts import ExpertLinear
-from specjax.models.layers import Axes, Linear
+from specjax.lora.variants.lora import Draw, LoRA, Map, Values, dropped
+from specjax.models.layers import Axes
 from specjax.models.products import contract
 from specjax.models.stack import Arrays, Call
 
@@ -25,13 +24,13 @@ class DoRA(LoRA):
     settings: ClassVar[dict[str, Any]] = {"use_dora": True}
     shares: ClassVar[bool] = False  # the norm of its weights would be taken for every row, from the whole kernel
 
-    def arrays(self, linear: Linear | ExpertLinear, rank: int) -> dict[str, tuple[tuple[int, ...], Axes]]:
+    def arrays(self, linear: Map, rank: int) -> dict[str, tuple[tuple[int, ...], Axes]]:
         """Also the magnitude, [(L,) *out]."""
         factors = super().arrays(linear, rank)
         shape, axes = factors["b"]
         return factors | {"magnitude": (shape[:-1], axes[:-1])}
 
-    def init(self, linear: Linear | ExpertLinear, ranks: tuple[int, ...], draw: Draw) -> Values:
+    def init(self, linear: Map, ranks: tuple[int, ...], draw: Draw) -> Values:
         """Also ||W|| over the inputs."""
         return super().init(linear, ranks, draw) | {"magnitude": _norms(linear)}
 
@@ -62,7 +61,7 @@ class DoRA(LoRA):
         return *super().tensors(in_dims), ("magnitude", "lora_magnitude_vector", "flat")
 
 
-def _norms(linear: Linear | ExpertLinear) -> jax.Array:
+def _norms(linear: Map) -> jax.Array:
     """||W|| over the inputs, float32 [(L,) *out], layer by layer."""
     graph, state = nnx.split(linear)
     axes = tuple(range(-linear.in_dims, 0))

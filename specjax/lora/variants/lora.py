@@ -14,11 +14,12 @@ from jax import Array
 from jaxtyping import Float, Float32
 
 from specjax.models.experts import ExpertLinear
-from specjax.models.layers import Axes, Linear
+from specjax.models.layers import Axes, Embed, Linear
 from specjax.models.products import contract, expand
 from specjax.models.stack import Arrays, Call
 
 Values = dict[str, Array | np.ndarray]  # an adapter's arrays before they are placed
+Map = Linear | ExpertLinear | Embed
 Draw = Callable[[tuple[int, ...], float], Array | np.ndarray]
 
 
@@ -39,11 +40,12 @@ class LoRA:
     shares: ClassVar[bool] = True
     frozen: ClassVar[tuple[str, ...]] = ()
 
-    def arrays(self, linear: Linear | ExpertLinear, rank: int) -> dict[str, tuple[tuple[int, ...], Axes]]:
+    def arrays(self, linear: Map, rank: int) -> dict[str, tuple[tuple[int, ...], Axes]]:
         """Shape and logical axes of each array of one adapter on a map: A [(L,) R, *in] and B [(L,) *out, R].
 
         Over `fsdp` they are replicated: they are small, and gathering them in every layer costs more than it saves.
         """
+        assert not isinstance(linear, Embed)
         lead, shape = leading(linear), linear.kernel.shape
         axes = tuple(None if axis == "embed" else axis for axis in linear.kernel.get_metadata("axes"))
         first, out, inputs = slice(0, lead), slice(lead, -linear.in_dims), slice(-linear.in_dims, None)
@@ -52,11 +54,11 @@ class LoRA:
             "b": ((*shape[first], *shape[out], rank), (*axes[first], *axes[out], "lora_rank")),
         }
 
-    def drawn(self, linear: Linear | ExpertLinear, rank: int) -> int:
+    def drawn(self, linear: Map, rank: int) -> int:
         """How many random numbers `init` draws at once."""
         return math.prod(self.arrays(linear, rank)["a"][0])
 
-    def init(self, linear: Linear | ExpertLinear, ranks: tuple[int, ...], draw: Draw) -> Values:
+    def init(self, linear: Map, ranks: tuple[int, ...], draw: Draw) -> Values:
         """A uniform in +-1/sqrt(inputs), B zero, as PEFT initialises them; `ranks` is that of each layer.
 
         Args:
@@ -98,8 +100,9 @@ class LoRA:
         return ("a", "lora_A.weight", f"kernel/{in_dims}"), ("b", "lora_B.weight", "kernel/1")
 
 
-def leading(linear: Linear | ExpertLinear) -> int:
+def leading(linear: Map) -> int:
     """How many leading axes of a map's kernel count maps: the layers', the experts'."""
+    assert not isinstance(linear, Embed)
     return sum(axis in ("layers", "expert") for axis in linear.kernel.get_metadata("axes"))
 
 

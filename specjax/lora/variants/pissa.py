@@ -17,8 +17,7 @@ from jax import Array
 from jaxtyping import Float, Float32
 
 from specjax.cluster import processes
-from specjax.lora.variants.lora import LoRA, Values, dropped, leading
-from specjax.models.experts import ExpertLinear
+from specjax.lora.variants.lora import LoRA, Map, Values, dropped, leading
 from specjax.models.layers import Axes, Linear
 from specjax.models.products import contract, expand
 from specjax.models.stack import Arrays, Call
@@ -30,7 +29,7 @@ class PiSSA(LoRA):
     name: ClassVar[str] = "pissa"
     frozen: ClassVar[tuple[str, ...]] = ("a0", "b0")
 
-    def arrays(self, linear: Linear | ExpertLinear, rank: int) -> dict[str, tuple[tuple[int, ...], Axes]]:
+    def arrays(self, linear: Map, rank: int) -> dict[str, tuple[tuple[int, ...], Axes]]:
         """Also A0 and B0."""
         factors = super().arrays(linear, rank)
         return factors | {"a0": factors["a"], "b0": factors["b"]}
