@@ -81,6 +81,9 @@ def test_files_of_transformers_4_get_the_tokens_in_its_dialect(base, tmp_path):
     listed = {"300": new | {"content": "<|x|>", "special": True}, "301": new | {"content": "zork", "special": False}}
     assert now == was | {"added_tokens_decoder": was["added_tokens_decoder"] | listed}
     assert load_tokenizer(tmp_path / "out")(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
+    was, now = (json.loads((at / "tokenizer.json").read_text()) for at in (folder, tmp_path / "out"))
+    assert [one["content"] for one in now.pop("added_tokens")[-2:]] == ["<|x|>", "zork"]
+    assert now == {key: value for key, value in was.items() if key != "added_tokens"}
 
 
 def test_a_token_of_the_vocabulary_keeps_its_id_and_rows_that_are_there_are_used(base, tmp_path):
