@@ -72,25 +72,27 @@ def _weights_per_token(c: ModelConfig) -> float:
     found = float(c.embed_dim * c.vocab_size)
     for segment in c.segments:
         here = c.of(segment)
-        own = 0 if here.shares else (1 + here.values) * here.num_kv_heads
         blocks = {
             "dense": (3 if here.gate else 2) * here.mlp_dim,
             "experts": 3 * here.expert_dim * here.experts_per_token + here.num_experts,
         }
         added = 3 * here.per_layer[1] if here.per_layer else 0  # the layer's two maps, and its part of the model's
-        found += (
-            segment.layers
-            * here.embed_dim
-            * (here.head_dim * (2 * here.num_heads + own) + blocks[segment.block] + added)
-        )
+        found += segment.layers * here.embed_dim * (here.mixer_dim + blocks[segment.block] + added)
     return found
 
 
 def _attention(c: ModelConfig, length: int) -> float:
-    """FLOPs of all layers' scores and sums of one row, forward: causal, so that each query counts the keys it sees."""
+    """FLOPs of all layers' scores and sums of one row, forward: causal, so that each query counts the keys it sees.
+
+    Of a delta network those of its rule a token at a time, of which chunks make more.
+    """
     found = 0.0
     for segment, span in zip(c.segments, c.spans, strict=True):
         here = c.of(segment)
+        if here.delta:  # a token reads its state by its key and its query, and adds to it; and the convolution
+            state = 6.0 * math.prod(here.delta.state) + 2.0 * here.delta.channels * here.delta.taps
+            found += segment.layers * length * state
+            continue
         kinds = [here.layer_kinds[layer] for layer in span] if here.layer_kinds else [0] * segment.layers
         found += sum(4.0 * here.num_heads * here.head_dim * _pairs(length, here.windows[kind]) for kind in kinds)
     return found

@@ -45,6 +45,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
+    # Six layers: a period of two delta networks and one of attention, twice.
+    "qwen3_5_text": {
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 24,
+        "linear_value_head_dim": 32,
+        "num_hidden_layers": 6,
+        "layer_types": [*["linear_attention"] * 2, "full_attention"] * 2,
+    },
     "gemma": {"head_dim": 24, "num_key_value_heads": 1},
     "gemma2": {"head_dim": 24, "sliding_window": 70, "query_pre_attn_scalar": 40},
     # Seven layers: a whole pattern of five windows and one without, and a rest.
@@ -126,6 +136,14 @@ MULTIMODAL: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "vision_config": _VISION | {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
             "mm_tokens_per_image": 4,
+        },
+    ),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {
+            "vision_config": {"hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "depth": 1}
+            | {"out_hidden_size": 64, "patch_size": 4, "num_position_embeddings": 16},
+            "tie_word_embeddings": False,
         },
     ),
     "gemma4": (
@@ -233,12 +251,22 @@ def torch_model(
     for name, weight in made.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if name.endswith("norm.weight"):
-            neutral = 0 if family.startswith("gemma") and not family.startswith("gemma4") else 1
+            from_zero = family.startswith("gemma") and not family.startswith("gemma4")
+            from_zero |= family.startswith("qwen3_5") and "linear_attn" not in name
+            neutral = 0 if from_zero else 1
             weight.data = neutral + 0.1 * noise
             if family.startswith("gemma4") and "q_norm" in name:
                 weight.data *= 1.5 * attention  # its scores have no other scale
         elif name.endswith("bias"):
             weight.data = 0.1 * noise
+        elif name.endswith("A_log"):
+            weight.data = noise - 3  # a head remembers from some tokens to some hundred
+        elif name.endswith("conv1d.weight"):
+            weight.data = 3 * noise  # what silu gives is then seldom near 0, where heads are normed
+        elif family.startswith("qwen3_5") and name.endswith("embed_tokens.weight"):
+            weight.data = noise  # as much as a block adds, or rounding would grow from layer to layer
+        elif name.endswith("linear_attn.out_proj.weight"):
+            weight.data = 0.75 * attention * noise
         else:
             wide = "q_proj" in name or "k_proj" in name or "qkv_proj" in name
             weight.data = noise * (attention if wide else 0.15)

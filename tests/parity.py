@@ -74,6 +74,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen 2, 2.5": ("qwen2", {"tie_word_embeddings": True}),
     "Qwen 2 with window": ("qwen2", {"use_sliding_window": True, "sliding_window": 60, "max_window_layers": 1}),
     "Qwen 3": ("qwen3", {}),
+    "Qwen 3.5, dense (text)": ("qwen3_5_text", {}),
+    "Qwen 3.5, dense (vision kept)": ("qwen3_5", {}),
     "Gemma 1": ("gemma", {}),
     "Gemma 2": ("gemma2", {}),
     "Gemma 3 text": ("gemma3_text", {}),
@@ -212,6 +214,9 @@ def five_weights(paths: list[names.Path]) -> list[names.Path]:
         ("qkv_proj", "kernel"),
         ("o_proj", "kernel"),
         ("down_proj", "kernel"),
+        ("in_proj_qkv", "kernel"),
+        ("linear_attn", "A_log"),
+        ("linear_attn", "conv1d"),
         ("post_attention_layernorm", "scale"),
         ("self_attn", "sinks"),
     }
@@ -266,7 +271,7 @@ def adapters(pair: Pair) -> dict[str, float]:
         return type(pair.theirs).from_pretrained(pair.folder / folder, attn_implementation="eager").eval()
 
     inside = pair.kind[0] in MULTIMODAL  # then all linear maps of the language model alone
-    targets = r"model\.language_model\.layers\..*_proj" if inside else "all-linear"
+    targets = r"model\.language_model\.layers\..*(_proj|in_proj_\w+)" if inside else "all-linear"
     config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
     torch.manual_seed(0)
     worn = peft.get_peft_model(fresh(), config)

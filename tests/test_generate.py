@@ -51,6 +51,14 @@ CONFIGS = {
     ),
     "qwen2": transformers.Qwen2Config(**SIZES | SLIDING | {"num_hidden_layers": 3}, use_sliding_window=True),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
+    "qwen3_5": transformers.Qwen3_5TextConfig(
+        **SIZES | {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=24,
+    ),
     "gemma": transformers.GemmaConfig(**SIZES | {"num_key_value_heads": 1}, head_dim=16),
     "gemma2": transformers.Gemma2Config(
         **SIZES | SLIDING | {"num_hidden_layers": 3}, head_dim=16, query_pre_attn_scalar=40

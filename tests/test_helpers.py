@@ -13,6 +13,7 @@ MARKS = {
     "smollm3": {"layer_kinds": (1, 0), "windows": (None, None)},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": "head"},
+    "qwen3_5_text": {"output_gate": True, "norm_style": "gemma", "qk_norm": "head"},
     "gemma": {"norm_style": "gemma", "activation": "gelu_tanh", "tied": True},
     "gemma2": {"norms": "sandwich", "attention_softcap": 50.0, "logits_softcap": 30.0, "windows": (None, 70)},
     "gemma3_text": {"norms": "sandwich", "qk_norm": "head", "layer_kinds": (1, 1, 1, 1, 1, 0, 1)},

@@ -29,6 +29,7 @@ CASES = {
     "another rope base": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "a norm eps that shows": ("llama", {"rms_norm_eps": 1e-2}),
+    "qwen 3.5": ("qwen3_5_text", {}),
     "mistral, window shorter than the prompt": ("mistral", {"sliding_window": 50, "head_dim": 24}),
 }
 
@@ -189,7 +190,7 @@ def test_a_config_that_is_not_supported_says_what_and_what_is(changes, said):
         assert part in str(refused.value)
 
 
-@pytest.mark.parametrize("case", ["llama3 rope scaling", "mistral, window shorter than the prompt"])
+@pytest.mark.parametrize("case", ["llama3 rope scaling", "mistral, window shorter than the prompt", "qwen 3.5"])
 def test_extending_a_cache_equals_the_whole_prompt(folder, case):
     ours, _ = load(folder(case)[0], dtype="float32")
     tokens, size, pad = prompts(length=150), 170, np.array([0, 9])

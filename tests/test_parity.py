@@ -260,6 +260,15 @@ def configs(draw, family):
         # transformers shares keys and values beside per-layer embeddings alone: without, its model raises.
         features = 12 if changes["num_kv_shared_layers"] else draw(st.sampled_from([0, 12]))
         changes |= {"hidden_size_per_layer_input": features, "vocab_size_per_layer_input": 300}
+    if family == "qwen3_5_text":
+        kinds = st.sampled_from(["full_attention", "linear_attention"])
+        before = draw(st.lists(kinds, min_size=changes["num_hidden_layers"], max_size=changes["num_hidden_layers"]))
+        changes["layer_types"] = [*before, "full_attention"]  # transformers' cache wants one
+        changes["num_hidden_layers"] += 1
+        changes["linear_num_key_heads"] = draw(st.integers(1, 3))
+        changes["linear_num_value_heads"] = changes["linear_num_key_heads"] * draw(st.integers(1, 3))
+        changes |= {"linear_key_head_dim": draw(st.integers(4, 24)), "linear_value_head_dim": draw(st.integers(4, 24))}
+        changes |= {"linear_conv_kernel_dim": draw(st.integers(2, 5)), "head_dim": 8 * draw(st.integers(1, 4))}
     if family == "gemma3_text":
         bases = draw(st.tuples(st.floats(5e3, 1e6), st.floats(5e3, 1e6)))
         kinds = ("full_attention", "sliding_attention")

@@ -88,12 +88,13 @@ def _layer(c: ModelConfig) -> tuple[int, int]:
     found = []
     for segment in c.segments:
         here = c.of(segment)
-        keys = 0 if here.shares else (1 + here.values) * here.num_kv_heads
-        heads, maps = here.head_dim * (2 * here.num_heads + keys), 3 if here.gate else 2
+        heads, maps = here.mixer_dim, 3 if here.gate else 2
         # A norm leaves what it was given and what it gives.
         normed = (4 if here.norms == "sandwich" else 2) * here.embed_dim
         normed += here.head_dim * (here.num_heads + here.num_kv_heads) if here.qk_norm else 0
         wide = 4 * here.mlp_dim if here.activation == "xielu" else 0  # which is computed in float32
+        if here.delta:  # as what a delta rule is given and gives
+            wide += 4 * (here.delta.channels + here.delta.value_heads * here.delta.value_dim)
         width = 2 * (heads + maps * here.mlp_dim + 2 * normed) + wide
         found.append((here.embed_dim * (heads + maps * here.mlp_dim), width))
     return max(found)

@@ -147,14 +147,16 @@ def _placed(p: Progress) -> Progress:
 
 
 def _placed_cache(caches: Caches) -> Caches:
-    heads = ("layers", "batch", "kv_heads")
-    return tuple(
-        (
-            sharding.constrain(keys, *heads, "head_dim", "cache_length"),
-            sharding.constrain(values, *heads, "cache_length", "head_dim"),
-        )
-        for keys, values in caches
-    )
+    rows = ("layers", "batch")
+
+    def one(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if keys.ndim == 4:  # a delta network's last inputs, and its states
+            kept = sharding.constrain(keys, *rows, None, "heads")
+            return kept, sharding.constrain(values, *rows, "heads", "head_dim", "head_dim")
+        kept = sharding.constrain(keys, *rows, "kv_heads", "head_dim", "cache_length")
+        return kept, sharding.constrain(values, *rows, "kv_heads", "cache_length", "head_dim")
+
+    return tuple(one(*cache) for cache in caches)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

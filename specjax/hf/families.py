@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from specjax.errors import UserError
 from specjax.hf.ropes import rope_of
-from specjax.models.config import segments
+from specjax.models.config import Delta, segments
 from specjax.values import shown
 
 Fields = dict[str, Any]
@@ -60,6 +60,23 @@ def _qwen2(c: Any) -> Fields:
 
 def _qwen3(c: Any) -> Fields:
     return {"qkv_bias": c.attention_bias, "o_bias": c.attention_bias, "qk_norm": "head"} | _kinds(c)
+
+
+def _qwen3_5(c: Any) -> Fields:
+    _check_layer_types(c.layer_types, "full_attention", "linear_attention")
+    heads, values = c.linear_num_key_heads, c.linear_num_value_heads
+    if values % heads:
+        raise UserError(f"linear_num_value_heads {values} is not a multiple of linear_num_key_heads {heads}.")
+    delta = Delta(heads, values, c.linear_key_head_dim, c.linear_value_head_dim, c.linear_conv_kernel_dim)
+    changes = [(("delta", delta),) if kind == "linear_attention" else () for kind in c.layer_types]
+    return {
+        "norm_style": "gemma",
+        "qk_norm": "head",
+        "output_gate": True,
+        "qkv_bias": c.attention_bias,
+        "o_bias": c.attention_bias,
+        "segments": segments(("dense" for _ in changes), changes, periodic=True),
+    }
 
 
 def _gemma(c: Any) -> Fields:
@@ -238,6 +255,7 @@ FAMILIES = {
     "SmolLM3ForCausalLM": Family("smollm3", "smollm3", _smollm3),
     "Qwen2ForCausalLM": Family("qwen2", "qwen2", _qwen2),
     "Qwen3ForCausalLM": Family("qwen3", "qwen3", _qwen3),
+    "Qwen3_5ForCausalLM": Family("qwen3_5", "qwen3_5_text", _qwen3_5),
     "GemmaForCausalLM": Family("gemma", "gemma", _gemma),
     "Gemma2ForCausalLM": Family("gemma2", "gemma2", _gemma2),
     "Gemma3ForCausalLM": Family("gemma3", "gemma3_text", _gemma3),
@@ -266,7 +284,8 @@ def _kinds(c: Any) -> Fields:
     }
 
 
-def _check_layer_types(kinds: Iterable[str]) -> None:
-    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+def _check_layer_types(kinds: Iterable[str], *known: str) -> None:
+    known = known or ("full_attention", "sliding_attention")
+    unknown = [kind for kind in kinds if kind not in known]
     if unknown:
-        raise UserError(f"layer type {shown(unknown[0])} is not supported: full_attention and sliding_attention are.")
+        raise UserError(f"layer type {shown(unknown[0])} is not supported: {' and '.join(known)} are.")

@@ -23,6 +23,7 @@ from specjax.hf.quantise import Reader, convert
 from specjax.hf.tensors import Tensors
 from specjax.hf.tokenizer import load_tokenizer
 from specjax.models import Decoder, ModelConfig
+from specjax.models.layers import Wide
 from specjax.models.quantised import Quantised, QuantisedParam
 
 _HEAD = "lm_head.weight"
@@ -65,6 +66,8 @@ def load(
     places = _places(model, mesh)  # a mesh that does not fit is said before a file is opened
     tensors = Tensors(weight_files(folder))
     prefix, kept = unwrap(tensors, folder) if config.multimodal else ("", {})
+    further = names.further(config)
+    kept |= {name: tensors.pop(name) for name in list(tensors) if further and name.startswith(further)}
     if config.tied:
         _tie(model, tensors)
     _check(folder, model, tensors)
@@ -72,7 +75,7 @@ def load(
         convert(model, quantise)
         places = _places(model, mesh)
     told = origin(folder, source=str(path), revision=revision or "", fingerprint=fingerprint(folder))
-    model.origin = dataclasses.replace(told, prefix=prefix, kept=kept)
+    model.origin = dataclasses.replace(told, prefix=prefix, kept=kept, dtypes=_dtypes(model, tensors))
     return _read(model, places, tensors, mesh), load_tokenizer(folder)
 
 
@@ -80,7 +83,7 @@ def abstract(config: ModelConfig, *, dtype: Any, param_dtype: Any, remat: str = 
     """The model's shapes without its weights: `jax.ShapeDtypeStruct` leaves of `param_dtype`, or quantised ones."""
     graph, state = nnx.split(Decoder(config, rngs=None, dtype=dtype, remat=remat))
     leaves = nnx.to_flat_state(state)
-    cast = [(path, jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(param_dtype))) for path, leaf in leaves]
+    cast = [(path, jax.ShapeDtypeStruct(leaf.shape, _stored(leaf, param_dtype))) for path, leaf in leaves]
     model = nnx.merge(graph, nnx.from_flat_state(cast))
     if quantise:
         convert(model, quantise)
@@ -115,7 +118,18 @@ def random(
 
 
 def _cast(dtype: Any) -> Any:
-    return lambda leaf: leaf if isinstance(leaf, QuantisedParam) else jax.tree.map(lambda x: x.astype(dtype), leaf)
+    def cast(leaf: nnx.Variable) -> nnx.Variable:
+        if isinstance(leaf, QuantisedParam):
+            return leaf
+        made: nnx.Variable = jax.tree.map(lambda x: x.astype(_stored(leaf, dtype)), leaf)
+        return made
+
+    return cast
+
+
+def _stored(leaf: nnx.Variable, dtype: Any) -> np.dtype:
+    """What a parameter is stored in, where the others are stored in `dtype`."""
+    return np.promote_types(jnp.dtype(dtype), np.float32) if isinstance(leaf, Wide) else jnp.dtype(dtype)
 
 
 def _read(
@@ -140,6 +154,13 @@ def _read(
         report = reader.report(next(iter(kernels.values())).kind)
         read.origin = dataclasses.replace(read.origin, quantisation=report)
     return read
+
+
+def _dtypes(model: Decoder, tensors: Tensors) -> dict[str, np.dtype]:
+    """The files' dtypes of parameters that are kept as exactly as there."""
+    leaves = {path: leaf for path, leaf in nnx.to_flat_state(nnx.state(model, Wide))}
+    table = names.entries(model.config, list(leaves))
+    return {name: tensors[name].dtype for entry in table for _, name in entry.tensors(leaves[entry.path].shape)}
 
 
 def _places(model: Decoder, mesh: Mesh | None) -> dict[names.Path, jax.sharding.Sharding]:

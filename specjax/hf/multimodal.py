@@ -17,6 +17,7 @@ from specjax.values import shown
 ARCHITECTURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "Mistral3ForConditionalGeneration": ("mistral3", ("mistral", "ministral3")),
     "Gemma3ForConditionalGeneration": ("gemma3", ("gemma3_text",)),
+    "Qwen3_5ForConditionalGeneration": ("qwen3_5", ("qwen3_5_text",)),
     "Gemma4ForConditionalGeneration": ("gemma4", ("gemma4_text",)),
 }
 

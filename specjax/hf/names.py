@@ -4,7 +4,7 @@ Conversion is rename, reshape, stack: nothing is transposed, permuted or folded.
 
     our path  |  HF name, one {} for each stacked axis of ours, outermost first: the layer, then the expert  |  kind
 
-Our path is without the segment's number; a file counts a segment's layers behind those of the segments before. The kind
+Our path is without the segment's number; which of the file's layers are a segment's, `ModelConfig.spans` says. The kind
 says how one tensor of the stack lies in the file:
 
     kernel/1, kernel/2   ours [*out, *in] with 1 or 2 input axes  <->  HF [prod(out), prod(in)]
@@ -88,6 +88,14 @@ _PER_LAYER: Rows = (
     ("layers.per_layer.projection.kernel", "model.layers.{}.per_layer_projection.weight", "kernel/1"),
     ("layers.per_layer.norm.scale", "model.layers.{}.post_per_layer_input_norm.weight", "flat"),
 )
+_DELTA: Rows = (
+    *_maps("linear_attn", "in_proj_qkv in_proj_z in_proj_b in_proj_a"),
+    *_maps("linear_attn", "out_proj", "kernel/2"),
+    *_norms("linear_attn.norm"),
+    ("layers.linear_attn.conv1d", "model.layers.{}.linear_attn.conv1d.weight", "table"),
+    ("layers.linear_attn.A_log", "model.layers.{}.linear_attn.A_log", "flat"),
+    ("layers.linear_attn.dt_bias", "model.layers.{}.linear_attn.dt_bias", "flat"),
+)
 _GEMMA2 = _ENDS + _SANDWICH + _ATTENTION + _MLP
 
 TABLES = {
@@ -97,6 +105,7 @@ TABLES = {
     "smollm3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA + _QK_NORMS,
+    "qwen3_5": _LLAMA + _QK_NORMS + _DELTA,
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
     "gemma3": _GEMMA2 + _QK_NORMS,
@@ -145,12 +154,14 @@ class Entry:
       hf: the tensors' name, with a {} for each axis that counts them.
       kind: how one of them lies in the file.
       first: the number of the first layer, where the first of those axes counts layers.
+      step: how far it is to the next one.
     """
 
     path: Path
     hf: str
     kind: str
     first: int = 0
+    step: int = 1
 
     @property
     def stacked(self) -> int:
@@ -166,7 +177,7 @@ class Entry:
         ['layers.3.experts.0.w1', 'layers.3.experts.1.w1', 'layers.4.experts.0.w1', 'layers.4.experts.1.w1']
         """
         for place in itertools.product(*map(range, shape[: self.stacked])):
-            yield place, self.hf.format(*(place[:1] and (self.first + place[0], *place[1:])))
+            yield place, self.hf.format(*(place[:1] and (self.first + self.step * place[0], *place[1:])))
 
     def hf_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of each HF tensor, from the parameter's whole shape."""
@@ -184,7 +195,8 @@ def entries(config: ModelConfig, paths: Sequence[Path]) -> list[Entry]:
     def entry(path: Path) -> Entry:
         segments = [part for part in path if isinstance(part, int)]  # one, of a layer's parameter
         hf, kind = rows[tuple(part for part in path if isinstance(part, str))]
-        return Entry(path, hf, kind, config.spans[segments[0]].start if segments else 0)
+        span = config.spans[segments[0]] if segments else range(1)
+        return Entry(path, hf, kind, span.start, span.step)
 
     return [entry(path) for path in paths]
 
@@ -195,6 +207,11 @@ def unused(config: ModelConfig) -> set[str]:
     shared = [layer for segment, span in pairs if config.of(segment).shares for layer in span]
     maps = ("k_proj", "v_proj", "k_norm", "v_norm")
     return {f"model.layers.{layer}.self_attn.{name}.weight" for layer in shared for name in maps}
+
+
+def further(config: ModelConfig) -> str:
+    """How the names begin of tensors that predict tokens beyond the next: they are kept as they are. "": none are."""
+    return "mtp." if config.family == "qwen3_5" else ""
 
 
 def hf_shape(shape: Sequence[int], kind: str) -> tuple[int, ...]:

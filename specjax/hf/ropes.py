@@ -44,7 +44,7 @@ def rope_of(c: Any, p: dict[str, Any], head_dim: int) -> Rope:
     if kind == "proportional":
         turning = int((p.get("partial_rotary_factor") or 1.0) * head_dim // 2)
         return Rope(head_dim, float(p["rope_theta"]), kind, factor=float(p.get("factor") or 1.0), turning=turning)
-    if c.model_type not in ("phi3", "glm4") and (p.get("partial_rotary_factor") or 1.0) != 1.0:
+    if c.model_type not in ("phi3", "glm4", "qwen3_5_text") and (p.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UserError("partial_rotary_factor is not supported for this architecture.")
     dim = int(head_dim * (p.get("partial_rotary_factor") or 1.0))
     common: dict[str, Any] = {"dim": dim, "theta": float(p["rope_theta"]), "kind": kind}

@@ -10,17 +10,40 @@ from specjax.models.rope import Rope
 
 
 class Segment(NamedTuple):
-    """A run of equal layers: one stack of parameters, one scan.
+    """Equal layers, a stack of parameters: a run of them, or every `period`-th.
 
     Attributes:
       block: what stands behind a layer's attention: "dense" (an MLP) or "experts" (a mixture of them).
       layers: how many layers.
       changes: the fields of `ModelConfig` in which these layers differ from the model's, with their values.
+      period: how far one layer is from the next. So many segments beside each other, each with a layer of every
+        period, are one scan over the periods.
     """
 
     block: str
     layers: int
     changes: tuple[tuple[str, Any], ...] = ()
+    period: int = 1
+
+
+class Delta(NamedTuple):
+    """The sizes of a gated delta network (`specjax.models.delta`)."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+    @property
+    def channels(self) -> int:
+        """Of q, k and v together, which the convolution is of."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """The shape of a row's state."""
+        return self.value_heads, self.key_dim, self.value_dim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +65,8 @@ class ModelConfig:
       query_scale: of the attention scores.
       query_growth: (beta, n): a query at position p is multiplied by 1 + beta ln(1 + floor(p / n)) too (Llama 4,
         Ministral 3); None: it is not.
+      delta: a layer has a gated delta network in attention's place; None: it has attention.
+      output_gate: q's map gives each head as many numbers more, whose sigmoid its output is multiplied by (Qwen 3.5).
       values: v has a map of its own; else it is what k's map gives, before its norm (Gemma 4).
       v_norm: each head of v is normed, by no scale.
       keeps: the name under which a layer's keys and values are kept for layers behind it, whose `shares` is that name
@@ -85,6 +110,8 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    delta: Delta | None = None
+    output_gate: bool = False
     values: bool = True
     v_norm: bool = False
     keeps: str = ""
@@ -115,8 +142,19 @@ class ModelConfig:
         return dataclasses.replace(self, **dict(segment.changes)) if segment.changes else self
 
     @property
-    def cache_shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """(layers, kv heads, head_dim) of each cache of keys and values: one for all layers that are alike in them."""
+    def mixer_dim(self) -> int:
+        """How many numbers for each of `embed_dim` the maps of a layer's attention have, or of what has its place."""
+        if self.delta:
+            return self.delta.channels + 2 * self.delta.value_heads * (self.delta.value_dim + 1)
+        keys = 0 if self.shares else (1 + self.values) * self.num_kv_heads
+        return self.head_dim * ((2 + self.output_gate) * self.num_heads + keys)
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """(layers, kv heads, head_dim) of each cache of keys and values: one for all layers that are alike in them.
+
+        Of layers with a delta network it is (layers, *delta).
+        """
         return self._caches[0]
 
     @property
@@ -125,8 +163,8 @@ class ModelConfig:
         return self._caches[1]
 
     @functools.cached_property
-    def _caches(self) -> tuple[tuple[tuple[int, int, int], ...], tuple[tuple[int, int], ...]]:
-        counts: dict[tuple[int, int], int] = {}
+    def _caches(self) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, int], ...]]:
+        counts: dict[tuple[int, ...], int] = {}
         kept: dict[str, tuple[int, int]] = {}
         homes = []
         for segment in self.segments:
@@ -134,7 +172,7 @@ class ModelConfig:
             if here.shares:
                 homes.append(kept[here.shares])
                 continue
-            shape = (here.num_kv_heads, here.head_dim)
+            shape = here.delta or (here.num_kv_heads, here.head_dim)
             first = counts.setdefault(shape, 0)
             homes.append((list(counts).index(shape), first))
             counts[shape] += segment.layers
@@ -144,17 +182,41 @@ class ModelConfig:
     @property
     def spans(self) -> tuple[range, ...]:
         """The numbers of each segment's layers, counted over all of them."""
-        ends = tuple(itertools.accumulate(segment.layers for segment in self.segments))
-        return tuple(range(end - segment.layers, end) for end, segment in zip(ends, self.segments, strict=True))
+        found: list[range] = []
+        for first, *others in self.scans:
+            start, layers, period = found[-1][-1] + 1 if found else 0, *self.segments[first][1::2]
+            found += [range(start + at, start + layers * period, period) for at in range(1 + len(others))]
+        return tuple(found)
+
+    @property
+    def scans(self) -> tuple[range, ...]:
+        """The numbers of the segments that are scanned together: one, or as many as a period has layers."""
+        found, start = [], 0
+        while start < len(self.segments):
+            found.append(range(start, start + self.segments[start].period))
+            start = found[-1].stop
+        return tuple(found)
 
 
 def segments(
-    blocks: Iterable[str], changes: Iterable[tuple[tuple[str, Any], ...]] | None = None
+    blocks: Iterable[str], changes: Iterable[tuple[tuple[str, Any], ...]] | None = None, *, periodic: bool = False
 ) -> tuple[Segment, ...]:
     """The segments of layers with these blocks, and with the changes of each, in order.
 
+    Args:
+      blocks: of each layer.
+      changes: of each layer; default none.
+      periodic: a model whose layers are the same few again and again has a segment for each of those few.
+
     >>> segments(["dense", "experts", "experts"])
-    (Segment(block='dense', layers=1, changes=()), Segment(block='experts', layers=2, changes=()))
+    (Segment(block='dense', layers=1, changes=(), period=1), Segment(block='experts', layers=2, changes=(), period=1))
+    >>> [each.layers for each in segments(["dense", "experts"] * 3, periodic=True)]
+    [3, 3]
     """
-    pairs = zip(blocks, itertools.repeat(())) if changes is None else zip(blocks, changes, strict=True)
+    pairs = [*(zip(blocks, itertools.repeat(())) if changes is None else zip(blocks, changes, strict=True))]
+    if periodic:
+        whole = len(pairs)
+        period = next(n for n in range(1, whole + 1) if whole % n == 0 and pairs[:n] * (whole // n) == pairs)
+        if 1 < period < whole:
+            return tuple(Segment(block, whole // period, change, period) for block, change in pairs[:period])
     return tuple(Segment(block, len(list(run)), change) for (block, change), run in itertools.groupby(pairs))

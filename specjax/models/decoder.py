@@ -20,7 +20,8 @@ from specjax import sharding
 from specjax.models import rope
 from specjax.models.adapter import check_slots, in_use, select
 from specjax.models.attention import NAME, Cache, Caches, OneOf
-from specjax.models.config import ModelConfig
+from specjax.models.config import Delta, ModelConfig
+from specjax.models.delta import GatedDeltaNet, States, no_states
 from specjax.models.layers import MLP, Attention, Embed, Kept, Keys, Kind, Linear, RMSNorm, parameter
 from specjax.models.moe import MoE, Stats
 from specjax.models.origin import Origin
@@ -53,7 +54,8 @@ class DecoderLayer(nnx.Module):
             return RMSNorm((config.embed_dim,), ("embed",), config.norm_eps, **given) if there else None
 
         self.residual_scale, self.after = config.residual_scale, after
-        self.self_attn = Attention(config, layers=layers, rngs=rngs)
+        self.self_attn = None if config.delta else Attention(config, layers=layers, rngs=rngs)
+        self.linear_attn = GatedDeltaNet(config, layers=layers, rngs=rngs) if config.delta else None
         experts = block == "experts"
         self.mlp = _experts(config, layers, rngs) if experts else MLP(config, layers=layers, rngs=rngs)
         # Hugging Face's names: post_attention_layernorm is the norm before the MLP where blocks are normed before only.
@@ -68,23 +70,28 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         kind: Kind,
         where: dict[str, Any],
-        cache: Cache | None = None,
+        cache: Cache | States | None = None,
         dropout_key: Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None, Stats | None, Kept | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache | States | None, Stats | None, Kept | None]:
         """The layer's output, the cache, the router's sums or None, and keys and values to keep; see `Attention`."""
-        count = 9 if self.per_layer else 7
+        own = 5 if self.linear_attn else 4
+        count = own + (5 if self.per_layer else 3)
         keys: Keys = (None,) * count if dropout_key is None else tuple(split_key(dropout_key, count))
         before_mlp = self.pre_feedforward_layernorm if self.after else self.post_attention_layernorm
-        y, cache, kept = self.self_attn(_normed(self.input_layernorm, x), kind, where, cache, keys[:4])
+        y, kept = _normed(self.input_layernorm, x), None
+        if self.self_attn is not None:
+            y, cache, kept = self.self_attn(y, kind, where, cache, keys[:own])
+        elif self.linear_attn is not None:
+            y, cache = self.linear_attn(y, where, cache, keys[:own])
         x = self._add(x, _normed(self.post_attention_layernorm, y) if self.after else y)
         stats = None
         if isinstance(self.mlp, MoE):
             y, stats = self.mlp(_normed(before_mlp, x), where["q_segments"] > 0)
         else:
-            y = self.mlp(_normed(before_mlp, x), keys[4:7])
+            y = self.mlp(_normed(before_mlp, x), keys[own : own + 3])
         x = self._add(x, _normed(self.post_feedforward_layernorm, y))
         if self.per_layer is not None:
-            x = self._add(x, self.per_layer(x, where["per_layer"], keys[7:]))
+            x = self._add(x, self.per_layer(x, where["per_layer"], keys[own + 3 :]))
         if self.layer_scalar is not None:
             x = x * self.layer_scalar[0].astype(x.dtype)
         return x, cache, stats, kept
@@ -215,9 +222,12 @@ class Decoder(nnx.Module):
         return any(r.kind == "longrope" for r in self.config.ropes)
 
     def empty_cache(self, batch: int, length: int) -> Caches:
-        """Keys and values of no token yet, in the compute dtype: of each of `ModelConfig.cache_shapes`."""
+        """Keys and values, or states, of no token yet: of each of `ModelConfig.cache_shapes`."""
 
-        def one(layers: int, heads: int, dim: int) -> Cache:
+        def one(layers: int, *sizes: int) -> Cache | States:
+            if len(sizes) > 2:
+                return no_states(layers, batch, Delta(*sizes), self.dtype)
+            heads, dim = sizes
             shapes = (layers, batch, heads, dim, length), (layers, batch, heads, length, dim)
             keys, values = (jnp.zeros(shape, self.dtype) for shape in shapes)
             return keys, values
@@ -289,38 +299,48 @@ class Decoder(nnx.Module):
         kinds_of = functools.cache(lambda here: self._kinds(here, where["q_positions"], lengths))
         routed: list[Stats] = []
         kept: dict[str, Kept] = {}
-        for number, (stack, segment, span) in enumerate(zip(self.layers, c.segments, c.spans, strict=True)):
-            # The module is split once; the scan's body sees one layer's slice of every stacked parameter.
-            # Without remat, what is kept of a layer for the backward pass has no axis of adapters, as what is scanned.
-            graph, stacked = nnx.split(in_use(stack) if layers is None and self.remat == "none" else stack)
-            here = c.of(segment)
-            home, first = c.homes[number]
-            seen = where | {"shared": kept.get(here.shares)} if here.shares else where
-            layer = self._layer(graph, kinds_of(here), seen)
+        for scan in c.scans:
+            runs: list[tuple[Callable[..., Any], int]] = []
+            inputs: list[Any] = []
+            for number in scan:
+                # The module is split once; the scan's body sees one layer's slice of every stacked parameter. Without
+                # remat, what is kept of a layer for the backward pass has no axis of adapters, as what is scanned.
+                stack, span, here = self.layers[number], c.spans[number], c.of(c.segments[number])
+                graph, stacked = nnx.split(in_use(stack) if layers is None and self.remat == "none" else stack)
+                seen = where | {"shared": kept.get(here.shares)} if here.shares else where
+                home, first = c.homes[number]
+                runs.append((self._layer(graph, kinds_of(here), seen), home))
+                numbers = [first + (0 if here.shares else place) for place in range(len(span))]
+                at = slice(span.start, span.stop, span.step)
+                mine: list[Any] = [None if each is None else each[at] for each in (layer_keys, kinds, of_layers)]
+                if layers is None:
+                    inputs.append((stacked, *mine, None if caches is None else np.array(numbers, np.int32)))
+                else:
+                    mine.append(None if caches is None else numbers)
+                    states = enumerate(layers[number])
+                    inputs.append(
+                        [(one, *(each if each is None else each[place] for each in mine)) for place, one in states]
+                    )
             # The cache is carried, not sliced and stacked like the parameters: a layer then writes its new slots in
             # place, each segment those of its own layers.
-            cache = None if caches is None else caches[home]
-            numbers = None
-            if caches is not None:
-                numbers = np.full(len(span), first) if here.shares else np.arange(first, first + len(span))
-                numbers = numbers.astype(np.int32)
-            at = slice(span.start, span.stop)
-            inputs = [None if each is None else each[at] for each in (layer_keys, kinds, of_layers)]
-            if layers is not None:
-                for place, state in enumerate(layers[number]):
-                    mine = (None if each is None else each[place] for each in inputs)
-                    at_home = None if numbers is None else int(numbers[place])
-                    (x, cache), (stats, own) = layer((x, cache), (state, *mine, at_home))
-                stats = None
+            held = {} if caches is None else {home: caches[home] for _, home in runs}
+            period = functools.partial(_period, runs)
+            if layers is None:
+                (x, held), found = jax.lax.scan(period, (x, held), inputs)
+                # A layer that keeps keys and values is a segment of its own.
+                found = [(stats, jax.tree.map(lambda array: array[0], own)) for stats, own in found]
             else:
-                (x, cache), (stats, own) = jax.lax.scan(layer, (x, cache), (stacked, *inputs, numbers))
-                own = jax.tree.map(lambda array: array[0], own)  # a layer that keeps some is a segment of its own
-            if caches is not None and cache is not None:
-                caches[home] = cache
-            if own is not None:
-                kept[here.keeps] = own
-            if stats is not None:
-                routed.append(stats)
+                for row in zip(*inputs, strict=True):
+                    (x, held), found = period((x, held), row)
+                found = [(None, own) for _, own in found]
+            if caches is not None:
+                for home, cache in held.items():
+                    caches[home] = cache
+            for number, (stats, own) in zip(scan, found, strict=True):
+                if own is not None:
+                    kept[c.of(c.segments[number]).keeps] = own
+                if stats is not None:
+                    routed.append(stats)
         joined = jax.tree.map(lambda *each: jnp.concatenate(each), *routed) if len(routed) > 1 else None
         made = None if caches is None else tuple(caches)
         return self.norm(x), made, joined or next(iter(routed), None)
@@ -378,6 +398,19 @@ class Decoder(nnx.Module):
         if c.logits_divisor != 1:
             logits = logits / c.logits_divisor
         return logits if c.logits_softcap is None else jnp.tanh(logits / c.logits_softcap) * c.logits_softcap
+
+
+def _period(runs: Sequence[tuple[Callable[..., Any], int]], carry: Any, inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """One layer of each segment that is scanned together: `Decoder._layer`, and which cache is its own.
+
+    The carry is x, and the caches by their number (none without a cache).
+    """
+    (x, held), found = carry, []
+    for (layer, home), given in zip(runs, inputs, strict=True):
+        (x, cache), out = layer((x, held.get(home)), given)
+        held = held | {home: cache} if held else held
+        found.append(out)
+    return (x, held), found
 
 
 def _document_lengths(positions: jax.Array, segment_ids: jax.Array) -> jax.Array:

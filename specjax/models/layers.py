@@ -32,6 +32,10 @@ Kept = tuple[jax.Array, jax.Array]  # a layer's keys and values, [B,T,K,H] each
 Keys = tuple[jax.Array | None, ...]  # one dropout key a linear map
 
 
+class Wide(nnx.Param):
+    """A parameter that is float32 whatever the others are stored in, as in the published files (Qwen 3.5)."""
+
+
 def parameter(
     init: Any,
     shape: tuple[int, ...],
@@ -149,10 +153,11 @@ class RMSNorm(Adaptable):
         style: str = "llama",
         layers: int | None = None,
         rngs: nnx.Rngs | None,
+        kind: Any = nnx.Param,
     ):
         super().__init__()
         init = nnx.initializers.zeros if style == "gemma" else nnx.initializers.ones
-        self.scale = parameter(init, shape, axes, layers, rngs)
+        self.scale = parameter(init, shape, axes, layers, rngs, kind=kind)
         self.eps, self.style = eps, style
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -218,9 +223,9 @@ class Attention(nnx.Module):
         out_stddev = 0.02 / math.sqrt(2 * config.num_layers)
         self.config = config
 
-        def into(heads: int, axis: str) -> Linear:
-            bias = config.qkv_bias
-            return Linear((d,), (heads, h), ("embed",), (axis, "head_dim"), bias=bias, layers=layers, rngs=rngs)
+        def into(heads: int, axis: str, times: int = 1) -> Linear:
+            out, axes, bias = (heads, times * h), (axis, "head_dim"), config.qkv_bias
+            return Linear((d,), out, ("embed",), axes, bias=bias, layers=layers, rngs=rngs)
 
         def norm(heads: int, axis: str) -> RMSNorm | None:
             shape, axes = ((h,), ("head_dim",)) if config.qk_norm == "head" else ((heads, h), (axis, "head_dim"))
@@ -230,7 +235,7 @@ class Attention(nnx.Module):
         if config.fused_qkv:
             self.qkv_proj = into(n + 2 * k, "heads")
         else:
-            self.q_proj = into(n, "heads")
+            self.q_proj = into(n, "heads", 1 + config.output_gate)
             self.k_proj = None if config.shares else into(k, "kv_heads")
             self.v_proj = into(k, "kv_heads") if config.values and not config.shares else None
         self.q_norm, self.k_norm = norm(n, "heads"), None if config.shares else norm(k, "kv_heads")
@@ -239,8 +244,9 @@ class Attention(nnx.Module):
         out_axes = (("heads", "head_dim"), ("embed",))
         self.o_proj = Linear((n, h), (d,), *out_axes, bias=config.o_bias, layers=layers, rngs=rngs, stddev=out_stddev)
 
-    def _qkv(self, x: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of x, before they are rotated; k and v are q's where the layer has none of its own."""
+    def _qkv(self, x: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Of x, before they are rotated, and the output's gate; k and v are q's where the layer has none of its own."""
+        gate = None
         if self.config.fused_qkv:
             last_q, last_k = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
             fused = self.qkv_proj(x, keys[0])
@@ -249,8 +255,10 @@ class Attention(nnx.Module):
             maps = [each for each in (self.q_proj, self.k_proj, self.v_proj) if each is not None]
             found = beside(x, maps, keys)
             q, k, v = found[0], found[min(1, len(found) - 1)], found[-1]
+        if self.config.output_gate:
+            q, gate = jnp.split(q, 2, axis=-1)
         v = _unscaled(v, self.config.norm_eps) if self.config.v_norm else v
-        return self.q_norm(q) if self.q_norm else q, self.k_norm(k) if self.k_norm else k, v
+        return self.q_norm(q) if self.q_norm else q, self.k_norm(k) if self.k_norm else k, v, gate
 
     def __call__(
         self,
@@ -272,7 +280,7 @@ class Attention(nnx.Module):
           keys: dropout keys for q, k, v, o; a fused map has q's.
         """
         window, (cos, sin) = kind
-        q, k, v = self._qkv(x, keys)
+        q, k, v, gate = self._qkv(x, keys)
         turn = rotate_neighbours if self.config.interleaved else rotate
         q = turn(q, cos, sin)
         if not self.config.shares:
@@ -294,6 +302,7 @@ class Attention(nnx.Module):
         scale, softcap = self.config.query_scale, self.config.attention_softcap
         sinks = None if self.sinks is None else self.sinks[...].astype(q.dtype)
         heads = attend(q, k, v, window=window, scale=scale, softcap=softcap, sinks=sinks, **sees)
+        heads = heads if gate is None else heads * jax.nn.sigmoid(gate)
         return self.o_proj(heads, keys[3]), cache, kept
 
 

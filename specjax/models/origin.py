@@ -23,6 +23,7 @@ class Origin:
       generation_config: its `generation_config.json`, likewise; {} where it has none.
       prefix: of a language model inside a multimodal checkpoint: what its tensors' names begin with in the files.
       kept: the other tensors of such a checkpoint by name, memory-mapped, written back on export.
+      dtypes: of tensors that may have others there than `stored_dtype`, which an export then gives them again.
       processor: the files of such a checkpoint's processor by name, likewise.
       quantisation: what quantising the base did to it, None for a base in floats.
     """
@@ -34,6 +35,7 @@ class Origin:
     generation_config: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     prefix: str = dataclasses.field(default="", compare=False)
     kept: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    dtypes: dict[str, np.dtype] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     processor: dict[str, bytes] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     quantisation: Report | None = dataclasses.field(default=None, compare=False)
 

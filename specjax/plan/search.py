@@ -107,7 +107,8 @@ def meshes(config: ConfigDict, count: int, slices: int) -> list[dict[str, int]]:
     experts = [n for n in range(1, (sizes.num_experts or 1) + 1) if (sizes.num_experts or 1) % n == 0]
     for tensor in _powers(count):
         layers = [sizes.of(segment) for segment in sizes.segments]
-        split = {n for here in layers for n in (here.num_kv_heads, here.num_heads, here.mlp_dim or tensor)}
+        split = {here.mlp_dim or tensor for here in layers}
+        split |= {n for here in layers for n in (here.delta or (here.num_kv_heads, here.num_heads))[:2]}  # heads
         if any(n % tensor for n in (*split, sizes.vocab_size)):
             continue
         for context in _powers(count):

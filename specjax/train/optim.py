@@ -120,7 +120,7 @@ def schedule(
     return rate
 
 
-_UNDECAYED = ("scale", "bias", "sinks", "alpha_p", "alpha_n")
+_UNDECAYED = ("scale", "bias", "sinks", "alpha_p", "alpha_n", "A_log", "dt_bias")
 
 
 def decays(params: Any) -> Any:
