@@ -261,8 +261,8 @@ CONFIG = {
     "LoRA targets that match nothing": (
         "lora",
         {"lora.targets": "['q_porj']"},
-        "config.lora.targets 'q_porj' matches no linear map; there are down_proj, gate_proj, k_proj, lm_head, "
-        "o_proj, q_proj, up_proj, v_proj. Did you mean 'q_proj'?",
+        "config.lora.targets 'q_porj' matches no linear map; there are down_proj, embed_tokens, gate_proj, k_proj, "
+        "lm_head, o_proj, q_proj, up_proj, v_proj. Did you mean 'q_proj'?",
     ),
     "a LoRA pattern that matches nothing": ("lora", {"lora.targets": ".*attention.*"}, "match no linear map"),
     "W&B that is not installed": ("lora", {"log.wandb": "mine"}, "W&B is not installed"),
