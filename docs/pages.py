@@ -1,6 +1,11 @@
-"""The site's pages that are made: the landing page of README, the references of the command line and of the config."""
+"""The site's pages that are made: the landing page of README, the references of the command line and of the config.
 
+The page of the rules of numerics is a file, to which the tests that hold each rule are added.
+"""
+
+import ast
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ PAGES = {
     "reference/command-line.md": "command_line",
     "reference/config.md": "config_keys",
 }
+RULES = "developers/numerics.md"
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -23,6 +29,11 @@ def on_files(files: Any, config: Any) -> Any:
     for name, maker in PAGES.items():
         files.append(File.generated(config, name, content=globals()[maker]()))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Adds the tests to the rules (https://www.mkdocs.org/dev-guide/plugins/#on_page_markdown)."""
+    return rules(markdown) if page.file.src_uri == RULES else markdown
 
 
 def landing() -> str:
@@ -62,6 +73,37 @@ def config_keys() -> str:
         rows = (f"| `{key.name}` | {_span(key.default)} | {key.takes} | {_cell(key.means)} |" for key in found)
         parts.append("\n".join(("| key | default | takes | meaning |", "|---|---|---|---|", *rows)))
     return "\n\n".join(parts) + "\n"
+
+
+def rules(text: str) -> str:
+    """The page of the rules with the tests that hold each, by their marks `pytest.mark.rule(NUMBER)`.
+
+    Raises:
+      PluginError: for a rule without a test, and for a mark without a rule; the build of the site ends.
+    """
+    from mkdocs.exceptions import PluginError
+
+    held = marked()
+    parts = re.split(r"(?m)^(?=## )", text)
+    numbers = [int(re.match(r"## (\d+)\. ", part)[1]) for part in parts[1:]]  # type: ignore[index]
+    if wrong := sorted({*numbers} ^ {*held}):
+        raise PluginError(f"docs/{RULES}: no test, or no rule, has the number {', '.join(map(str, wrong))}")
+    for place, number in enumerate(numbers, 1):
+        rows = (f"| {name} | `{file}` |" for name, file in held[number])
+        parts[place] = "\n".join((parts[place].rstrip(), "", "| test | file |", "|---|---|", *rows, "", ""))
+    return "".join(parts)
+
+
+def marked() -> dict[int, list[tuple[str, str]]]:
+    """Of each rule's number the tests with its mark: their names in words, and their files."""
+    found = defaultdict(list)
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.rule":
+                    words = node.name.removeprefix("test_").replace("_", " ")
+                    found[ast.literal_eval(mark.args[0])].append((words.capitalize(), f"tests/{path.name}"))
+    return found
 
 
 def _block(text: str) -> str:

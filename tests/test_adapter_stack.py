@@ -64,6 +64,7 @@ def several(request):
     return made, {name: alone(made, name) for name in (*adapters, None)}
 
 
+@pytest.mark.rule(3)
 def test_each_row_of_a_batch_is_answered_by_its_adapter(several):
     made, wanted = several
     names = [*wanted, *wanted][:4]  # four groups of two rows, one of them of the base
@@ -131,6 +132,7 @@ def rows_by_slot(made, grads):
     return found
 
 
+@pytest.mark.rule(3)
 def test_each_group_trains_its_adapter_and_no_other(several):
     made, wanted = several
     count = len([name for name in wanted if name is not None])
@@ -157,6 +159,7 @@ def test_each_group_trains_its_adapter_and_no_other(several):
     assert sum(found.any() for found in together.values()) > len(together) / (2 * count)
 
 
+@pytest.mark.rule(3)
 def test_what_stands_behind_a_rank_stays_zero():
     made = trained({}, LORAS)
     graph, state, rest = nnx.split(made, nnx.LoRAParam, ...)

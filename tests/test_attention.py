@@ -70,6 +70,7 @@ def by_definition(inputs, *, window=None, softcap=None, sinks=None):
     return attend
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("pieces", [1, 3, 4])
 @pytest.mark.parametrize("how", [{}, {"window": 50}, {"softcap": 5.0}], ids=["all", "window", "soft cap"])
 def test_the_plain_attention_and_its_gradients_are_the_definition(inputs, monkeypatch, how, pieces):
@@ -79,6 +80,7 @@ def test_the_plain_attention_and_its_gradients_are_the_definition(inputs, monkey
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, wanted)
 
 
+@pytest.mark.rule(1)
 def test_no_key_behind_a_piece_of_queries_is_looked_at(inputs, monkeypatch):
     qkv, dy, *_ = inputs
     text = {}
@@ -88,6 +90,7 @@ def test_no_key_behind_a_piece_of_queries_is_looked_at(inputs, monkeypatch):
     assert f"{T}x{T}x" in text[1] and f"{T}x{T}x" not in text[4]
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("how", [{}, {"window": 50}, {"softcap": 5.0}], ids=["all", "window", "soft cap"])
 def test_the_splash_kernel_equals_the_plain_attention(inputs, how, mesh):
@@ -112,6 +115,7 @@ def test_sinks_take_weight_from_the_keys_in_either_implementation(inputs):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), found, wanted)
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("size", [64, 100, 37])
 def test_chunks_of_queries_equal_all_at_once(inputs, monkeypatch, size, mesh):
@@ -130,6 +134,7 @@ def test_a_window_picked_inside_a_scan_is_the_window(inputs):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found, wanted)
 
 
+@pytest.mark.rule(1)
 def test_on_a_tpu_the_kernel_takes_over_with_the_window_of_each_layer(inputs, monkeypatch):
     qkv, dy, *_ = inputs
     wanted = [both(plain(inputs, window=width), qkv, dy) for width in (None, 50)]
@@ -141,6 +146,7 @@ def test_on_a_tpu_the_kernel_takes_over_with_the_window_of_each_layer(inputs, mo
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), found, expected)
 
 
+@pytest.mark.rule(1)
 def test_on_a_gpu_cudnn_takes_over_with_the_window_of_each_layer(inputs, monkeypatch):
     qkv, dy, *_ = inputs
     wanted = [both(plain(inputs, window=width), qkv, dy) for width in (None, 50)]

@@ -63,6 +63,7 @@ def test_a_tree_of_any_kind_comes_back_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
 
 
+@pytest.mark.rule(4)
 def test_what_trains_is_read_alone(tmp_path):
     tree = state()
     found = saved(tmp_path, tree).load(1, {"trainable": params(seed=1)})

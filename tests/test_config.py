@@ -167,6 +167,7 @@ def test_length_over_the_models_positions_is_refused():
         check_length(513, 512)
 
 
+@pytest.mark.rule(5)
 def test_an_unknown_key_is_refused_where_it_is_written():
     with pytest.raises(AttributeError):
         get_config().data.lenght = 3

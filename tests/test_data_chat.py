@@ -446,6 +446,7 @@ def test_rows_without_an_answer_are_counted_and_alone_are_an_error():
     refuse_rows([silent, empty], tokenizer(), "none of the 2 rows .*nothing to learn: 2", template="chatml")
 
 
+@pytest.mark.rule(7)
 def test_a_template_that_leaves_the_answer_out_is_no_silent_empty_mask():
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     refuse_rows(

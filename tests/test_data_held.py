@@ -54,6 +54,7 @@ def test_calls_and_tools_that_a_template_does_not_write_are_refused(template):
         refuse(lambda: texts(sides, template=template), f"^row 1: .*({says})")
 
 
+@pytest.mark.rule(7)
 @pytest.mark.parametrize(
     ("template", "match"),
     [
@@ -141,6 +142,7 @@ def test_a_turn_that_is_kept_out_of_the_loss_does_not_train():
         )
 
 
+@pytest.mark.rule(7)
 def test_an_empty_answer_does_not_train_and_is_counted():
     rows = [{"messages": [ASK, {**ANSWER, "content": ""}, ASK, ANSWER]}]
     assert trained(*rows, template="chatml") == [["It is four.<|im_end|>\n"]]
@@ -210,6 +212,7 @@ def test_columns_beside_a_pair_or_messages_are_part_of_the_conversation():
     assert whole(sides)[0].startswith(expected[0].partition("<|im_start|>user")[0])
 
 
+@pytest.mark.rule(7)
 @pytest.mark.parametrize(
     ("row", "match"),
     [

@@ -46,6 +46,7 @@ sizes_and_length = st.integers(2, 40).flatmap(
 )
 
 
+@pytest.mark.rule(6)
 @given(sizes_and_length)
 @settings(max_examples=150, deadline=None)
 def test_every_token_and_every_target_is_there_exactly_once(case):
@@ -125,6 +126,7 @@ def test_a_long_text_goes_on_in_another_row_and_loses_no_target():
     assert rows["positions"][order].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 0]]
 
 
+@pytest.mark.rule(6)
 def test_a_batch_is_a_pure_function_of_seed_and_step():
     sizes = np.random.default_rng(1).integers(1, 30, 200)
     loaded, *_ = make(sizes, length=32, batch_size=4)
@@ -137,6 +139,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     assert other.fingerprint == loaded.fingerprint  # the seed orders the data and does not change it
 
 
+@pytest.mark.rule(6)
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 def test_rows_are_parts_of_the_same_global_batch(shards):
     loaded, *_ = make(np.random.default_rng(1).integers(1, 30, 200), length=32, batch_size=8)
@@ -269,6 +272,7 @@ def test_the_fingerprint_tells_tokens_masks_and_plan_apart():
     assert Data(tokens, trained, offsets, length=8, **same).fingerprint == loaded.fingerprint
 
 
+@pytest.mark.rule(7)
 def test_overlong_pairs_are_dropped_or_truncated_and_counted():
     tok = tokenizer(adds_bos=False)
     rows = [{"prompt": "a" * 4, "completion": "b" * n} for n in (3, 5, 9)] + [{"prompt": "a" * 20, "completion": "b"}]
@@ -325,6 +329,7 @@ def test_split_makes_several_documents_and_counts_the_pieces_in_which_nothing_tr
 random_documents = st.lists(st.lists(st.booleans(), min_size=1, max_size=60), min_size=1, max_size=8)
 
 
+@pytest.mark.rule(7)
 @example([[False, True, False, False]], 3, "keep_end")  # what is left is shorter than the length
 @given(random_documents, st.integers(2, 12), st.sampled_from(["drop", "truncate", "keep_end", "split"]))
 @settings(max_examples=200, deadline=None)

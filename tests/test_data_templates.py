@@ -37,6 +37,7 @@ ORIGINALS = {
 }
 
 
+@pytest.mark.rule(7)
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_a_built_in_template_renders_as_the_original_that_trl_ships(name):
     original = files("trl").joinpath("chat_templates", f"{ORIGINALS[name]}.jinja").read_text("utf-8")

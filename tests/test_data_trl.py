@@ -55,6 +55,7 @@ def unshifted(pairs):
     return [(ids, [-100, *labels[1:]]) for ids, labels in pairs]
 
 
+@pytest.mark.rule(7)
 @pytest.mark.parametrize("kind", ["llama3", "gpt2"])
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_conversations_equal_trls_assistant_only_loss(trl_labels, kind, name):
@@ -96,6 +97,7 @@ def test_where_a_turns_last_character_is_several_tokens_all_train_and_trl_may_tr
     assert tok.convert_ids_to_tokens(more) in ([], ["<0x0A>"] * answers)
 
 
+@pytest.mark.rule(7)
 @pytest.mark.parametrize("kind", ["llama3", "gpt2", "llama2"])
 @pytest.mark.parametrize(
     ("prompt", "completion"),
@@ -178,6 +180,7 @@ def _without_the_first(labels, ids):
     return [-100 if i and labels[i - 1] == -100 else label for i, label in enumerate(labels)]
 
 
+@pytest.mark.rule(7)
 def test_qwen3s_stock_template_gives_the_masks_of_the_same_template_marked_by_hand(trl_labels):
     """TRL's own copy keeps the reasoning of earlier answers, which the stock template leaves out."""
     original, header = stock("qwen3"), "<|im_start|>assistant\\n"

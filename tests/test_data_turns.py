@@ -69,6 +69,7 @@ def date(template):
     return macro + template if "strftime_now" in template else template
 
 
+@pytest.mark.rule(7)
 @pytest.mark.parametrize("name", STOCK)
 def test_answers_train_as_under_trls_training_template_behind_the_prompt_of_inference(name):
     tok, seen = tokenizer(), 0
@@ -104,6 +105,7 @@ def common(prompt, ids):
     return next((i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other), len(prompt))
 
 
+@pytest.mark.rule(7)
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "gptoss", "deepseek_r1_distill", "gemma4", "gemma4_v5"])
 def test_a_conversation_whose_earlier_turns_are_rewritten_becomes_a_row_for_each_answer(name):
     tok, branched = tokenizer(), 0

@@ -59,6 +59,7 @@ def greedy(model, ids, count, **options):
     return found[0, len(ids) :].tolist()
 
 
+@pytest.mark.rule(10)
 @pytest.mark.parametrize("kind", ["full", "merged", "adapter"])
 def test_transformers_stops_where_we_stop(base, taught, tmp_path, kind):
     import peft
@@ -115,6 +116,7 @@ def test_what_the_base_declares_stays_as_it_is(base, tmp_path):
     assert load_tokenizer(tmp_path / "out").eos_token == "</s>"
 
 
+@pytest.mark.rule(10)
 def test_a_tokenizers_files_are_those_it_was_loaded_from_but_for_what_was_changed(base, tmp_path):
     tokens = load_tokenizer(base)
     tokens(["a", "a b c"], padding=True, truncation=True, max_length=4)  # the state of a call is no change

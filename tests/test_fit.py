@@ -116,6 +116,7 @@ def run_until_killed(process, lines, seconds):
     return process.wait()
 
 
+@pytest.mark.rule(8)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_killed_at_random_moments_resumes_bit_for_bit(tmp_path, whole, start, kind):
     """Killed, gone on with by another process, killed again, and brought to its end in here."""
@@ -215,6 +216,7 @@ def test_a_loss_far_above_the_ones_before_names_its_rows(capsys):
     )
 
 
+@pytest.mark.rule(11)
 def test_the_step_compiles_once(tmp_path, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         job(tmp_path, steps=9, eval_every=3, save_every=2, log_every=1, of=(model(**OWN), sj.ALL))
@@ -297,6 +299,7 @@ def test_checkpoints_hold_the_weights_of_their_step_though_buffers_are_donated_r
             np.testing.assert_array_equal(np.asarray(found), value, err_msg=f"step {step}")
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loras_base_is_bit_identical_afterwards_and_its_factors_moved(dtype):
     made = model(dtype=dtype, param_dtype=dtype)
@@ -312,6 +315,7 @@ def test_loras_base_is_bit_identical_afterwards_and_its_factors_moved(dtype):
         assert np.any(value != fresh[name]), name
 
 
+@pytest.mark.rule(2)
 def test_full_training_makes_float32_masters_of_every_weight():
     made = model(dtype="bfloat16", param_dtype="bfloat16")
     before = weights(made)
@@ -390,6 +394,7 @@ def test_samples_are_taken_from_the_weights_of_the_moment(tmp_path):
     assert [(row["step"], row["text"]) for row in lines] == [(0, "answer 1"), (2, "answer 2"), (4, "answer 3")]
 
 
+@pytest.mark.rule(11)
 def test_a_steps_numbers_are_read_once_the_next_one_was_given_to_the_device(monkeypatch):
     """So the device never waits for the host: not in the steps between two evaluations or saves."""
     events = []

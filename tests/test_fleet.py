@@ -103,6 +103,7 @@ def test_an_adapters_gradient_stays_on_the_devices_that_have_its_rows(trained, o
     ]
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("name", ["hr", "law"])
 def test_an_adapter_of_a_fleet_is_the_adapter_trained_alone(trained, name):
     base, lines, results = trained

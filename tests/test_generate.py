@@ -174,6 +174,7 @@ def speaking(generation=(), hf=()):
     )
 
 
+@pytest.mark.rule(10)
 def test_greedy_equals_transformers_token_for_token_on_unequal_prompts(family):
     assert min(len(set(row)) for row in family.expected) > 30, "the reference repeats itself: it shows too little"
     assert generate_tokens(family.model, PROMPTS, max_new_tokens=NEW) == family.expected
@@ -210,6 +211,7 @@ def test_a_cache_in_bfloat16_gives_the_logits_of_the_whole_text(llama):
             assert (logits.max(-1) - chosen).max() < 0.05 * logits.std()
 
 
+@pytest.mark.rule(10)
 def test_longropes_factors_are_chosen_anew_where_a_text_outgrows_the_short_ones(tmp_path):
     reference = random_model("phi3 longrope")
     reference.save_pretrained(tmp_path)
@@ -350,6 +352,7 @@ WARPERS = [  # temperature, top_k, top_p, min_p
 ]
 
 
+@pytest.mark.rule(10)
 @pytest.mark.parametrize(
     ("how", "few"), [(how, few) for how in WARPERS for few in ((0, 16, 64) if how[1] else (0,))], ids=str
 )
@@ -485,6 +488,7 @@ def test_text_is_cut_at_the_first_stop_string_and_special_tokens_stop_the_comput
     assert sent.eos_ids == [3, tokenizer.convert_tokens_to_ids("<|im_start|>")]
 
 
+@pytest.mark.rule(10)
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_stop_string_of_several_tokens_ends_a_text_where_transformers_ends_it(llama, tokenizer, batch_size):
     prompts = ["1 and 2", "7 and 3 make", "4"]
@@ -595,6 +599,7 @@ def test_a_generation_config_that_cannot_be_honoured_is_told(llama, tokenizer, s
     assert asked(sent, llama, tokenizer, generation, generation_config={}) == Sampling()
 
 
+@pytest.mark.rule(10)
 def test_the_files_own_sampling_is_transformers_with_the_same_file(tmp_path, tokenizer_folder):
     """Draws of the first token under a generation_config.json, against transformers' processed scores."""
     reference = random_model("llama")

@@ -42,6 +42,7 @@ def losses(method: str) -> list[float]:
         return [row["loss"] for row in metrics(workdir)]
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_losses_are_those_of_the_golden_file(method):
     lines = (FOLDER / f"{method}.txt").read_text().splitlines()

@@ -44,6 +44,7 @@ def rows(documents):
     return jnp.asarray(segments), jnp.asarray(positions)
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize(("dim", "kv_heads"), [(64, 2), (128, 2), (256, 8)])
 @pytest.mark.parametrize("how", [{}, {"window": 100}, {"known": True}], ids=["mask", "window", "known documents"])
 @pytest.mark.parametrize("documents", [1, 5, 40])
@@ -72,6 +73,7 @@ def test_cudnns_attention_is_the_plain_one(documents, how, dim, kv_heads):
         assert relative(a, b) < 6e-3, name
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("family", KINDS)
 def test_float32_logits_are_those_of_the_cpu(family):
     made = model(family)
@@ -85,6 +87,7 @@ def test_float32_logits_are_those_of_the_cpu(family):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("method", ["full", "lora", "nf4", "int8"])
 def test_ten_float32_steps_are_those_of_the_cpu(method):
     made = model(hidden_size=64, intermediate_size=128)
@@ -110,6 +113,7 @@ def test_ten_float32_steps_are_those_of_the_cpu(method):
     np.testing.assert_allclose(found["gpu"], found["cpu"], rtol=1e-5)
 
 
+@pytest.mark.rule(2)
 def test_the_loss_in_chunks_is_the_loss(monkeypatch):
     made = model()
     made.dtype = jnp.dtype("bfloat16")
@@ -124,6 +128,7 @@ def test_the_loss_in_chunks_is_the_loss(monkeypatch):
         assert relative(parts[1][path], whole[1][path]) < 2e-2, path
 
 
+@pytest.mark.rule(10)
 def test_greedy_texts_are_those_of_the_cpu():
     made = model()
     prompts = [[3, 5, 7], [11, 13, 17, 19, 23]]

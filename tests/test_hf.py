@@ -38,6 +38,7 @@ def copy(llama, tmp_path):
     return Path(shutil.copytree(llama, tmp_path / "copy"))
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("shard", ["10GB", "60KB"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", ["llama", "tied"])
@@ -230,6 +231,7 @@ FILES = {
 }
 
 
+@pytest.mark.rule(10)
 @pytest.mark.parametrize("case", FILES)
 def test_the_files_that_are_read_are_those_that_transformers_reads(tmp_path, case):
     import transformers
@@ -376,6 +378,7 @@ def slices(draw):
     return entry, np.arange(np.prod(shape)).reshape(shape), tuple(index)
 
 
+@pytest.mark.rule(1)
 @given(slices())
 @settings(max_examples=300, deadline=None)
 def test_the_table_is_a_bijection_of_whole_tensors_and_of_slices(drawn):

@@ -66,6 +66,7 @@ def worn(base, seed=0, **options):
     return made
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_fresh_adapter_changes_no_bit_of_the_logits(base, dtype):
     made = ours(base, dtype=dtype)
@@ -104,6 +105,7 @@ def test_factors_start_as_pefts_do(base):
     assert not np.array_equal(*(weights(m, sj.LORA)["layers.0.mlp.up_proj.updates.lora.a"] for m in (made, other)))
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize(
     "options",
     [
@@ -175,6 +177,7 @@ def adapter(base, tmp_path_factory):
     return get
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("name", PEFT)
 def test_an_adapter_that_peft_wrote_has_the_same_logits_here(base, adapter, name):
     path, wanted = adapter(name)
@@ -199,6 +202,7 @@ def test_an_adapter_survives_load_and_save(base, adapter, tmp_path):
     }
 
 
+@pytest.mark.rule(3)
 def test_a_merged_model_has_the_adapters_logits_in_transformers(base, tmp_path):
     import transformers
 
@@ -287,6 +291,7 @@ def test_targets_name_linear_maps_as_pefts_do():
     assert ("layers", 0, "mlp", "up_proj") not in match(made, "all-linear", exclude=["mlp.up_proj"])
 
 
+@pytest.mark.rule(5)
 @pytest.mark.parametrize(
     ("targets", "said"),
     [

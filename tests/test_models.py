@@ -61,6 +61,7 @@ ALONE = [
 ]
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("case", ALONE)
 def test_logits_equal_those_of_transformers(folder, case):
     path, wanted = folder(case)
@@ -73,6 +74,7 @@ def test_logits_equal_those_of_transformers(folder, case):
     print(f"{case}: differs by {np.abs(found - wanted).max():.1e}, logits up to {np.abs(wanted).max():.1f}")
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("head_dim", [24, 64, 80, 128])
 @pytest.mark.parametrize("case", ["llama", "linear rope scaling", "llama3 rope scaling"])
 def test_rotary_frequencies_are_those_of_transformers_to_the_last_bit(case, head_dim):
@@ -272,6 +274,7 @@ def test_attention_by_chunks_of_queries_equals_it_whole(monkeypatch, batch):
     assert_same_gradients(loss_and_gradient(ours, batch), wanted)
 
 
+@pytest.mark.rule(2)
 def test_float32_parameters_under_bfloat16_compute_are_cast_where_used():
     ours = model(dtype="bfloat16", param_dtype="float32")
     stored = model(dtype="bfloat16", param_dtype="bfloat16")

@@ -113,6 +113,7 @@ def assert_same_as_torch(block, moe, x, dy):
     return stats
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -274,6 +275,7 @@ def elements(shape):
     return int(np.prod([int(n) for n in shape.split(",")]))
 
 
+@pytest.mark.rule(11)
 def test_no_buffer_has_tokens_times_experts_times_features():
     moe = random_moe(num_experts=16)
     x = tokens(rows=2, length=256)[0]
@@ -337,6 +339,7 @@ MESHES = {
 }
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("rows", [8, 3])  # 3 rows divide over no mesh
 @pytest.mark.parametrize("sizes", MESHES)
 def test_every_mesh_computes_what_one_device_does(on_one_device, sizes, rows):

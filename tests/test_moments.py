@@ -32,6 +32,7 @@ def held(state):
     return adam.mu, adam.nu
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("kind", LOW)
 def test_what_is_stored_has_the_right_mean(kind):
     """Of 4000 roundings of the same numbers, over seven decades and both signs."""
@@ -81,6 +82,7 @@ def run(tmp_path_factory):
     return trained
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("kind", LOW)
 @pytest.mark.parametrize("rule", ["adamw", "lion"])
 def test_a_run_follows_that_of_float32_and_resumes_bit_for_bit(run, kind, rule):
@@ -96,6 +98,7 @@ def test_a_run_follows_that_of_float32_and_resumes_bit_for_bit(run, kind, rule):
     assert_same_bits(again, trained)
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("kind", LOW)
 def test_a_mesh_stores_what_one_device_stores(kind):
     """Moments and the scales of their blocks lie like the parameters."""

@@ -37,6 +37,7 @@ def some_loss(logprobs, logsumexp, batch):
     return jnp.sum(jnp.tanh(logprobs / 5) * batch["loss_mask"]) + 1e-2 * jnp.sum(logsumexp**2)
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}], ids=["one", "mesh"])
 @pytest.mark.parametrize("trains", ["all", "head's factors"])
 @pytest.mark.parametrize("case", CASES)
@@ -74,6 +75,7 @@ def test_scores_and_their_gradients_are_the_definition_by_chunks_too(monkeypatch
                 np.testing.assert_allclose(made_gradient[path], leaf, rtol=0, atol=1e-5 * largest, err_msg=str(path))
 
 
+@pytest.mark.rule(11)
 def test_the_whole_logits_are_in_neither_pass(monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 4 * 131 * 16)
     graph, params, _ = split(model(vocab_size=131), sj.ALL)
@@ -154,6 +156,7 @@ def fitted(rule, folder=None, steps=4, **options):
     return result, weights(made)
 
 
+@pytest.mark.rule(8)
 def test_any_optax_rule_trains_and_resumes_bit_for_bit(tmp_path):
     rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adafactor(1e-2))
     _, whole = fitted(rule, tmp_path / "whole", steps=6)

@@ -62,6 +62,7 @@ def pair(tmp_path_factory):
     return get
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("row", ROWS)
 def test_logits_of_every_family_over_493_tokens(pair, row):
     assert 0.5 < pair(row).wanted.std() < 5  # or a tolerance of 1e-4 says nothing
@@ -69,17 +70,20 @@ def test_logits_of_every_family_over_493_tokens(pair, row):
     assert found["logits"] < TOLERANCE and found["kl"] < TOLERANCE
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("row", [row for row in MAPS if row in ALONE])
 def test_bfloat16_is_within_two_percent(pair, row):
     found = bfloat16(pair(row))
     assert found["bf16"] < min(BF16_TOLERANCE, 1.2 * found["bf16_theirs"]), found
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("row", ALONE)
 def test_gradients_of_every_family(pair, row):
     assert gradients(pair(row))["gradients"] < TOLERANCE
 
 
+@pytest.mark.rule(7)
 @pytest.mark.parametrize("row", ALONE)
 def test_a_packed_document_has_the_logits_it_has_alone(pair, row):
     assert packed(pair(row))["packed"] < TOLERANCE
@@ -90,6 +94,7 @@ def test_every_familys_files_come_back_with_the_same_bytes(pair, row):
     assert round_trip(pair(row))["round_trip"]
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("row", MAPS)
 def test_every_familys_adapters_go_both_ways_and_merge(pair, row):
     found = adapters(pair(row))
@@ -187,6 +192,7 @@ def compiled_anew():
     jax.clear_caches()
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("name", BREAKS)
 def test_the_check_of_logits_fails_when_broken_on_purpose(pair, monkeypatch, compiled_anew, name):
     row, where, what, broken = BREAKS[name]
@@ -282,6 +288,7 @@ def configs(draw, family):
     return changes
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("family", KINDS)
 def test_any_sizes_of_a_family_have_transformers_logits(family, tmp_path_factory):
     @given(configs(family))

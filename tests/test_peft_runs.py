@@ -33,6 +33,7 @@ def subject():
     return made, sj.LORA
 
 
+@pytest.mark.rule(3)
 def test_a_run_resumes_bit_for_bit_and_leaves_its_base(tmp_path):
     before = weights(subject()[0])
     of = subject()

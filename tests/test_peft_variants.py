@@ -293,6 +293,7 @@ def test_an_adapter_that_peft_wrote_has_the_same_logits_here_comes_back_and_merg
         np.testing.assert_allclose(torch_logits(theirs, TOKENS), wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("name", [*GRADIENTS, "everything"])
 def test_gradients_are_pefts(bases, adapters, tmp_path, name):
     import torch
@@ -345,6 +346,7 @@ def _assert_padding_is_zero(made, values):
                 assert not one_a[rank:].any() and not one_b[..., rank:].any(), path
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_follows_peft(bases, tmp_path, name):
     theirs, rows = their_model(bases, name, train=True), packed()
@@ -365,6 +367,7 @@ def test_training_follows_peft(bases, tmp_path, name):
     np.testing.assert_array_equal(logits(made), plain)
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("name", ["DoRA in some layers", "all biases", "a tied input"])
 def test_updates_of_lora_plus_are_pefts(bases, tmp_path, name):
     import torch
@@ -404,6 +407,7 @@ def test_updates_of_lora_plus_are_pefts(bases, tmp_path, name):
         rule.init({("norm", "scale"): jnp.ones(3)})
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pissa_starts_and_is_saved_as_pefts(bases, tmp_path, rslora):
     import peft
@@ -481,6 +485,7 @@ MATCHED = [
 PATTERNS = {"layers.1": 1, "q_proj|v_proj": 2, r"^model\.layers\.2\..*": 3, "self_attn.*": 4, "layers.0.mlp.up_pro": 5}
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("told", MATCHED, ids=str)
 def test_names_and_patterns_match_what_they_match_in_peft(bases, told):
     import peft
@@ -678,6 +683,7 @@ def _save_wrongly(made, out):
         sj.lora.save(made, out)
 
 
+@pytest.mark.rule(5)
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [

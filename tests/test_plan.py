@@ -393,6 +393,7 @@ def test_a_mesh_that_does_not_fit_the_target_is_one_sentence(folder, capsys):
     assert "does not fit 4 devices" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.rule(4)
 @pytest.mark.parametrize(
     ("target", "method"),
     [
@@ -428,6 +429,7 @@ def test_what_is_replaced_is_donated_and_frozen_weights_have_no_gradient(tmp_pat
     assert max(arrays) <= made.model.config.vocab_size * made.model.config.embed_dim < part
 
 
+@pytest.mark.rule(4)
 @pytest.mark.parametrize("what", [{"model.remat": "offload"}, {"optimizer.offload": True}], ids=str)
 def test_what_waits_in_the_hosts_memory_is_none_of_the_devices(folder, tmp_path, what):
     """Compiled for a TPU: bytes leave the device, and are the host's."""

@@ -67,6 +67,7 @@ def assert_same_run(one: Path, other: Path, rtol: float = 1e-5) -> None:
     assert (one / "data.json").read_text() == (other / "data.json").read_text()
 
 
+@pytest.mark.rule(6)
 def test_two_are_told_to_stop_four_go_on_and_it_is_the_run_of_one(base):
     alone, shared = base.parent / "alone", base.parent / "shared"
     assert specjax("train", *job(base, alone)) == 0

@@ -74,6 +74,7 @@ def test_each_trained_token_is_a_target_once_but_for_a_documents_first(sizes, le
     assert sorted(seen) == (np.flatnonzero(wanted) + 1).tolist()
 
 
+@pytest.mark.rule(6)
 @bounded
 @given(SIZES, LENGTH, st.integers(1, 6), st.integers(0, 2**63 - 2), st.integers(0, 50), st.integers(1, 6))
 def test_a_run_that_goes_on_anywhere_sees_the_same_rows_and_each_once_a_pass(sizes, length, batch, seed, step, micro):
@@ -87,6 +88,7 @@ def test_a_run_that_goes_on_anywhere_sees_the_same_rows_and_each_once_a_pass(siz
         assert np.array_equal(cut[name].swapaxes(0, 1).reshape(values.shape), values)
 
 
+@pytest.mark.rule(1)
 @bounded
 @given(
     st.sampled_from(sorted(names.TABLES)),

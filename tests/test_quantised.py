@@ -99,6 +99,7 @@ def test_the_tables_are_the_published_ones():
     assert sha(DYNAMIC) == DYNAMIC_SHA
 
 
+@pytest.mark.rule(9)
 def test_codes_and_statistics_are_bitsandbytes():
     found = quantise(drawn(8, 64), "nf4", 1)
     assert np.asarray(found["codes"]).tobytes().hex() == CODES
@@ -157,6 +158,7 @@ def test_logits_are_those_of_the_dequantised_floats(kind, changes):
     assert np.abs(logits - model(**SIZES | changes)(tokens)).max() > 1e-3
 
 
+@pytest.mark.rule(9)
 def test_training_is_that_over_the_dequantised_floats():
     """DoRA and dropout, which take the weights in other places than LoRA does."""
     options = {"dora": True, "dropout": 0.1}
@@ -208,6 +210,7 @@ def abstract_step(mesh=None, dtype="float32", rows=8, length=64, remat="none", *
         return step.lower(state, frozen, batch, jax.ShapeDtypeStruct((), np.int32)), frozen
 
 
+@pytest.mark.rule(9)
 @pytest.mark.parametrize("changes", [{}, MOE], ids=["llama", "mixtral"])
 def test_the_floats_of_all_layers_are_never_there_together(changes):
     lowered, _ = abstract_step(**changes)

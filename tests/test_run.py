@@ -133,6 +133,7 @@ def test_a_run_leaves_its_config_reports_metrics_and_summary(base, runs, kind):
     assert not [path for path in workdir.rglob("*") if "partial" in path.name or path.name.startswith(".")]
 
 
+@pytest.mark.rule(1)
 @pytest.mark.parametrize("kind", ["sft", "lora"])
 def test_transformers_and_peft_open_the_export_and_find_the_losses_that_were_logged(base, runs, kind):
     model, tokenizer = opened(base, runs[kind] / "export")

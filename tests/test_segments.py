@@ -48,6 +48,7 @@ def test_segments_are_the_runs_of_equal_layers():
         from_hf(sizes("qwen3_moe", mlp_only_layers=[0, 1]))
 
 
+@pytest.mark.rule(1)
 def test_logits_files_and_packed_rows_are_those_of_one_segment_after_another(pair):
     assert 0.5 < pair.wanted.std() < 20  # or a tolerance says nothing
     assert parity.logits(pair)["logits"] < 1e-4
@@ -55,6 +56,7 @@ def test_logits_files_and_packed_rows_are_those_of_one_segment_after_another(pai
     assert parity.round_trip(pair)["round_trip"]
 
 
+@pytest.mark.rule(1)
 def test_gradients_of_every_segment(pair):
     assert parity.gradients(pair)["gradients"] < 1e-4
 
@@ -63,6 +65,7 @@ def test_decoding_writes_each_segments_own_part_of_the_cache(pair):
     assert parity.greedy(pair, 32)["greedy"] == 1
 
 
+@pytest.mark.rule(1)
 def test_adapters_go_both_ways_and_merge(pair):
     figures = parity.adapters(pair)
     assert max(figures["adapter"], figures["merge"]) < 1e-4
@@ -84,6 +87,7 @@ def test_an_adapters_names_are_those_of_the_files_layers(pair, tmp_path):
             assert f"{layer}.self_attn.q_proj" in names
 
 
+@pytest.mark.rule(1)
 def test_peft_builds_an_adapter_on_dense_maps_alone(pair, tmp_path):
     """PEFT takes target_modules of these names for the experts', in every layer."""
     made = pair.ours()

@@ -88,6 +88,7 @@ def several(folders, *names, **changes):
     return made
 
 
+@pytest.mark.rule(3)
 @pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 2}], ids=["one device", "mesh"])
 def test_a_mixed_batch_has_the_logits_of_each_adapter_alone(folders, alone, axes):
     mesh = sj.make_mesh(**axes, devices=jax.devices()[:4]) if axes else None
@@ -112,6 +113,7 @@ def test_adapters_that_share_no_batch_answer_in_batches_of_their_own(folders, al
     assert_answered(alone, chosen, generate_tokens(made, PROMPTS, max_new_tokens=NEW, adapter=chosen))
 
 
+@pytest.mark.rule(11)
 def test_loading_unloading_and_switching_compile_nothing_and_copy_no_base(folders, alone):
     made = several(folders, "hr")
     room(made)

@@ -43,6 +43,7 @@ def single(tmp_path_factory):
     return {kind: run(kind, None, tmp_path_factory.mktemp(kind))[:2] for kind in ("full", "lora")}
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("sizes", MESHES)
 def test_training_on_a_mesh_follows_training_on_one_device(tmp_path, single, kind, sizes):

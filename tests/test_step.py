@@ -26,6 +26,7 @@ from specjax.train.step import TrainState, _update_if, begin, make_eval_step, ma
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
 
 
+@pytest.mark.rule(2)
 def test_full_training_follows_torch(tmp_path):
     reference, rows = torch_model(), packed()
     reference.save_pretrained(tmp_path)
@@ -36,6 +37,7 @@ def test_full_training_follows_torch(tmp_path):
     assert_same_movement(dict(tensors(ours, np.float32)), theirs, start)
 
 
+@pytest.mark.rule(2)
 def test_lora_training_follows_peft(tmp_path):
     import peft
     import torch
@@ -65,6 +67,7 @@ def descent(rate=1.0):
     return Optimizer(optax.sgd(rate), learning_rate=rate)
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_float32_is_multiplied_as_float32_where_that_must_be_asked_for(monkeypatch, method, dtype):
@@ -87,6 +90,7 @@ def test_float32_is_multiplied_as_float32_where_that_must_be_asked_for(monkeypat
         assert "Precision.HIGHEST" not in traced()
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_micro_batches_add_up_to_the_whole_batch(kind):
     ours = model()
@@ -123,6 +127,7 @@ def shapes(jaxpr):
                     yield from shapes(inner)
 
 
+@pytest.mark.rule(4)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_frozen_weight_has_no_gradient_and_no_optimizer_state(kind, parts):
@@ -143,6 +148,7 @@ def test_a_frozen_weight_has_no_gradient_and_no_optimizer_state(kind, parts):
     assert bool(products) == (kind == "full"), products
 
 
+@pytest.mark.rule(4)
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_parameters_and_optimizer_state_are_donated(kind):
     ours = model()
@@ -184,6 +190,7 @@ def test_an_update_that_may_be_refused_takes_no_more_memory_as_shipped():
     assert temporaries(guarded) < temporaries(always) + 1024
 
 
+@pytest.mark.rule(11)
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_program_does_not_grow_with_the_number_of_layers(kind):
     lines = []
@@ -213,6 +220,7 @@ def reference_sums(ours, batch):
     }
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_loss_by_chunks_is_the_loss_of_the_whole_logits(monkeypatch, tied):
     ours = model(vocab_size=131, tie_word_embeddings=tied)
@@ -240,6 +248,7 @@ def test_the_loss_by_chunks_is_the_loss_of_the_whole_logits(monkeypatch, tied):
             np.testing.assert_allclose(gradient[name], value, rtol=0, atol=1e-5 * scale, err_msg=name)
 
 
+@pytest.mark.rule(11)
 @pytest.mark.parametrize(("method", "products"), [("lora", 2), ("full", 3)])
 def test_no_logits_are_made_twice(monkeypatch, method, products):
     """Logits, the hidden states' gradient and, where it trains, the table's: each once a chunk."""
@@ -263,6 +272,7 @@ def products_of(jaxpr):
                     yield from products_of(inner)
 
 
+@pytest.mark.rule(2)
 def test_the_tables_gradient_is_summed_over_chunks_in_float32(monkeypatch):
     ours = model(vocab_size=131, dtype="bfloat16")
     graph, params, _ = split(ours, sj.ALL)
@@ -276,6 +286,7 @@ def test_the_tables_gradient_is_summed_over_chunks_in_float32(monkeypatch):
     assert np.linalg.norm(found[1] - found[0]) < 5e-3 * np.linalg.norm(found[0])
 
 
+@pytest.mark.rule(2)
 def test_evaluation_is_weighted_by_tokens_and_sees_every_row_once():
     ours, rows = model(), data(documents=23, answers=True)  # the last batch is not full
     graph, params, frozen = split(ours, sj.ALL)
@@ -322,6 +333,7 @@ def gradients():
     return [{name: rng.standard_normal(shape).astype(np.float32) * s for name, shape in SHAPES.items()} for s in scales]
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("options", [{}, {"b1": 0.8, "b2": 0.95, "eps": 1e-3}, {"clip_norm": 0.0}], ids=str)
 def test_adamw_is_torchs_and_spares_norms_and_biases(gradients, options):
     import torch
@@ -390,6 +402,7 @@ def test_lion_trains_by_the_rate_that_is_logged_and_keeps_one_moment():
     assert found[-1] < found[0] - 0.1
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_mixture_of_experts_trains_on_transformers_loss_with_its_balancing_part(family, tmp_path):
     import torch

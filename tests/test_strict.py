@@ -38,9 +38,31 @@ def test_a_mixture_is_refused_here():
         jnp.ones(2, jnp.bfloat16) + jnp.ones(2, jnp.float32)
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("family", KINDS)
 def test_every_familys_step_over_float32_masters(family):
     trace(model(family, dtype="bfloat16"))
+
+
+def operations(jaxpr):
+    """(what is computed, of which dtypes) of a jaxpr, inner ones included."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name, {str(value.aval.dtype) for value in equation.invars}
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                yield from operations(inner)
+
+
+@pytest.mark.rule(2)
+@pytest.mark.parametrize("family", KINDS)
+def test_softmax_norms_losses_and_sums_of_a_bfloat16_model_are_float32(family):
+    graph, params, frozen = split(model(family, dtype="bfloat16", param_dtype="bfloat16"), sj.ALL)
+    batch, key = on_device(data(batch_size=2).batch(0)), jax.random.key(0)
+    loss = lambda params: sj.next_token(merge(graph, params, frozen), batch, key)  # noqa: E731
+    found = list(operations(jax.make_jaxpr(loss)(params).jaxpr))
+    names = {"exp", "log", "rsqrt", "reduce_sum", "cumsum"}
+    assert {"exp", "rsqrt", "reduce_sum"} <= {name for name, _ in found}
+    assert {name for name, dtypes in found if name in names and "bfloat16" in dtypes} == set()
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])

@@ -225,6 +225,7 @@ def assert_same_course(found, course):
     np.testing.assert_array_equal(columns(found, "loss_tokens")[:, 0], course.micro[..., 1].sum(1))
 
 
+@pytest.mark.rule(2)
 @named
 def test_twenty_logged_losses_are_trls(trl, tmp_path, kind, packing):
     course = trl(kind, packing)
@@ -235,6 +236,7 @@ def test_twenty_logged_losses_are_trls(trl, tmp_path, kind, packing):
     assert_same_course(our_course(course, kind, tmp_path), course)
 
 
+@pytest.mark.rule(2)
 @named
 def test_trls_loss_is_the_mean_over_the_global_batch_and_no_mean_of_means(trl, kind, packing):
     course = trl(kind, packing)
@@ -247,6 +249,7 @@ def test_trls_loss_is_the_mean_over_the_global_batch_and_no_mean_of_means(trl, k
     assert np.all(counts.max(1) > 4 * counts.min(1)) and np.median(wrong) > 3e-3
 
 
+@pytest.mark.rule(2)
 def test_a_mesh_of_devices_logs_trls_losses_too(trl, tmp_path):
     course = trl("sft", True)
     mesh = sj.make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
