@@ -12,7 +12,7 @@ FAST := $(patsubst %,tests/test_%.py,cli config docs errors helpers imports laun
 MODEL ?=
 DATA ?= python
 
-.PHONY: check test docs newest demo demo-real demo-base bench parity torture clean
+.PHONY: check test docs links newest demo demo-real demo-base bench parity torture clean
 
 # Between two edits. Types and tests side by side; either's failure fails it.
 check: $(VENV)/.test docs
@@ -71,6 +71,10 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/generate.py
+
+# Opens every link that leads outside, which the tests check by its form: needs a network.
+links:
+	$(PYTHON) tests/links.py
 
 clean:
 	rm -rf $(VENV) .venv-newest *.egg-info

@@ -8,6 +8,7 @@ import re
 import shlex
 from pathlib import Path
 
+import links
 import pytest
 
 from specjax.cli import parse
@@ -139,6 +140,31 @@ def test_links_to_files_and_headings_resolve(path):
             titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert heading in slugs, target
+
+
+def test_links_that_lead_outside_have_the_form_of_their_host():
+    """They are opened by `make links`, where there is a network."""
+    found = links.outside()
+    assert len(found) > 60 and any("arxiv" in link for link in found)
+    assert {link: (said, found[link]) for link in found if (said := links.wrong(link))} == {}
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "http://arxiv.org/abs/2405.09673",
+        "https://arxiv.org/abs/2405.967",
+        "https://arxiv.org/2405.09673",
+        "https://github.com/peft",
+        "https://github.com/huggingface/peft/main/README.md",
+        "https://huggingface.co/blob/main/README.md",
+        "https://huggingface.co/datasets/one",
+        "https://me:word@github.com/huggingface/peft",
+        "https://host/x",
+    ],
+)
+def test_a_link_of_another_form_is_found(link):
+    assert links.wrong(link)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
