@@ -381,3 +381,11 @@ def test_what_the_base_lacks_is_said_with_the_adapters_name(once):
         UserError, match="adapter hr: it has copies of whole modules, rows or biases, which cannot share"
     ):
         fleet.fit(model(), {"hr": one_of("hr", lora={"rank": 2, "targets": ["q_proj"], "modules_to_save": ["norm"]})})
+
+
+def test_the_folder_of_a_run_that_is_no_fleet_is_refused(tmp_path):
+    lone = model()
+    sj.lora.inject(lone, rank=2, targets=["q_proj"])
+    sj.fit(lone, rows("tax"), sj.adamw(1e-3), steps=1, trainable=sj.LORA, workdir=tmp_path)
+    with pytest.raises(UserError, match="is of one run and not of a fleet: start in a new workdir"):
+        fleet.fit(model(), {"tax": one_of("tax")}, workdir=tmp_path)

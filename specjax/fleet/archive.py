@@ -76,7 +76,10 @@ class Archive:
 
     def _check_provenance(self, run: Fleet, meta: Mapping[str, Any]) -> None:
         assert self._checkpoints is not None
-        folder, was, now = self._checkpoints.folder, list(meta["adapters"]), list(run.lanes)
+        folder = self._checkpoints.folder
+        if "adapters" not in meta:
+            raise UserError(f"{folder}: the checkpoint is of one run and not of a fleet: start in a new workdir.")
+        was, now = list(meta["adapters"]), list(run.lanes)
         if sorted(was) != sorted(now) or len(meta["slots"]) != run.count:
             raise UserError(
                 f"{folder}: the checkpoint is of the adapters {', '.join(was)} in {len(meta['slots'])} slots, now "
