@@ -1,1 +1,1 @@
-"""Which method, and which settings, for somebody's data, model and hardware: by published rules, without training."""
+"""Advises a method and settings for the user's data, model and hardware, by published rules and without training."""

@@ -1,6 +1,6 @@
 """Public datasets by domain: a dated table of what their cards say, and the flags with which specjax reads them.
 
-Nothing is made up: what was not read of a set is None, and shown as not known.
+What was not read about a dataset is None, and shown as not known.
 """
 
 import json
@@ -32,16 +32,16 @@ class Entry(NamedTuple):
     """A dataset.
 
     Attributes:
-      name: of the hub.
+      name: its name on the hub.
       languages: two letters each, or words.
       source: where this was read.
-      address: what `data.train` is, where the name alone is not read.
-      rows: how many, in words; this and all below: None where it was not read.
+      address: the value of `data.train`, if the name alone does not work.
+      rows: their number, in words; this and everything below is None if it was not read.
       licence: as the card names it.
-      commercial: whether that allows commercial use.
-      columns: those that matter.
-      flags: what follows `config.data.`, and its value.
-      faults: what is known to be wrong with it.
+      commercial: whether the licence allows commercial use.
+      columns: the relevant columns.
+      flags: keys after `config.data.`, with their values.
+      faults: known problems.
     """
 
     name: str
@@ -57,21 +57,21 @@ class Entry(NamedTuple):
 
     @property
     def given(self) -> list[str] | None:
-        """The flags of the command that read it; None where they are not known."""
+        """The command's flags that read it; None if they are not known."""
         if self.flags is None:
             return None
         return [f"--config.data.{key}={value}" for key, value in self.flags.items()]
 
 
 def table() -> tuple[str, dict[str, list[Entry]]]:
-    """When it was read, and domain -> its sets."""
+    """The date on which the cards were read, and domain -> its datasets."""
     read = tomllib.loads(files("specjax.advise").joinpath("domains.toml").read_text(encoding="utf-8"))
     when = read.pop("read")
     return when, {domain: [Entry(**entry) for entry in entries] for domain, entries in read.items()}
 
 
 def chosen(domain: str, lang: str = "") -> tuple[str, list[Entry]]:
-    """When the table was read, and the sets of a domain, in a language if one is given.
+    """The date on which the cards were read, and the datasets of a domain, in a language if one is given.
 
     Raises:
       UserError: no such domain, or no such language in the table.
@@ -92,12 +92,12 @@ def chosen(domain: str, lang: str = "") -> tuple[str, list[Entry]]:
 
 
 def show(domain: str, lang: str = "", ask: bool = False) -> None:
-    """Prints the sets of a domain, and what a good pair is like.
+    """Prints the datasets of a domain, and what a good pair looks like.
 
     Args:
-      domain: of the table.
-      lang: of the sets; "": any.
-      ask: ask the hub for each.
+      domain: a domain of the table.
+      lang: the datasets' language; "": any.
+      ask: ask the hub about each dataset.
 
     Raises:
       UserError: see `chosen`.
@@ -117,7 +117,7 @@ def show(domain: str, lang: str = "", ask: bool = False) -> None:
 
 
 def lines(entry: Entry, checked: str = "") -> Iterator[tuple[str, str]]:
-    """(what, value) of a set; `checked`: what the hub says of it."""
+    """(what, value) lines for a dataset; `checked` is what the hub says about it."""
     told = lambda value: NOT_KNOWN if value is None else value  # noqa: E731
     use = {None: f"commercial use: {NOT_KNOWN}", True: "allows commercial use", False: "NO commercial use"}
     yield "language", f"{', '.join(entry.languages)}; {told(entry.rows)} rows"
@@ -135,7 +135,7 @@ def lines(entry: Entry, checked: str = "") -> Iterator[tuple[str, str]]:
 
 
 def check(entry: Entry) -> str:
-    """What the hub says of a set now, in words; where it cannot be asked, that."""
+    """What the hub says about a dataset now, in words, or that the hub cannot be asked."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     if offline:
         return "not checked on this machine (HF_HUB_OFFLINE is set)"

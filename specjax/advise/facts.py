@@ -1,4 +1,4 @@
-"""What somebody's data are, from the very tokens that training would see."""
+"""Facts about the user's data, from the same tokens that training would see."""
 
 import dataclasses
 import itertools
@@ -22,15 +22,15 @@ class Facts:
     """Counts of a source.
 
     Attributes:
-      kind: in words.
-      rows: of the source.
-      distinct: rows that say something else than all others.
-      blank: rows in which there is nothing to learn, such as pairs without an answer.
-      empty: answers without a word in other rows.
-      sizes: int64, tokens of each example: a document, or the two of a preference pair.
-      tokens: of all examples.
-      loss_tokens: of these, those that train.
-      corpus: the tokens.
+      kind: the format, in words.
+      rows: the number of rows.
+      distinct: the number of different rows.
+      blank: rows with nothing to learn, such as pairs without an answer.
+      empty: empty answers in other rows.
+      sizes: int64, tokens of each example: a document, or both of a preference pair.
+      tokens: the tokens of all examples.
+      loss_tokens: those of them that train.
+      corpus: the tokenised rows.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Facts:
 
     @property
     def text(self) -> bool:
-        """Whether it is raw text, which is cut into pieces and not into rows that fit or do not."""
+        """Whether it is raw text, which is cut into pieces, so that nothing is too long for a row."""
         return self.corpus.format == "text"
 
     @property
@@ -54,13 +54,13 @@ class Facts:
         return self.corpus.format == "preference"
 
     def over(self, length: int) -> tuple[int, int]:
-        """How many examples are longer than a row, and their tokens; none of raw text, which loses nothing."""
+        """The number of examples longer than a row, and their tokens; none for raw text, which loses nothing."""
         long = self.sizes[self.sizes > length] if not self.text else self.sizes[:0]
         return len(long), int(long.sum())
 
 
 def facts(config: ConfigDict, tokenizer: Any) -> Facts:
-    """Reads the training rows of a config, as `specjax data` does, whichever of them are held out."""
+    """Reads the training rows of a config as `specjax data` does, including those that will be held out."""
     probe = copied(config, "data")
     # Rows are told apart by what decides which of them are held out, which is made where some are.
     probe.data.eval, probe.data.eval_fraction = ConfigDict(), rules.MOST_HELD_OUT
@@ -86,14 +86,14 @@ def facts(config: ConfigDict, tokenizer: Any) -> Facts:
 
 
 def leaked(found: Facts, held: Data) -> int:
-    """How many documents of an evaluation set train too, token for token."""
+    """How many documents of an evaluation set also train, token for token."""
     corpus, tokens = found.corpus, held.tokens
     trains = {corpus.tokens[a:b].tobytes() for a, b in itertools.pairwise(corpus.offsets.tolist())}
     return sum(tokens[a:b].tobytes() in trains for a, b in itertools.pairwise(held.offsets.tolist()))
 
 
 def lines(found: Facts, length: int) -> list[tuple[str, str]]:
-    """(what, how much) of the data, for rows of so many tokens."""
+    """(what, how much) lines about the data, for rows of a given length in tokens."""
     median, most = (int(np.percentile(found.sizes, q, method="higher")) for q in (50, 95))
     long, lost = found.over(length)
     share, cut = percent(found.loss_tokens / found.tokens), percent(long / len(found.sizes))
@@ -116,7 +116,7 @@ def lines(found: Facts, length: int) -> list[tuple[str, str]]:
 
 
 def percent(share: float) -> str:
-    """A share for people.
+    """A share, formatted for people.
 
     >>> percent(0.416)
     '41.6 %'

@@ -1,4 +1,4 @@
-"""Which methods fit on the hardware, by estimate, and the command that compiles each one."""
+"""An estimate of which methods fit the hardware, with the command that compiles each of them."""
 
 import os
 import shlex
@@ -22,10 +22,10 @@ class Base(NamedTuple):
     """The model.
 
     Attributes:
-      sizes: of it.
-      parameters: of all its weights.
-      frozen: bytes of these where none of them trains.
-      per_rank: parameters of an adapter of rank 1 on all linear maps.
+      sizes: its sizes.
+      parameters: the number of its parameters.
+      frozen: the bytes of its weights if they are frozen.
+      per_rank: the parameters of a rank-1 adapter on all linear layers.
     """
 
     sizes: ModelConfig
@@ -39,9 +39,9 @@ class Fit(NamedTuple):
 
     Attributes:
       name: in words.
-      settings: keys that make it.
-      need: of a device.
-      fits: whether it does; None: to be compiled.
+      settings: the config keys of the method.
+      need: the memory that each device needs.
+      fits: whether it fits; None: compile it to know.
     """
 
     name: str
@@ -51,14 +51,14 @@ class Fit(NamedTuple):
 
 
 def base_of(config: ConfigDict, sizes: ModelConfig, target: targets.Target, devices: int) -> Base:
-    """Counts the model of a config."""
+    """Counts the parameters of a config's model."""
     parameters, _ = count(config, {"trainable": "all"}, target, devices)
     trained, frozen = count(config, {"trainable": "lora", "lora.rank": rules.RANKS[0]}, target, devices)
     return Base(sizes, parameters, frozen, trained // rules.RANKS[0])
 
 
 def count(config: ConfigDict, settings: dict[str, object], target: targets.Target, devices: int) -> tuple[int, int]:
-    """Parameters that train with these settings, and bytes of those that do not, by the model's shapes."""
+    """The number of trained parameters with these settings, and the bytes of frozen ones, from the model's shapes."""
     config = copied(config, "lora", "model")
     config.update_from_flattened_dict(settings)
     _, trainable, frozen = _split(config, target, devices)
@@ -67,7 +67,7 @@ def count(config: ConfigDict, settings: dict[str, object], target: targets.Targe
 
 
 def _split(config: ConfigDict, target: targets.Target, devices: int) -> tuple[Decoder, dict[Any, Any], dict[Any, Any]]:
-    """A config's model, without weights, and by path the shapes of what trains and of what does not."""
+    """A config's model without weights, and the shapes of trained and frozen parameters by path."""
     config = settled(config, "cpu" if target.chip is None else "tpu", devices)
     folder = hf_folder.resolve(config.model.path, config.model.revision, weights=False)
     model = build.model_of(config, folder, None, abstract=True)
@@ -76,19 +76,19 @@ def _split(config: ConfigDict, target: targets.Target, devices: int) -> tuple[De
 
 
 def seconds(config: ConfigDict, target: targets.Target, devices: int, steps: int) -> tuple[float, float]:
-    """How long a config's training takes, from and to, compiling and evaluating left out."""
+    """The least and the most seconds that a config's training takes, without compiling and evaluating."""
     step = work(config, target, devices)
     return rules.seconds(steps * step, devices, target.chip.flops if target.chip else None, os.cpu_count() or 1)
 
 
 def work(config: ConfigDict, target: targets.Target, devices: int) -> float:
-    """Operations of a step."""
+    """The operations of a step."""
     model, trainable, _ = _split(config, target, devices)
     return flops.of_step(model, trainable, rows=config.batch_size, length=config.data.length)
 
 
 def tries(config: ConfigDict, base: Base, rank: int, target: targets.Target, devices: int) -> list[Fit]:
-    """Every weight and LoRA on the hardware; over a quantised base too, where that could make it fit."""
+    """Full training and LoRA on the hardware, and LoRA over a quantised base if that could make it fit."""
     lora: dict[str, object] = {"trainable": "lora", "lora.rank": rank}
     lora |= {"lora.alpha": rules.ALPHA, "lora.targets": "all-linear"}
     found = [
@@ -110,7 +110,7 @@ def _fit(
     target: targets.Target,
     devices: int,
 ) -> Fit:
-    """A way with all its rows at once, or with one row a device at a time where these do not fit."""
+    """A method with all its rows at once or, if these do not fit, with one row per device at a time."""
     name, settings = way
     limit = _limit(target)
     rows = config.batch_size // devices
@@ -136,12 +136,12 @@ def _fit(
 
 
 def _limit(target: targets.Target) -> int:
-    """Bytes of a device; the CPU devices of a process share the machine's."""
+    """The bytes of a device; the CPU devices of a process share the machine's memory."""
     return target.chip.memory if target.chip else memory.of_this_machine() // targets.count(target)
 
 
 def lines(config: ConfigDict, tried: list[Fit], target: targets.Target, hardware: str) -> Iterator[tuple[str, str]]:
-    """(method, what it needs and the command that compiles it), by estimate."""
+    """(method, its estimated memory and the command that compiles it)."""
     limit, many = _limit(target), targets.count(target)
     where = "this machine" if target.chip is None else f"{many} device{'s' if many > 1 else ''}"
     yield "hardware", f"{hardware}, {where}, {limit / GIB:.1f} GiB each; what follows is an estimate, of one device"

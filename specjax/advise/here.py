@@ -1,4 +1,4 @@
-"""What hardware this machine has, told without asking for it: `--hardware=found`."""
+"""The hardware of this machine, found without claiming a device: `--hardware=found`."""
 
 import re
 import shutil
@@ -12,10 +12,10 @@ SECONDS = 20  # that the driver has to answer
 
 
 def found() -> str:
-    """The target that this machine is: cpu, or h100:N.
+    """The target that describes this machine: cpu, or h100:N.
 
     Raises:
-      UserError: an accelerator that no target stands for, or whose kind cannot be told.
+      UserError: an accelerator that no target describes, or whose kind is not recognised.
     """
     known = f"give --hardware as one of {targets.FORMS}, or cpu"
     if process.tpu_devices():

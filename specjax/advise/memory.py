@@ -1,9 +1,9 @@
-"""What a device must hold to train, by arithmetic alone: an estimate, for which `specjax plan` asks the compiler.
+"""An estimate of the memory per device for training, by arithmetic; `specjax plan` asks the compiler instead.
 
-What is counted, on the mesh that a config has by default (all devices on `fsdp`): weights, AdamW's moments and
-gradients; of a dense model on an accelerator, where each layer is computed a second time (`model.remat=full`), also
-the layers' inputs, and on top of them the larger of one layer at work and of a chunk of logits: while the loss is made
-no layer is at work, and no gradient is there yet. docs/guides/choose.md holds it against compiled steps.
+It counts weights, AdamW's moments and gradients, on the default mesh (all devices on `fsdp`). For a dense model on an
+accelerator with full rematerialisation (`model.remat=full`) it also counts the layers' inputs, and on top of them the
+larger of one layer's computation and a chunk of logits: while the loss is computed, no layer is, and there are no
+gradients yet. docs/guides/choose.md compares it with compiled steps.
 """
 
 import os
@@ -26,13 +26,13 @@ MARGIN = 1.3  # by which a compiled step was seen to need more than is estimated
 
 
 class Need(NamedTuple):
-    """Bytes of one device: `state` is exact up to padding, `more` an estimate, None where none is trusted."""
+    """Bytes per device: `state` is exact up to padding; `more` is an estimate, or None if none is trusted."""
 
     state: int
     more: int | None
 
     def fits(self, limit: int) -> bool | None:
-        """Whether it does; None: it cannot be told without compiling."""
+        """Whether it fits; None: only compiling tells."""
         if self.state > limit:
             return False
         return True if self.more is not None and (self.state + self.more) * MARGIN <= limit else None
@@ -50,18 +50,18 @@ def need(
     quantised: bool = False,
     accumulated: bool = False,
 ) -> Need:
-    """What training needs.
+    """The memory that training needs.
 
     Args:
-      sizes: of the model.
-      trained: parameters that train.
-      frozen: bytes of those that do not; 0: every weight trains.
-      devices: of the mesh.
-      rows: on a device at once.
-      length: tokens of a row.
-      family: of the hardware, see `specjax.plan.targets`.
-      quantised: the frozen base's maps are, as nf4.
-      accumulated: over micro-batches: gradients are there from the first on.
+      sizes: the model's sizes.
+      trained: the number of trained parameters.
+      frozen: the bytes of frozen parameters; 0: every weight trains.
+      devices: the number of devices of the mesh.
+      rows: rows per device at once.
+      length: tokens per row.
+      family: the hardware's family, see `specjax.plan.targets`.
+      quantised: whether the frozen base's linear layers are nf4.
+      accumulated: whether gradients are summed over micro-batches, so that they exist from the first one on.
     """
     full = not frozen
     # A device has its part of the weights; the factors of an adapter it has whole.
@@ -84,7 +84,7 @@ def need(
 
 
 def _layer(c: ModelConfig) -> tuple[int, int]:
-    """The weights of the largest layer, and bytes that a token leaves in it while it is computed."""
+    """The number of weights of the largest layer, and the bytes per token while it is computed."""
     found = []
     for segment in c.segments:
         here = c.of(segment)
@@ -101,7 +101,7 @@ def _layer(c: ModelConfig) -> tuple[int, int]:
 
 
 def of_this_machine() -> int:
-    """Bytes of memory that this process may have: the machine's, or its container's."""
+    """The bytes of memory that this process may use: the machine's or its container's."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))

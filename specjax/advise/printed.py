@@ -1,4 +1,4 @@
-"""How the command prints what it says: a word, and beside it what is said of it."""
+"""Prints the command's output: a word, and beside it a value."""
 
 import textwrap
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ def say(title: str, entries: Iterable[tuple[str, str]]) -> None:
 
 
 def entry(what: str, value: str, mark: str = "") -> None:
-    """Prints one, folded; a command stays on its line, to be copied."""
+    """Prints one pair, wrapped; a command stays on one line, so that it can be copied."""
     if value.startswith("specjax "):
         print(f"    {value}")
         return
@@ -28,7 +28,7 @@ def entry(what: str, value: str, mark: str = "") -> None:
 
 
 def duration(seconds: float) -> str:
-    """For people, to two digits.
+    """A duration for people, to two digits.
 
     >>> [duration(s) for s in (0.3, 62, 3600, 86400 * 12)]
     ['0.3 s', '62 s', '60 min', '12 days']

@@ -1,4 +1,4 @@
-"""`specjax advise`: what the data are, what fits, which settings to start from, each with its rule and source."""
+"""`specjax advise`: facts about the data, what fits, and settings to start from, each with its rule and source."""
 
 import shlex
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ CPU = "cpu"  # this machine's
 
 
 class Line(NamedTuple):
-    """A piece of advice: what, its value in words, the rules that it follows, and what is to be known beside."""
+    """A piece of advice: the setting, its value in words, the rules behind it, and remarks."""
 
     what: str
     value: str
@@ -43,24 +43,25 @@ def advise(
     check: bool = False,
     start: ConfigDict | None = None,
 ) -> ConfigDict | None:
-    """Prints the advice, and returns it as a config; nothing is trained or compiled, and no weight is read.
+    """Prints the advice and returns it as a config; nothing is trained or compiled, and no weight is read.
 
-    With a domain the public datasets of it come first; without data they are all.
+    With a domain, its public datasets are listed first; without data, only these are listed.
 
     Args:
-      data: what trains: a file, a folder or a hub name.
-      model: a folder, of which config.json and the tokenizer are enough, or a hub name.
-      hardware: cpu, which is this machine, found: what it has, or a target of `specjax plan`, such as h100:1.
-      write: specjax: a config is written, trl: a script on transformers, TRL and PEFT; None: nothing, without `out`.
-      out: the file to write into; "": one of the folder that this runs in.
-      explain: print every rule too.
-      domain: whose public datasets are listed.
-      lang: theirs, such as fr; None: any.
-      check: ask the hub for each of them.
-      start: the defaults, with keys of how the data are read.
+      data: the training data: a file, a folder or a hub name.
+      model: a folder that holds at least config.json and the tokenizer, or a hub name.
+      hardware: cpu (this machine), found (what this machine has), or a target of `specjax plan`, such as h100:1.
+      write: specjax writes a config; trl writes a script on transformers, TRL and PEFT; None writes a config if `out`
+        is given, else nothing.
+      out: the file to write; "": a default name in the current folder.
+      explain: also print every rule.
+      domain: list the public datasets of this domain.
+      lang: their language, such as fr; None: any.
+      check: ask the hub about each of them.
+      start: the default config, with the keys that say how the data are read.
 
     Raises:
-      UserError: what can't be read or is not known, or a file that is there already.
+      UserError: something cannot be read or is not known, or the file exists already.
     """
     _check_given(data, model, domain, {"lang": lang, "check": check}, {"write": write, "out": out, "explain": explain})
     if domain:
@@ -127,7 +128,7 @@ def advise(
 def _advised(
     start: ConfigDict, found: facts_lib.Facts, sizes: ModelConfig, target: targets.Target
 ) -> tuple[ConfigDict, list[Line], list[fits.Fit]]:
-    """The advice as a config and in words, and what was tried."""
+    """The advice as a config and in words, and the methods that were considered."""
     devices = targets.count(target)
     made = copied(start, "data", "lora", "optimizer", "model", "dpo", "eval")
     made.data.length = rules.length(found.sizes, sizes.max_positions, text=found.text)
@@ -166,14 +167,14 @@ def _advised(
 
 @keys({"length": "config.data.length", "holdout": "config.data.eval_fraction", "overlong": "config.data.overlong"})
 def _packed(config: ConfigDict, found: facts_lib.Facts, part: tuple[float, str] | None) -> tuple[int, float]:
-    """Packed rows of what trains, and its share of the examples."""
+    """The number of packed training rows, and the share of the examples that trains."""
     d = config.data
     made = found.corpus.pack(length=d.length, batch_size=1, packing=d.packing, overlong=d.overlong, holdout=part)
     return made.num_rows, (len(made.offsets) - 1) / (len(found.corpus.offsets) - 1)
 
 
 def _method(found: facts_lib.Facts, rank: int | None, tried: list[fits.Fit]) -> tuple[fits.Fit, str]:
-    """What is advised, and what is to be known of it."""
+    """The advised method, with remarks."""
     full, *adapters = tried
     much = found.text and found.loss_tokens >= rules.CONTINUED
     every = (much or rank is None) and full.fits is not False
@@ -234,7 +235,7 @@ def _of_course(config: ConfigDict, found: facts_lib.Facts, per_row: float, steps
 
 
 def _missing(config: ConfigDict, found: facts_lib.Facts, twice: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """What would make the advice, or the training, better founded."""
+    """What is missing for better-founded advice or training."""
     if not found.text and found.distinct < rules.FEW_PAIRS:
         rule = rules.RULES["pairs"]
         yield "examples", f"{found.distinct:,} different rows are few: {rule.says} ({rule.source})"
@@ -259,7 +260,7 @@ def _missing(config: ConfigDict, found: facts_lib.Facts, twice: dict[str, int]) 
 
 
 def _reasons(lines: list[Line]) -> dict[str, str]:
-    """Key -> the rules that set it, for the file."""
+    """Key -> the rules behind its value, for the written file."""
     places = {
         "method": "trainable",
         "rank": "lora.rank",
@@ -280,7 +281,7 @@ def _reasons(lines: list[Line]) -> dict[str, str]:
 
 
 def _check_given(data: str, model: str, domain: str, of_domain: dict[str, object], of_data: dict[str, object]) -> None:
-    """Raises `UserError` for a flag whose partner is missing."""
+    """Raises `UserError` if a flag lacks another flag that it needs."""
     if (domain or of_domain["lang"] or of_domain["check"]) and not domain:
         name = next(name for name, value in of_domain.items() if value)
         raise UserError(f"--{name} is of the public datasets: give --domain too, such as --domain=law.")

@@ -1,6 +1,6 @@
-"""The rules of the advice, each with its number, its source and how strong the evidence is: no model, no data.
+"""The rules of the advice, each with its numbers, its source and the strength of the evidence. No model, no data.
 
-They were read in November 2026. A number that no source has says that it is specjax's own.
+The sources were read in November 2026. A number without a source is marked as specjax's own.
 """
 
 import math
@@ -31,7 +31,7 @@ CORE = (2e10, 6e10)  # float32 operations a second of a CPU's core
 
 
 class Rule(NamedTuple):
-    """What is said, by whom, and how well it is known."""
+    """A rule, its source, and the strength of the evidence."""
 
     says: str
     source: str
@@ -144,11 +144,11 @@ RULES = {
 
 
 def rank(loss_tokens: int, per_rank: int) -> int | None:
-    """The smallest of `RANKS` whose factors hold what so many trained tokens say; None: none does.
+    """The smallest of `RANKS` whose factors can hold the information of the trained tokens; None if none can.
 
     Args:
-      loss_tokens: trained tokens of one pass.
-      per_rank: trained parameters of each unit of rank.
+      loss_tokens: trained tokens per pass.
+      per_rank: trained parameters per unit of rank.
 
     >>> rank(32_000, 1_000), rank(32_001, 1_000), rank(512_001, 1_000)
     (16, 32, None)
@@ -158,12 +158,12 @@ def rank(loss_tokens: int, per_rank: int) -> int | None:
 
 
 def exponent(family: str) -> float | None:
-    """How the best rate falls with a family's width; None: nobody fitted it."""
+    """The exponent with which the best rate falls with a family's width; None if nobody fitted it."""
     return next((p for name, p in EXPONENTS.items() if family.startswith(name)), None)
 
 
 def rate(family: str, width: int, *, adapter: bool, steps: int, dpo: bool = False) -> float:
-    """The peak of the learning rate, to two digits.
+    """The peak learning rate, to two digits.
 
     >>> rate("llama", 4096, adapter=True, steps=100), rate("llama", 4096, adapter=True, steps=99)
     (0.00029, 0.00043)
@@ -180,7 +180,7 @@ def rate(family: str, width: int, *, adapter: bool, steps: int, dpo: bool = Fals
 
 
 def batch(per_row: float, groups: int) -> int:
-    """Packed rows a step: a power of two with fewer than 32 examples, then a multiple of `groups`.
+    """Packed rows per step: a power of two with fewer than 32 examples, then a multiple of `groups`.
 
     >>> batch(1.0, 1), batch(2.0, 1), batch(40.0, 1), batch(1.0, 12)
     (16, 8, 1, 24)
@@ -192,12 +192,12 @@ def batch(per_row: float, groups: int) -> int:
 
 
 def course(rows: int, per_row: float, groups: int) -> tuple[int, int, int]:
-    """(rows a step, epochs, steps): `batch`, halved while 3 passes make no 100 steps; then the passes.
+    """(rows per step, epochs, steps): `batch`, halved while 3 passes make fewer than 100 steps; then the passes.
 
     Args:
       rows: packed rows.
-      per_row: examples in each.
-      groups: into which the devices split a batch.
+      per_row: examples per row.
+      groups: the number of parts into which the devices split a batch.
     """
     size = batch(per_row, groups)
     steps = lambda size, epochs: max(1, round(epochs * rows / size))  # noqa: E731
@@ -210,13 +210,13 @@ def course(rows: int, per_row: float, groups: int) -> tuple[int, int, int]:
 
 
 def seconds(work: float, chips: int, peak: float | None, cores: int) -> tuple[float, float]:
-    """How long so many operations take, from and to.
+    """The least and the most seconds that an amount of work takes.
 
     Args:
-      work: operations.
-      chips: that share them.
-      peak: operations a second of each; None: a CPU.
-      cores: of the CPU.
+      work: the number of operations.
+      chips: the number of chips that share them.
+      peak: operations per second of each chip; None: a CPU.
+      cores: the number of the CPU's cores.
 
     >>> seconds(9e16, 2, 1e15, 1), seconds(2.4e12, 1, None, 2)
     ((100.0, 300.0), (20.0, 60.0))
@@ -226,12 +226,12 @@ def seconds(work: float, chips: int, peak: float | None, cores: int) -> tuple[fl
 
 
 def length(sizes: np.ndarray, most: int, *, text: bool) -> int:
-    """Tokens of a row.
+    """The tokens per row.
 
     Args:
       sizes: tokens of each example.
-      most: that the model reads.
-      text: raw text, which is cut into pieces.
+      most: the most tokens that the model reads.
+      text: whether it is raw text, which is cut into pieces.
     """
     if text:
         return min(TEXT_LENGTH, most)
@@ -240,7 +240,7 @@ def length(sizes: np.ndarray, most: int, *, text: bool) -> int:
 
 
 def held_out(rows: int) -> float:
-    """The share of so many different rows that is held out; 0: there are too few to hold out any.
+    """The share of the different rows that is held out; 0 if there are too few.
 
     >>> held_out(10_000), held_out(1_000), held_out(500), held_out(20), held_out(1)
     (0.02, 0.05, 0.1, 0.1, 0.0)

@@ -1,7 +1,7 @@
-"""The advice as a script on transformers, TRL and PEFT, for where no JAX is wanted: what specjax would train, there.
+"""The advice as a script on transformers, TRL and PEFT, without JAX, which trains what specjax would train.
 
-Its rows, masks, packing and order are specjax's, by code of its own; so that no template or column is taken otherwise
-in silence, the rows that it would make are compared with specjax's before it is written.
+Its own code makes specjax's rows, masks, packing and order. Before the script is written, the rows that it would make
+are compared with specjax's, so that no template or column is silently read in another way.
 """
 
 import csv
@@ -35,7 +35,7 @@ _INSTEAD = "use --write=specjax"
 
 
 def check(config: ConfigDict, found: Facts, sizes: ModelConfig, target: Target) -> None:
-    """Raises `UserError` where TRL cannot do what is advised, before anything is made of it."""
+    """Raises `UserError` if TRL cannot do what is advised, before anything else happens."""
     why = ""
     if found.preference:
         why = "the data are preference pairs, several of which share a row here, which TRL's DPOTrainer can't do"
@@ -65,11 +65,11 @@ def text(config: ConfigDict, corpus: Corpus, why: Mapping[str, str]) -> str:
 
     Args:
       config: the advice.
-      corpus: of its training rows.
-      why: key -> what is said of it.
+      corpus: its training rows.
+      why: key -> the rules behind its value.
 
     Raises:
-      UserError: a row that would be other tokens there.
+      UserError: a row that would have other tokens there.
     """
     made = _head(config) + _constants(config, corpus, why) + "\n\n"
     made += files("specjax.advise").joinpath("trl_script.txt").read_text(encoding="utf-8")
@@ -162,7 +162,7 @@ def _constants(config: ConfigDict, corpus: Corpus, why: Mapping[str, str]) -> st
 
 
 def _compare_reading(read: Any, source: str) -> None:
-    """Raises `UserError` where the script's own code reads a file as other rows."""
+    """Raises `UserError` if the script's own code reads other rows from a file."""
     if not (Path(source).exists() and Path(source).suffix in OWN):
         return
     limit = csv.field_size_limit()
@@ -186,7 +186,7 @@ def _compare_reading(read: Any, source: str) -> None:
 
 
 def _compare(script: str, config: ConfigDict, corpus: Corpus) -> None:
-    """Raises `UserError` at the first row that is other tokens, or other targets, in the script."""
+    """Raises `UserError` at the first row that has other tokens or targets in the script."""
     namespace: dict[str, Any] = {"__name__": "advised_trl"}
     exec(compile(script, "advised_trl.py", "exec"), namespace)
     for source in (config.data.train, *config.data.eval.values()):

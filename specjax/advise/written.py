@@ -1,4 +1,4 @@
-"""The advice as a config file: what differs from the defaults, each group under the rule that it follows."""
+"""The advice as a config file: what differs from the defaults, with the rules above each key."""
 
 import pprint
 import textwrap
@@ -25,7 +25,7 @@ _WIDTH = 110
 
 
 def check(out: str) -> None:
-    """Raises `UserError` where Python can't be written there, before anything is read for it."""
+    """Raises `UserError` if a Python file cannot be written there, before anything is read."""
     path = Path(out)
     if path.suffix != ".py":
         raise UserError(f"--out={out} is no Python file: give a name that ends in .py, such as --out=advised.py.")
@@ -36,10 +36,10 @@ def check(out: str) -> None:
 
 
 def write(out: str, made: str) -> None:
-    """Writes a file that is not there.
+    """Writes a new file.
 
     Raises:
-      UserError: it has come into being meanwhile.
+      UserError: the file exists by now.
     """
     try:
         with Path(out).open("x", encoding="utf-8") as file:
@@ -53,7 +53,7 @@ def text(config: ConfigDict, why: Mapping[str, str]) -> str:
 
     Args:
       config: the advice.
-      why: key -> what is said of it.
+      why: key -> the rules behind its value.
     """
     default = dict(flat(get_config().to_dict()))
     lines = []

@@ -1,1 +1,1 @@
-"""Who answers, what is asked, and a conversation in the terminal: what `specjax generate` and `chat` share."""
+"""Adapters, prompts and a conversation in the terminal: the parts that `specjax generate` and `chat` share."""

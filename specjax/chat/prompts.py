@@ -1,4 +1,4 @@
-"""What `generate` and `chat` are given: adapters by name, and prompts, which may name the adapter that answers."""
+"""The inputs of `generate` and `chat`: adapters by name, and prompts, which may name the adapter that answers."""
 
 import re
 import sys
@@ -15,21 +15,21 @@ BASE = "base"  # how a prompt, and a chat, calls the model without an adapter
 
 
 class Prompt(NamedTuple):
-    """A text, and the adapter that answers it; None: the base; `...`: every adapter that was given."""
+    """A text and the adapter that answers it; None: the base; `...`: every given adapter."""
 
     text: str
     adapter: str | EllipsisType | None = ...
 
 
 def adapters(given: Sequence[str], *, addressed: bool = True) -> dict[str, str]:
-    """Name -> folder of `NAME=DIR` each, or of DIR, whose last part is then the name.
+    """Name -> folder, from `NAME=DIR`, or from DIR, whose last part is then the name.
 
     Args:
       given: as on the command line.
-      addressed: whether a prompt may begin with @NAME, which wants a name that can stand there.
+      addressed: whether a prompt may begin with @NAME, which needs a name that can be written there.
 
     Raises:
-      UserError: two of one name, or a name that can't be addressed.
+      UserError: two adapters have the same name, or a name cannot be addressed.
     """
     found: dict[str, str] = {}
     for text in given:
@@ -50,11 +50,11 @@ def prompts(given: Sequence[str], file: str, names: Collection[str]) -> list[Pro
 
     Args:
       given: texts; - is standard input.
-      file: a text file with a prompt a line, or `.jsonl`: {"prompt": ..., "adapter": a name, or null for the base}.
-      names: of the adapters that were given.
+      file: a text file with one prompt per line, or `.jsonl`: {"prompt": ..., "adapter": a name, or null for the base}.
+      names: the names of the given adapters.
 
     Raises:
-      UserError: there is none, or one names an adapter that was not given.
+      UserError: there is no prompt, or a prompt names an adapter that was not given.
     """
     found = []
     for text in given:
@@ -76,13 +76,13 @@ def prompts(given: Sequence[str], file: str, names: Collection[str]) -> list[Pro
 
 
 def addressed(text: str, names: Collection[str], where: str) -> Prompt:
-    """A text that may begin with the name of its adapter, @NAME, or with @base; @@ is an @ of the text itself.
+    """Reads a text that may begin with its adapter, @NAME, or with @base; @@ stands for an @ of the text itself.
 
-    Without adapters there is nothing to name, and an @ is text. With adapters a name that is none of theirs is an
-    error: answered as text, a misspelt name would be answered by every adapter.
+    Without adapters an @ is text. With adapters an unknown name is an error, because as text a misspelt name would be
+    answered by every adapter.
 
     Raises:
-      UserError: it names no adapter, or asks nothing.
+      UserError: the name is unknown, or the prompt is empty.
 
     >>> addressed("@hr Who?", ["hr"], ""), addressed("@base Who?", ["hr"], ""), addressed("@@hr", ["hr"], "").text
     (Prompt(text='Who?', adapter='hr'), Prompt(text='Who?', adapter=None), '@hr')
@@ -113,7 +113,7 @@ def _named(name: str, names: Collection[str], where: str, more: str = "") -> str
 
 
 def _row(row: Mapping[str, Any], names: Collection[str], where: str) -> Prompt:
-    """A row of a `.jsonl` file."""
+    """The prompt in a row of a `.jsonl` file."""
     if not isinstance(row.get("prompt"), str) or row.keys() - {"prompt", "adapter"}:
         raise UserError(f'{where}: write {{"prompt": a text}} and, where one adapter answers it, "adapter": its name.')
     if "adapter" not in row:
@@ -125,10 +125,10 @@ def _row(row: Mapping[str, Any], names: Collection[str], where: str) -> Prompt:
 
 @contextmanager
 def utf8(what: str) -> Iterator[None]:
-    """Text is read in here.
+    """Reads text in this context.
 
     Raises:
-      UserError: it is no UTF-8.
+      UserError: the text is not UTF-8.
     """
     try:
         yield

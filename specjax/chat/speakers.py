@@ -1,4 +1,4 @@
-"""A model and the adapters over it, each with its tokenizer: who answers in `generate` and in `chat`."""
+"""A model and its adapters, each with its tokenizer, which answer in `generate` and `chat`."""
 
 import dataclasses
 import sys
@@ -24,12 +24,12 @@ Who = str | EllipsisType | None  # an adapter; None: the base alone; `...`: the 
 
 @dataclasses.dataclass
 class Speakers:
-    """Who can be asked.
+    """The model and the adapters that can be asked.
 
     Attributes:
-      model: with all adapters.
-      tokenizers: of the adapters whose folder has one, with the chat template that they were trained with.
-      tokenizer: of the base and of the others.
+      model: the model with all adapters.
+      tokenizers: those of the adapters whose folder has one, with the chat template of their training.
+      tokenizer: that of the base and of the other adapters.
     """
 
     model: Decoder
@@ -37,17 +37,17 @@ class Speakers:
     tokenizer: Any
 
     def tokenizer_of(self, who: Who) -> Any:
-        """The tokenizer that asks them."""
+        """The tokenizer for prompts to this adapter or the base."""
         return self.tokenizers.get(who, self.tokenizer) if isinstance(who, str) else self.tokenizer
 
     def answers(
         self, asked: Sequence[tuple[Any, Who]], said: Callable[[int, str], None] | None = None, **how: Any
     ) -> list[str]:
-        """The answer to each prompt by whom it names; those whose chat templates are alike share batches.
+        """The answers to prompts by the adapters that they name; adapters with equal chat templates share batches.
 
         Args:
-          asked: prompts of `specjax.generate`, and who answers them.
-          said: as in `specjax.generate`, told the numbers of `asked`.
+          asked: prompts of `specjax.generate`, each with the adapter that answers it.
+          said: as in `specjax.generate`, with indices into `asked`.
           **how: other arguments of `specjax.generate`.
         """
         groups: dict[tuple[str, str], list[int]] = {}
@@ -72,11 +72,12 @@ class Speakers:
 
 
 def load(model: str, adapters: Mapping[str, str]) -> Speakers:
-    """A Hugging Face folder, a hub name or a run's best checkpoint, and adapters over it by their names.
+    """Loads a Hugging Face folder, a hub name or a run's best checkpoint, with adapters by name.
 
     Raises:
-      UserError: nothing there, or adapters of another base: told by the fingerprint of its weights where the adapter's
-        file says it, else by the shapes. Where only shapes tell, and the adapters name different bases, stderr says so.
+      UserError: there is no model, or an adapter has another base. The fingerprint of the base's weights decides if the
+        adapter's file has it, else the shapes. If only the shapes agree and the adapters name different bases,
+        a note on stderr says so.
     """
     mesh, known = sharding.make_mesh(), True
     if (Path(model) / "checkpoints").is_dir():

@@ -1,7 +1,8 @@
-"""`specjax chat`: a conversation in the terminal, with one adapter, with another, with all side by side.
+"""`specjax chat`: a conversation in the terminal with one adapter, with another, or with all side by side.
 
-On a terminal answers appear as they grow. Behind a pipe a line of input is a question, and each answer is printed
-whole. Ctrl-C ends an answer, and what was said of it stays in the conversation; the end of the input ends the chat.
+On a terminal, answers appear as they are generated. In a pipe, each line of input is a question, and each answer is
+printed as a whole. Ctrl-C ends an answer, and its part so far stays in the conversation. The end of the input ends the
+chat.
 """
 
 import json
@@ -34,18 +35,18 @@ Ctrl-C stops an answer. A line that begins with // is a text that begins with /.
 
 
 class Stopped(Exception):
-    """Ctrl-C while an answer was given."""
+    """Ctrl-C during an answer."""
 
 
 class Chat:
     """A conversation.
 
     Attributes:
-      speakers: who can be asked.
-      names: what they are called here -> who it is, the model without an adapter first.
+      speakers: the model and the adapters.
+      names: name in the chat -> adapter, the model without an adapter first.
       who: the name that answers.
       system: the system message, "" for none.
-      messages: what was said, {"role": ..., "content": ...} each.
+      messages: the conversation, as {"role": ..., "content": ...}.
       how: arguments of `specjax.generate`.
     """
 
@@ -56,10 +57,10 @@ class Chat:
         self.console = Console(soft_wrap=True, highlight=False, markup=False)
 
     def line(self, text: str) -> bool:
-        """Does what a line of input asks for; False: to end.
+        """Handles a line of input; returns False to end the chat.
 
         Raises:
-          UserError: a command that is none, or a question that can't be answered; the conversation is as it was.
+          UserError: an unknown command, or a question that cannot be answered; the conversation does not change.
         """
         if not text.strip():
             return True
@@ -85,7 +86,7 @@ class Chat:
         return True
 
     def ask(self, text: str) -> None:
-        """Asks who is chosen, shows the answer as it grows, and keeps both."""
+        """Asks the chosen adapter, shows the answer as it is generated, and keeps question and answer."""
         shown = ""
 
         def said(_: int, so_far: str) -> None:
@@ -106,7 +107,7 @@ class Chat:
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     def compare(self, text: str) -> None:
-        """The same question to everyone."""
+        """Asks all adapters and the base the same question."""
         asked = [message["content"] for message in self.messages if message["role"] == "user"]
         if not text and not asked:
             raise UserError("/compare has no question yet: write one behind it.")
@@ -131,7 +132,7 @@ class Chat:
             self.console.print(f"--- [{name}]\n{answer}")
 
     def switch(self, name: str) -> None:
-        """Another one answers from now on."""
+        """Chooses who answers from now on."""
         if not name:
             self.console.print(", ".join(f"{one} (now)" if one == self.who else one for one in self.names))
             return
@@ -141,7 +142,7 @@ class Chat:
         self.who = name
 
     def say_system(self, text: str) -> None:
-        """Another system message."""
+        """Sets the system message."""
         self.system = text
 
     def save(self, file: str) -> None:
@@ -203,7 +204,7 @@ def chat(
 
 
 def _lines(talk: Chat, terminal: bool) -> Iterator[str]:
-    """The lines of the input; on a terminal with a prompt, and with the editing of `readline` where Python has it."""
+    """The lines of the input; a terminal has a prompt, and `readline` editing if Python has it."""
     if not terminal:
         with utf8("the standard input"):
             yield from (line.rstrip("\n") for line in sys.stdin)
@@ -228,7 +229,7 @@ class _Flag:
 
 @contextmanager
 def ctrl_c() -> Iterator[_Flag]:
-    """In here Ctrl-C sets a flag, to be looked at between two tokens; the second one interrupts at once."""
+    """In this context Ctrl-C sets a flag, which is checked between tokens; the second one interrupts at once."""
     flag = _Flag()
 
     def hear(number: int, frame: Any) -> None:
@@ -244,5 +245,5 @@ def ctrl_c() -> Iterator[_Flag]:
 
 
 def _last_question(messages: Sequence[Mapping[str, str]]) -> int:
-    """The place of the last message of the user's."""
+    """The index of the user's last message."""
     return max(place for place, message in enumerate(messages) if message["role"] == "user")

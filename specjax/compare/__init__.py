@@ -1,4 +1,4 @@
-"""Methods side by side on one's own data, each at its own best rate and in a process of its own."""
+"""Compares methods on the user's data, each at its own best rate and in a process of its own."""
 
 from specjax.compare.job import compare
 

@@ -1,4 +1,4 @@
-"""On which hardware each method would fit with the model that it is meant for, by arithmetic: nothing is compiled."""
+"""The hardware that each method needs for the target model, by arithmetic: nothing is compiled."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,19 +16,19 @@ FAMILIES = {"tpu": "v5e", "gpu": "h100"}
 
 
 def aimed(configs: Mapping[str, ConfigDict], model: str, prices: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Per method the smallest v5e slice and the fewest H100s of a machine that hold its training, or None.
+    """For each method, the smallest v5e slice and the fewest H100s of one machine that can train it, or None.
 
-    A row is on a device at a time, each layer is computed a second time, and weights lie over all devices: the least
-    that it can need. A mixture of experts has no trusted estimate, and None. With it, the seconds that a million tokens
-    take at least: their operations at the chips' peak; with a price, what these cost.
+    The estimate is for one row per device, full rematerialisation, and weights sharded over all devices: the least
+    memory possible. A mixture of experts has no trusted estimate and gives None. The result includes the least seconds
+    per million tokens: their operations at the chips' peak; with a price, their cost.
 
     Args:
-      configs: of the methods, by name.
-      model: a folder of which config.json is enough, or a hub name.
-      prices: of a chip and hour, by family, in any currency.
+      configs: the methods' configs, by name.
+      model: a folder that holds at least config.json, or a hub name.
+      prices: per chip and hour, by family, in any currency.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the model's config cannot be read.
     """
     sizes = hf_config.from_folder(hf_folder.resolve(model, weights=False))
     rows, parameters, prices = [], 0, prices or {}
@@ -64,12 +64,12 @@ def _targets(family: str) -> Iterator[targets.Target]:
 
 
 def _counts(config: ConfigDict) -> tuple[int, int]:
-    """Parameters that train, and bytes of those that do not."""
+    """The number of trained parameters, and the bytes of frozen ones."""
     return fits.count(config, {"trainable": config.trainable}, targets.parse("v5e:1x1"), 1)
 
 
 def _parameters(config: ConfigDict) -> int:
-    """Of all the model's weights."""
+    """The number of the model's parameters."""
     whole = copied(config, "model")
     whole.model.quantise = ""
     return fits.count(whole, {"trainable": "all"}, targets.parse("v5e:1x1"), 1)[0]

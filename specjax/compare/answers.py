@@ -1,4 +1,4 @@
-"""What the base and a result answer to held-out questions, in a method's own process."""
+"""Answers of the base and of a trained method to held-out questions, made in the method's process."""
 
 import hashlib
 import json
@@ -28,14 +28,14 @@ Said = dict[str, list[str]]  # set -> the answers
 def answered(
     config: ConfigDict, place: Path, workdir: Path, sets: Mapping[str, Data], tokenizer: Any
 ) -> dict[str, Any]:
-    """The questions of each set with the known answer, the base's and the result's; what each is worth.
+    """The questions of each set with the known answer, the base's answer and the result's, and the scores.
 
     Args:
-      config: of the run.
-      place: its folder.
-      workdir: of the comparison, where the base's answers are kept.
-      sets: of the run; one of raw text asks nothing.
-      tokenizer: of its model.
+      config: the run's config.
+      place: the run's folder.
+      workdir: the comparison's folder, where the base's answers are kept.
+      sets: the run's sets; a set of raw text has no questions.
+      tokenizer: the model's tokenizer.
 
     Returns:
       `asked`: set -> rows {"prompt", "expected", "base", "said"}; `before` and `after`: set -> scores.
@@ -83,7 +83,7 @@ def _kept(path: Path, key: str) -> Said | None:
 def _said(
     model: Decoder, tokenizer: Any, asked: Mapping[str, Sequence[Question]], sets: Mapping[str, Data], most: int
 ) -> Said:
-    """The likeliest answers, a token longer than the longest known one where that is shorter than `most`."""
+    """Greedy answers of at most `most` tokens, and at most one token more than the longest known answer."""
     found = {}
     for name, ones in asked.items():
         turn = sets[name].end_of_turn
@@ -96,7 +96,7 @@ def _said(
 
 
 def _asked(tokenizer: Any, data: Data, ones: Sequence[Question]) -> list[str]:
-    """The questions as text, without what the template writes around a lone user's turn."""
+    """The questions as text, without what the template writes around a single user turn."""
     texts = [tokenizer.decode(one.prompt, clean_up_tokenization_spaces=False) for one in ones]
     head = tail = ""
     if data.template:

@@ -1,4 +1,4 @@
-"""How many steps of each method a number of seconds allows, by the speed of each one's first steps."""
+"""How many steps of each method a budget of seconds allows, by the speed of each method's first steps."""
 
 import math
 import re
@@ -21,7 +21,7 @@ PROBED = 3  # steps that tell a method's speed
 
 
 class Speed(NamedTuple):
-    """Seconds of a method: of a step, an evaluation, and all else that a run takes (start, compilation)."""
+    """A method's seconds per step, per evaluation, and for the rest of a run (start, compilation)."""
 
     step: float
     evaluation: float
@@ -29,13 +29,13 @@ class Speed(NamedTuple):
 
 
 def seconds(text: str) -> float:
-    """Of a budget as it is typed.
+    """The seconds of a budget as the user types it.
 
     >>> seconds("20m"), seconds("1.5h"), seconds("90")
     (1200.0, 5400.0, 90.0)
 
     Raises:
-      UserError: it is none.
+      UserError: it is not a duration.
     """
     hit = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
     if hit is None or not float(hit[1]):
@@ -44,7 +44,7 @@ def seconds(text: str) -> float:
 
 
 def work(method: Method) -> tuple[float, int]:
-    """(whole runs that a method's steps make up, runs that are started): trials stop at rungs, seeds are whole.
+    """(full runs' worth of steps, runs started) of a method: trials stop at rungs, runs of seeds are full.
 
     >>> from specjax.config import get_config
     >>> config = get_config()
@@ -65,14 +65,14 @@ def steps(
     """How many steps each run may have, the same for all.
 
     Args:
-      budget: seconds.
-      spent: of them, to know the speeds.
+      budget: in seconds.
+      spent: seconds of it that measuring the speeds took.
       methods: by name.
-      speeds: likewise.
+      speeds: by the methods' names.
       rest: methods whose speed is not known yet.
 
     Raises:
-      UserError: not one step of each, with the seconds that it would take.
+      UserError: the budget does not allow one step each; the error gives the seconds needed.
     """
     works = {name: work(method) for name, method in methods.items()}
     around = spent
@@ -95,10 +95,10 @@ def steps(
 
 
 def probed(methods: Mapping[str, Method], folder: Path, budget: float) -> int:
-    """`steps`, by a few steps of each method; kept in the folder, so that a later call has the same.
+    """`steps` from a few measured steps of each method; kept in the folder, so that later calls agree.
 
     Raises:
-      UserError: as `steps`, as soon as it is sure; one method's own mistake; another budget than the folder's.
+      UserError: as for `steps`, as soon as it is certain; a method's own mistake; a budget other than the folder's.
     """
     path = folder / "steps.json"
     if path.is_file():

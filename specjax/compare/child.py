@@ -1,4 +1,4 @@
-"""A method's own process, as `multiprocessing` starts it. Nothing heavy is imported before the process is prepared."""
+"""The process of one method, started by `multiprocessing`. Nothing heavy is imported before the process is prepared."""
 
 import multiprocessing
 import signal
@@ -15,13 +15,13 @@ STOPPED = (130, process.STOPPED)
 
 
 def train(told: Any, settings: Mapping[str, Any], workdir: str, name: str, twin: str) -> None:
-    """The whole of a method: ends its process with 0, 2 or 130, or with 143 when it was stopped.
+    """Runs a whole method; its process ends with 0, 2 or 130, or with 143 if it was stopped.
 
     Args:
-      told: the end of a pipe, which is sent (status, why) where the method fails.
-      settings: its config, as plain values.
-      workdir: of the comparison.
-      name: of the method.
+      told: the end of a pipe that receives (status, why) if the method fails.
+      settings: the method's config, as plain values.
+      workdir: the comparison's folder.
+      name: the method's name.
       twin: see `record.record`.
     """
     _prepare()
@@ -31,7 +31,7 @@ def train(told: Any, settings: Mapping[str, Any], workdir: str, name: str, twin:
 
 
 def probe(told: Any, settings: Mapping[str, Any], workdir: str) -> None:
-    """A few steps of a method, to know its speed: leaves `summary.json` in the folder."""
+    """Runs a few steps of a method to measure its speed; writes `summary.json` into the folder."""
     _prepare()
     from specjax import run
 
@@ -39,7 +39,7 @@ def probe(told: Any, settings: Mapping[str, Any], workdir: str) -> None:
 
 
 def aim(told: Any, settings: Mapping[str, Any], model: str, prices: Mapping[str, float], out: str) -> None:
-    """Writes what `aim.aimed` says of methods, by name, as JSON."""
+    """Writes the result of `aim.aimed` as JSON."""
     process.prepare()
     process.ask_for_no_device()
     from specjax.compare import aim as aim_lib
@@ -75,16 +75,16 @@ def _ended(told: Any, do: Any, settings: Mapping[str, Any]) -> None:
 
 
 def run(target: Any, *arguments: Any) -> tuple[int, str, str]:
-    """Runs one of the above in a fresh interpreter, with no state of JAX's and a peak of memory of its own.
+    """Runs one of the functions above in a fresh interpreter, without JAX state and with its own peak memory.
 
-    SIGTERM and Ctrl-C of this process stop it: it saves, and ends with 143; a second Ctrl-C it has from the terminal
-    itself, and ends at once.
+    SIGTERM and Ctrl-C in this process stop it: it saves and ends with 143. A second Ctrl-C reaches it from the terminal
+    directly and ends it at once.
 
     Returns:
-      Its exit status; "done", "failed" or "too_large"; why.
+      The exit status; "done", "failed" or "too_large"; and the reason.
 
     Raises:
-      SystemExit: it was stopped, with its status.
+      SystemExit: it was stopped; the code is its status.
     """
     context = multiprocessing.get_context("spawn")
     hears, told = context.Pipe(duplex=False)

@@ -1,4 +1,4 @@
-"""One method's runs, in its own process: its values are tried, the best ones are trained whole, with further seeds."""
+"""The runs of one method, in its own process: values are tried, and the best are trained again with further seeds."""
 
 import dataclasses
 import math
@@ -24,14 +24,14 @@ HALVING = "halving.json"  # which trials went on at each rung
 
 @dataclasses.dataclass
 class Trial:
-    """A run of a method, whole or stopped on the way.
+    """A run of a method, complete or stopped early.
 
     Attributes:
-      config: of it.
-      folder: where its checkpoints lie.
+      config: the run's config.
+      folder: where its checkpoints are.
       lines: of its metrics.
       stopped: "", "halving" or "failed".
-      why: it failed, in a sentence.
+      why: why it failed, in one sentence.
     """
 
     name: str
@@ -42,23 +42,23 @@ class Trial:
     why: str = ""
 
     def losses(self) -> dict[int, dict[str, float]]:
-        """Step -> set -> loss, of each evaluation."""
+        """Step -> set -> loss for each evaluation."""
         return losses(self.lines)
 
     def best(self, domain: str) -> tuple[int, float]:
-        """The step, after the first, with the least loss on the domain's set, and that loss, infinite without any."""
+        """The step after step 0 with the lowest loss on the domain's set, and that loss; infinity if there is none."""
         found = {step: each[domain] for step, each in self.losses().items() if step and each.get(domain) is not None}
         step = min(found, key=lambda one: found[one], default=0)
         return step, found.get(step, math.inf)
 
     @property
     def steps(self) -> int:
-        """How many were done, as far as it was logged."""
+        """The number of steps done, as far as they were logged."""
         return max((line["step"] for line in self.lines), default=0)
 
 
 def losses(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """Step -> set -> loss, of the lines of `metrics.jsonl` that have some.
+    """Step -> set -> loss, from the lines of `metrics.jsonl` that have evaluations.
 
     >>> losses([{"step": 0, "eval/a/loss": 2.0}, {"step": 1, "loss": 3.0}])
     {0: {'a': 2.0}}
@@ -74,7 +74,7 @@ def losses(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
 
 
 def survivors(there: Mapping[str, float], survive: float) -> list[str]:
-    """Those that go on behind a rung: the share with the smaller losses, rounded up as in a fleet.
+    """The trials that continue after a rung: the share with the lower losses, rounded up as in a fleet.
 
     >>> survivors({"a": 3.0, "b": 1.0, "c": 2.0}, 0.5)
     ['b', 'c']
@@ -83,7 +83,7 @@ def survivors(there: Mapping[str, float], survive: float) -> list[str]:
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
-    """What a run logged."""
+    """The lines that a run logged."""
     path = folder / "metrics.jsonl"
     return [row for _, row in files.read_rows(path)] if path.is_file() else []
 
@@ -94,7 +94,7 @@ def trained(
     """All trials of a method, and whether several of them shared each step.
 
     Raises:
-      UserError: a single one's own mistake; that none of several came to its end.
+      UserError: the mistake of a single trial; or none of several trials finished.
     """
     if not config.sweep:
         [(name, one)] = trials.items()
@@ -112,7 +112,7 @@ def _experts(config: ConfigDict) -> bool:
 
 
 def _fleet(config: ConfigDict, trials: Mapping[str, ConfigDict], folder: Path) -> list[Trial]:
-    """As the adapters of one fleet, the worse ones of which stop at the rungs."""
+    """Trains the trials as adapters of one fleet; the worse ones stop at the rungs."""
     results: Mapping[str, Result]
     why: Mapping[str, str] = {}
     try:
@@ -133,7 +133,7 @@ def _fleet(config: ConfigDict, trials: Mapping[str, ConfigDict], folder: Path) -
 
 
 def _turns(config: ConfigDict, trials: Mapping[str, ConfigDict], folder: Path, domain: str) -> list[Trial]:
-    """One after another, up to each rung; which went on is kept, so that a later call trains nothing twice."""
+    """Trains one trial after another up to each rung; keeps which continued, so that a later call repeats nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     place = lambda name: folder / "trials" / name  # noqa: E731
     told = files.read_object(folder / HALVING, "delete it") if (folder / HALVING).is_file() else {}
@@ -163,7 +163,7 @@ def _turns(config: ConfigDict, trials: Mapping[str, ConfigDict], folder: Path, d
 
 
 def _tried(failed: dict[str, str], name: str, train: Callable[[], Result]) -> Result | None:
-    """Numbers that are no longer finite, as under too high a rate, end the trial alone; all else ends the method."""
+    """Numbers that are not finite, as with too high a rate, end only the trial; other errors end the method."""
     try:
         return train()
     except NotFinite as error:
@@ -173,7 +173,7 @@ def _tried(failed: dict[str, str], name: str, train: Callable[[], Result]) -> Re
 
 
 def seeded(best: Trial, config: ConfigDict, folder: Path) -> list[Trial]:
-    """The best values trained with each further seed, on the same rows and measured on the same."""
+    """Trains the best values with each further seed, on the same rows and evaluated on the same sets."""
     made = []
     failed = dict[str, str]()
     for number in range(1, config.seeds):

@@ -1,4 +1,4 @@
-"""`report.json`: what all methods' records come to, facts alone; sentences are made of it elsewhere."""
+"""`report.json`: the facts from all methods' records; sentences are made from it elsewhere."""
 
 import datetime
 import math
@@ -25,15 +25,15 @@ def report(
     budget: float | None,
     target: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The report: plain JSON. A value that was not measured is None.
+    """The report as plain JSON values. A value that was not measured is None.
 
     Args:
-      workdir: of the comparison.
+      workdir: the comparison's folder.
       methods: by name.
-      records: likewise, what each left (`record`), or its status and why.
-      seconds: that all took, calls before this one included.
-      budget: seconds that were given, or None.
-      target: of `aim.aimed`.
+      records: by the methods' names, what each wrote (`record`), or its status and the reason.
+      seconds: the total time, including earlier calls.
+      budget: the budget in seconds, or None.
+      target: the result of `aim.aimed`.
     """
     done = [record for record in records.values() if record["status"] == "done"]
     first, method = (done or [{}])[0], next(iter(methods.values()))
@@ -64,7 +64,7 @@ def report(
 
 
 def _data(done: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> dict[str, Any] | None:
-    """Of the rows whose answers train, where some method has them: a text's method may have read other rows."""
+    """Facts about the rows whose answers train, if a method has such rows; methods on text may read other rows."""
     of_answers = [record["data"] for record in done if record["method"] != "full"]
     return (of_answers or [record["data"] for record in done] or [None])[0]
 
@@ -115,7 +115,7 @@ def _method(name: str, record: Mapping[str, Any], workdir: Path) -> dict[str, An
 
 
 def _answers(records: Mapping[str, Mapping[str, Any]], domain: str) -> list[dict[str, Any]]:
-    """Side by side: the domain's questions, those of other sets, and the prompts of `config.eval.prompts`."""
+    """Answers side by side: to the domain's questions, to those of other sets, and to `config.eval.prompts`."""
     rows: dict[tuple[str, str, str | None], dict[str, Any]] = {}
     for name, record in records.items():
         asked = record.get("asked", {})
@@ -133,14 +133,14 @@ def _answers(records: Mapping[str, Mapping[str, Any]], domain: str) -> list[dict
 
 
 def advice(records: Mapping[str, Mapping[str, Any]], domain: str, forgetting: Sequence[str]) -> dict[str, Any] | None:
-    """Which method: of those whose loss is as good as the least, the one that trains the fewest parameters.
+    """The advised method: among those with a loss as good as the lowest, the one that trains the fewest parameters.
 
-    As good is within 0.02 nats per token, or within the interval of the least one's seeds. `forgets_of` is how much
-    worse the general sets became, summed, as a share of what they did under the one that forgets most of those that
-    train more; None where nothing was forgotten there.
+    "As good" means within 0.02 nats per token, or within the interval of the seeds of the lowest. `forgets_of` compares
+    how much worse the general sets became, summed: the advised method's value as a share of that of the method that
+    forgets most among those that train more parameters. It is None if that method forgot nothing.
 
     Returns:
-      `best`, `lowest_loss`, `nats_apart` of the two, `forgets_of`; None where none is better than the base.
+      `best`, `lowest_loss`, `nats_apart` of the two, `forgets_of`; None if no method is better than the base.
     """
     losses = {
         name: record["measures"][domain]["after"]["loss"]
@@ -166,22 +166,22 @@ def advice(records: Mapping[str, Mapping[str, Any]], domain: str, forgetting: Se
 
 
 def _learned(measure: Mapping[str, Any]) -> bool:
-    """Whether a method made the loss less than the base's."""
+    """Whether a method's loss is lower than the base's."""
     before, after = measure["before"]["loss"], measure["after"]["loss"]
     return math.isfinite(after) and (before is None or after < before)
 
 
 def forgotten(record: Mapping[str, Any], forgetting: Sequence[str]) -> float | None:
-    """By how many nats per token the general sets became worse, summed; None: none was measured.
+    """How many nats per token the general sets became worse, summed; None if none was measured.
 
-    One that became better makes up for no other: a model can lose its answers while its loss on text falls.
+    An improvement on one set does not offset another: a model can lose its answers while its loss on text falls.
     """
     found = [record["measures"][name] for name in forgetting if name in record["measures"]]
     return sum(max(0.0, one["after"]["loss"] - one["before"]["loss"]) for one in found) if found else None
 
 
 def edge(record: Mapping[str, Any]) -> str | None:
-    """Whether the best rate is the smallest or the largest of several that were tried, so that a better may lie beyond.
+    """Whether the best rate is the lowest or highest of several tried, so that a better one may lie beyond.
 
     >>> edge({"rate": 2.0, "trials": [{"rate": 1.0}, {"rate": 2.0}]}), edge({"rate": 2.0, "trials": [{"rate": 2.0}]})
     ('high', None)
@@ -193,7 +193,7 @@ def edge(record: Mapping[str, Any]) -> str | None:
 
 
 def unscored(report: Mapping[str, Any]) -> list[str]:
-    """The libraries that are not installed here, without which something is None in the report."""
+    """The libraries that are not installed, for which values in the report are None."""
     scored = [each["after"] for one in report["methods"] for each in one["measures"].values()]
     asked = [one for one in scored if one["exact"] is not None]
     return missing() if any(one["chrf"] is None or one["rouge_l"] is None for one in asked) else []

@@ -1,4 +1,4 @@
-"""What several seeds say of a mean: Student's interval."""
+"""The confidence interval of a mean over several seeds: Student's."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ MOST = len(T) + 1  # seeds
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """(mean, low, high) of the mean with 95 % confidence, were the seeds' values normal; None of a lone one.
+    """(mean, low, high) with 95 % confidence, assuming normal values; low and high are None for a single value.
 
     >>> [round(x, 3) for x in interval([1.0, 2.0, 3.0])]
     [2.0, -0.484, 4.484]

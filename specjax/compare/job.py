@@ -37,20 +37,20 @@ def compare(
     prices: Mapping[str, float] | None = None,
     lang: str | None = None,
 ) -> dict[str, Any]:
-    """Trains every method of `config.compare` and says which to take; called again, it goes on where it was.
+    """Trains every method of `config.compare` and says which to take; called again, it resumes.
 
-    A method's runs lie in `<workdir>/<method>`. What came of all is written to `<workdir>/report.json` (and
-    `report.html`), the figures of each one's best run to `<workdir>/comparison.json`. A method that fails or does not
-    fit is told so, and the others go on.
+    A method's runs are in `<workdir>/<method>`. All results are written to `<workdir>/report.json` (and `report.html`),
+    and the figures of each method's best run to `<workdir>/comparison.json`. A method that fails or does not fit is
+    reported, and the others continue.
 
     Args:
-      config: with methods in `config.compare`.
+      config: a config with methods in `config.compare`.
       workdir: a folder of its own.
-      budget: seconds for all together, such as "20m", by which the steps are chosen; "": the config's steps.
-      steps: of each run; None: the config's.
-      target: a model for which each method's smallest hardware is said.
-      prices: of a chip and hour there, by family (v5e, h100), in any currency.
-      lang: of the report: en, the default, or fr.
+      budget: the time for all methods together, such as "20m", which sets the steps; "": the config's steps.
+      steps: the steps of each run; None: the config's.
+      target: a model, for which the report gives each method's smallest hardware.
+      prices: per chip and hour there, by family (v5e, h100), in any currency.
+      lang: the report's language: en, the default, or fr.
 
     Returns:
       The report.
@@ -89,7 +89,7 @@ def compare(
 
 
 def _say_sets(console: Console, made: Mapping[str, Method]) -> None:
-    """What is measured, where the user named nothing."""
+    """Prints what is measured where the user named no sets."""
     first = next(iter(made.values()))
     if first.domain not in first.config.data.eval:
         console.print(
@@ -111,7 +111,7 @@ def _say_sets(console: Console, made: Mapping[str, Method]) -> None:
 def _aimed(
     made: Mapping[str, Method], target: str, prices: Mapping[str, float], workdir: Path
 ) -> dict[str, Any] | None:
-    """What fits the model that the methods are meant for, asked in a process that takes no device."""
+    """The hardware for the target model, computed in a process that takes no device."""
     if not target:
         return None
     largest = {name: max(one.trials.values(), key=lambda config: config.lora.rank or 0) for name, one in made.items()}
@@ -124,7 +124,7 @@ def _aimed(
 
 
 def _check(workdir: Path, made: Mapping[str, Method]) -> None:
-    """Refuses methods that were begun with another config, and keeps what they are now."""
+    """Refuses methods that were begun with another config, and writes the current configs."""
     path = workdir / "methods.json"
     now = {name: plain(one.config) for name, one in made.items()}
     was = files.read_object(path, "restore it, or choose another workdir") if path.is_file() else {}
@@ -166,7 +166,7 @@ def _digest(source: str, split: str) -> str:
 
 
 def _trained(console: Console, made: Mapping[str, Method], workdir: Path, clock: "_Clock") -> dict[str, dict[str, Any]]:
-    """What each method left; of one that did not come to its end its status and why."""
+    """Each method's record; for a method that did not finish, its status and the reason."""
     works = {name: budgets.work(one)[0] for name, one in made.items()}
     records: dict[str, dict[str, Any]] = {}
     spent = done = 0.0
@@ -203,7 +203,7 @@ def _trained(console: Console, made: Mapping[str, Method], workdir: Path, clock:
 def _told(
     console: Console, report: dict[str, Any], records: Mapping[str, Mapping[str, Any]], workdir: Path, lang: str
 ) -> dict[str, Any]:
-    """Writes and prints what came of it; ends with a failure's status where nothing was done."""
+    """Writes and prints the results; exits with a failure's status if no method finished."""
     path = facts.write(workdir, report)
     done = {name: record for name, record in records.items() if record["status"] == "done"}
     summaries = {
@@ -229,7 +229,7 @@ def _told(
 
 
 class _Clock:
-    """Seconds of this call and of those before it."""
+    """The seconds of this call and of earlier ones."""
 
     def __init__(self, path: Path):
         self._path, self._began = path, time.monotonic()

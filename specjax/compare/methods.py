@@ -1,4 +1,4 @@
-"""A comparison's methods out of its config: what each trains, the sets that all are measured on, the values to try."""
+"""The methods of a comparison from its config: what each trains, the common evaluation sets, the values to try."""
 
 import dataclasses
 import re
@@ -25,10 +25,10 @@ class Method:
 
     Attributes:
       name: the user's own.
-      config: of it, with `sweep` where values are tried.
-      trials: name -> config of each combination of values; of one, the method's name.
-      domain: the set that is learnt.
-      forgetting: the sets that must not get worse.
+      config: the method's config, with `sweep` if values are tried.
+      trials: name -> config for each combination of values; a single one has the method's name.
+      domain: the set that measures learning.
+      forgetting: the sets that should not get worse.
       shipped: those of them that come with specjax.
     """
 
@@ -41,14 +41,14 @@ class Method:
 
 
 def read(config: ConfigDict, steps: int = 0) -> dict[str, Method]:
-    """The methods of `config.compare`, each valid.
+    """The methods of `config.compare`, each checked.
 
     Args:
-      config: of the comparison.
-      steps: of each run, in place of the config's; 0: the config's.
+      config: the comparison's config.
+      steps: the steps of each run; 0: the config's.
 
     Raises:
-      UserError: a mistake in any of them, so that none has begun.
+      UserError: a mistake in any of them, before any begins.
     """
     refuse_fleet(config, "specjax compare")
     made = {}
@@ -62,7 +62,7 @@ def read(config: ConfigDict, steps: int = 0) -> dict[str, Method]:
 
 
 def _check_alike(made: list[Method]) -> None:
-    """Raises `UserError` where the methods' losses are not of one scale, so that nothing could be told of them."""
+    """Raises `UserError` if the methods' losses are not on one scale and cannot be compared."""
     domains = sorted({one.domain for one in made})
     if len(domains) > 1:
         raise UserError(
@@ -90,10 +90,10 @@ def _check_alike(made: list[Method]) -> None:
 
 
 def of(name: str, config: ConfigDict) -> Method:
-    """A method of its own config; of a config that this made, the same again.
+    """A method from its own config; for a config that this function made, the same method again.
 
     Raises:
-      UserError: a mistake in it.
+      UserError: a mistake in the config.
     """
     if config.fleet:
         raise UserError(
@@ -112,7 +112,7 @@ def of(name: str, config: ConfigDict) -> Method:
 
 
 def _measured(config: ConfigDict) -> tuple[ConfigDict, str, tuple[str, ...], tuple[str, ...]]:
-    """The config with the sets of a comparison: the domain's, and general ones; shipped where there are no others."""
+    """The config with the comparison's sets: the domain's and general ones, shipped ones if none are named."""
     config = copied(config, "data", "eval")
     config.data.eval.unlock()
     if not eval_names(config):
@@ -136,7 +136,7 @@ def _measured(config: ConfigDict) -> tuple[ConfigDict, str, tuple[str, ...], tup
 
 
 def scaled(config: ConfigDict, steps: int) -> ConfigDict:
-    """The config with so many steps, the warmup and the evaluations at the same shares of them."""
+    """The config with the given steps; warmup and evaluations keep their shares of the steps."""
     made = copied(config, "optimizer", "eval")
     share = steps / config.steps if config.steps else 1.0
     made.steps, made.epochs = steps, get_config().epochs
@@ -146,7 +146,7 @@ def scaled(config: ConfigDict, steps: int) -> ConfigDict:
 
 
 def with_rates(config: ConfigDict) -> ConfigDict:
-    """The config with the rates of a sweep that are "auto": three, a factor of 3 apart, around the rule's for it."""
+    """The config with "auto" rates of a sweep replaced by three, a factor of 3 apart, around the rule's rate."""
     over = dict(flat(config.sweep.to_dict()))
     if over.get("optimizer.learning_rate") != AUTO:
         return config
@@ -158,7 +158,7 @@ def with_rates(config: ConfigDict) -> ConfigDict:
 
 
 def grid(family: str, width: int, *, adapter: bool, steps: int) -> Iterator[float]:
-    """Three rates around the rule's: of every weight by width, of LoRA 10 times that (`advise.rules`).
+    """Three rates around the rule's: for every weight by width, for LoRA 10 times that (`advise.rules`).
 
     >>> list(grid("llama", 4096, adapter=True, steps=1000)), list(grid("llama", 4096, adapter=False, steps=1000))
     ([9.7e-05, 0.00029, 0.00087], [9.7e-06, 2.9e-05, 8.7e-05])
@@ -182,11 +182,11 @@ def _model(config: ConfigDict) -> tuple[str, int]:
 
 
 def kind(config: ConfigDict, *, text: bool) -> str:
-    """The method in a word: full, sft, dpo, or LoRA's name with the base that it is over.
+    """The method's kind: full, sft, dpo, or LoRA's name with the kind of base.
 
     Args:
-      config: of a run.
-      text: raw text trains.
+      config: a run's config.
+      text: whether raw text trains.
     """
     if config.trainable == "lora":
         name = "dora" if config.lora.dora else "lora"
@@ -198,6 +198,6 @@ def kind(config: ConfigDict, *, text: bool) -> str:
 
 
 def twins(one: ConfigDict, other: ConfigDict) -> bool:
-    """Whether the first, in which answers alone count, would be the second on raw text, of which every token counts."""
+    """Whether the first, which trains only answers, would equal the second on raw text, where every token counts."""
     alike = differing(plain(one), plain(other)) == ["data.loss"]
     return alike and one.trainable == "all" and one.data.loss == "answers"

@@ -1,4 +1,4 @@
-"""What a method leaves in its folder at its end, `method.json`: its runs, what they cost, what they measure."""
+"""`method.json`, which a method writes at its end: its runs, their costs and their results."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ KINDS = {"text": "text", "instruct": "pairs", "prompt": "pairs", "preference": "
 
 
 def record(config: ConfigDict, workdir: Path, name: str, twin: str) -> None:
-    """Trains, measures and writes; `twin`: a method that would be the same one on raw text, "": none."""
+    """Trains, measures and writes. `twin` is a method that would be the same on raw text; "": none."""
     method = methods.of(name, config)
     folder = workdir / name
     if twin and _is_text(method.config):
@@ -49,7 +49,7 @@ def _facts(
     shared: bool,
     peak: int,
 ) -> dict[str, Any]:
-    """What `report` puts together, of one method."""
+    """The facts about one method that the report combines."""
     config = build.config_of(best.folder)
     _, tokenizer = build.tokenizer_of(config)
     data, sets = build.data_of(config, tokenizer)
@@ -84,9 +84,9 @@ def _facts(
 
 
 def _cost(best: Trial, own: Mapping[str, Any], peak: int) -> dict[str, Any]:
-    """Seconds, speed, memory and bytes of the best trial alone, however often it was stopped and called again.
+    """Seconds, speed, memory and bytes of the best trial only, however often it was stopped and resumed.
 
-    The speed of an adapter of a fleet is that of the whole fleet, so that its seconds are its share of them.
+    The speed of a fleet's adapter is that of the whole fleet, so that its seconds are its share of the fleet's.
     """
     tokens = next((line["tokens"] for line in reversed(best.lines) if "tokens" in line), 0)
     rates = [line["tokens_per_s"] for line in best.lines if "tokens_per_s" in line]
@@ -104,7 +104,7 @@ def _cost(best: Trial, own: Mapping[str, Any], peak: int) -> dict[str, Any]:
 
 
 def _prompts(best: Trial, folder: Path) -> dict[str, dict[str, str]]:
-    """Prompt of `config.eval.prompts` -> what the base and the last evaluation said; `folder`: where a fleet's lie."""
+    """Prompt of `config.eval.prompts` -> answers of the base and of the last evaluation; `folder`: a fleet's folder."""
     path = best.folder / "samples.jsonl"
     path = path if path.is_file() else folder / "samples.jsonl"
     rows = [row for _, row in files.read_rows(path)] if path.is_file() else []
@@ -118,7 +118,7 @@ def _prompts(best: Trial, folder: Path) -> dict[str, dict[str, str]]:
 def _measure(
     name: str, method: methods.Method, best: Trial, seeds: list[Trial], said: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A set's numbers before the first step and at the best one; of several seeds the loss's mean and interval."""
+    """A set's numbers before the first step and at the best step; for several seeds the loss's mean and interval."""
     evals = {line["step"]: line for line in best.lines if f"eval/{name}/loss" in line}
     chosen = best.best(method.domain)[0]
     made: dict[str, Any] = {}
@@ -150,9 +150,9 @@ def _told(trial: Trial) -> dict[str, Any]:
 def _data(
     report: Mapping[str, Any], held: Mapping[str, Any], rows: Sequence[Sequence[Runs]], *, whole: bool
 ) -> dict[str, Any]:
-    """Of the training rows, as they were read, and of the held-out set; the first document as the model sees it.
+    """Facts about the training rows and the held-out set, and the first document as the model sees it.
 
-    `whole`: all of that set is measured, and not some batches of it.
+    `whole`: the whole set is measured, not only some batches.
     """
     parts = report.get("sources", {"": report}).values()
     count = sum(part["rows"] for part in parts)

@@ -1,4 +1,4 @@
-"""How near an answer is to the known one: kept libraries' scores, and which of them are not installed."""
+"""How close an answer is to the known one: scores of established libraries, and which of these are missing."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -7,16 +7,17 @@ LIBRARIES = {"sacrebleu": "chrF", "rapidfuzz": "ROUGE-L"}
 
 
 def missing() -> list[str]:
-    """The libraries that are not installed; what they measure is then null."""
+    """The libraries that are not installed; their scores are then None."""
     return [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 
 
 def scores(said: Sequence[str], known: Sequence[str]) -> dict[str, float | None]:
-    """`exact`, `chrf` and `rouge_l` of answers, each from 0 to 1, None where nothing measures it.
+    """`exact`, `chrf` and `rouge_l` of answers, each from 0 to 1, or None if its library is missing.
 
-    `exact` is the share of answers that are the known ones but for case, punctuation and spaces. chrF is sacrebleu's,
-    of all answers together (Popovic 2015). ROUGE-L is the mean F measure of the longest common subsequence of words
-    (Lin 2004), which is rapidfuzz's: rouge-score's own words are ASCII alone, and it wants more beside it.
+    `exact` is the share of answers that equal the known ones, ignoring case, punctuation and spaces. chrF is
+    sacrebleu's, over all answers together (Popovic 2015). ROUGE-L is the mean F measure of the longest common
+    subsequence of words (Lin 2004), computed by rapidfuzz: rouge-score only recognises ASCII words and has more
+    dependencies.
     """
     from specjax.generation.answers import words
 

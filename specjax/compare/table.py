@@ -1,4 +1,4 @@
-"""A comparison in the terminal: the table of the choice, the figures, one sentence of advice, answers side by side."""
+"""A comparison in the terminal: tables of criteria and figures, one sentence of advice, answers side by side."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ NAMES = {
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
-    """Prints all of a report that a terminal has room for."""
+    """Prints the parts of a report that fit a terminal."""
     console.print(choice(report))
     console.print(figures(report))
     for one in report["methods"]:
@@ -39,7 +39,7 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def choice(report: Mapping[str, Any]) -> Table:
-    """What one chooses by: complexity, the data it learned from, cost, where it runs, quality, what is forgotten."""
+    """The criteria per method: complexity, training data, cost, where it runs, quality, what is forgotten."""
     domain, sets = report["sets"]["domain"], report["sets"]["forgetting"]
     aimed = {row["method"]: row for row in (report["target"] or {"rows": ()})["rows"]}
     local = f"fits {report['target']['model']}" if report["target"] else "usable locally"
@@ -62,7 +62,7 @@ def choice(report: Mapping[str, Any]) -> Table:
 
 
 def figures(report: Mapping[str, Any]) -> Table:
-    """One row per method; every set's loss before -> after, in nats per token, and its exact answers where it asks."""
+    """One row per method: each set's loss before -> after, in nats per token, and exact answers to its questions."""
     done = [one for one in report["methods"] if one["status"] == "done"]
     sets = [report["sets"]["domain"], *report["sets"]["forgetting"]]
     asked = [name for name in sets if any(one["measures"][name]["after"]["exact"] is not None for one in done)]
@@ -85,7 +85,7 @@ def figures(report: Mapping[str, Any]) -> Table:
 
 
 def sentence(report: Mapping[str, Any]) -> str:
-    """What to take, and why, of a report with an advice."""
+    """Which method to take, and why, from a report with an advice."""
     advice = report["advice"]
     best = next(one for one in report["methods"] if one["name"] == advice["best"])
     parts = []
@@ -104,7 +104,7 @@ def sentence(report: Mapping[str, Any]) -> str:
 
 
 def answers(report: Mapping[str, Any], most: int = 3) -> Iterator[str]:
-    """Lines: what the base and each method said to the config's prompts, or to the first of the domain's questions."""
+    """Answers of the base and of each method to the config's prompts, or else to the domain's first questions."""
     own = [row for row in report["answers"] if row["set"] is None] or report["answers"][:most]
     for row in own:
         yield f"\n[bold]{_escaped(row['prompt'])}[/bold]"

@@ -1,4 +1,4 @@
-"""What a fleet leaves on the disk: its own checkpoints, and of each adapter that ended those of a run of its own."""
+"""What a fleet writes to disk: its own checkpoints, and for each ended adapter the checkpoints of a single run."""
 
 import shutil
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from specjax.train.checkpoint import Checkpoints, Damaged
 
 
 class Archive:
-    """The checkpoints of a fleet in its workdir, those of its adapters in `adapters/<name>`.
+    """The checkpoints of a fleet in its workdir, and those of its adapters in `adapters/<name>`.
 
     Args:
       workdir: of the fleet; None: nothing is written.
-      keep: how many of the fleet's last checkpoints stay.
-      remember: keep what ended in memory too, for `ended`.
+      keep: how many of the fleet's last checkpoints are kept.
+      remember: also keep ended adapters in memory, for `ended`.
     """
 
     def __init__(self, workdir: Path | None, keep: int, *, remember: bool):
@@ -53,7 +53,7 @@ class Archive:
             self._checkpoints.save(run.tick, run.saved_state(), meta)
 
     def restore(self, run: Fleet) -> bool:
-        """Lets the fleet go on from the last checkpoint that is whole; whether there is one.
+        """Restores the fleet from the last intact checkpoint; returns whether there is one.
 
         Raises:
           UserError: it is of another fleet, another base or other data.
@@ -100,10 +100,10 @@ class Archive:
         return self._workdir / "adapters" / name / "checkpoints"
 
     def write(self, run: Fleet, lane: Lane, last: Adapter, best: Adapter) -> Decoder:
-        """Keeps what a lane was at its end and at its best, as a lone run's checkpoints without the optimizer's state.
+        """Writes a lane's last and best weights as a single run's checkpoints, without the optimizer's state.
 
         Returns:
-          The base wearing the best.
+          The base with the best adapter attached.
         """
         model = run.slots.alone(best)
         if self._remember:
@@ -124,7 +124,7 @@ class Archive:
         return model
 
     def ended(self, run: Fleet) -> dict[str, Adapter]:
-        """The adapters that ended, as they were then; of an earlier start, from their folders."""
+        """The adapters that ended, with their last weights; those of an earlier start are read from their folders."""
         lanes = [lane for lane in run.lanes.values() if lane.status == ENDED and lane.result.stopped != HALVED]
         return {lane.name: self._ended.get(lane.name) or self._read(run, lane) for lane in lanes}
 

@@ -27,11 +27,11 @@ Ended = Callable[[str, Decoder, Result], None]
 
 
 class Failed(UserError):
-    """Some adapters of a fleet stopped because they were not finite; the others are done.
+    """Some adapters of a fleet stopped because they were not finite; the others have finished.
 
     Attributes:
-      results: what was done, by name.
-      why: of those that stopped, a sentence each, by name.
+      results: the result of each adapter, by name.
+      why: one sentence for each adapter that stopped, by name.
     """
 
     def __init__(self, sentence: str, results: Mapping[str, Result], why: Mapping[str, str]):
@@ -57,41 +57,42 @@ def fit(
     ended: Ended | None = None,
     attach: bool = True,
 ) -> dict[str, Result]:
-    """Trains LoRA adapters over one frozen base in one run; called again on the same workdir, it goes on.
+    """Trains LoRA adapters over one frozen base in one run; called again on the same workdir, it resumes.
 
     Each is trained as `specjax.fit` would train it alone, on the same batches with the same dropout: losses, gradient
-    norms and weights are those of the lone run up to the order of float32's sums. A step has the rows of all adapters
-    in it, N times a lone batch. One whose loss, gradient or weights are not finite stops alone, and no other changes
-    by a bit.
+    norms and weights equal those of the single run up to the order of float32 sums. A step contains the rows of all
+    adapters, N times a single batch. An adapter whose loss, gradient or weights are not finite stops, and the others
+    do not change by a bit.
 
     Args:
       model: the base, without adapters.
       members: the adapters, by name.
-      rule: the optimizer, of (rate, weight decay): default `fleet.adamw()`; all share its betas.
-      objective: what is minimised, the same for all.
-      slots: how many train at once, the others wait in the order of `members` and take the slots of those that ended,
-        without a compilation; 0: all.
-      rungs: shares of the steps at which the adapters wait for each other, and those with the larger loss on the set
-        that chooses stop (successive halving: Jamieson & Talwalkar 2016, arXiv:1502.07943). With fewer slots than
-        adapters no row of a batch is empty: each rung is trained by turns.
-      survive: the share of those at a rung that goes on, rounded up.
-      workdir: where checkpoints and logs go; None: nowhere. The lines of `metrics.jsonl` bear `adapter`. What an
-        adapter was at its end, and at its best evaluation, lies in `adapters/<name>/checkpoints`.
-      accumulate: micro-batches a step.
-      save_every: steps of the fleet, beside the evaluations and ends; 0: those alone.
-      keep: how many of the fleet's last checkpoints stay.
-      log_every: steps.
+      rule: makes the optimizer from (rate, weight decay); default `fleet.adamw()`. All adapters share its betas.
+      objective: what is minimised, the same for all adapters.
+      slots: how many adapters train at once. The others wait in the order of `members` and take the slots of ended
+        adapters, without compilation. 0: all train at once.
+      rungs: shares of the steps at which the adapters wait for each other, and those with the larger loss on the
+        deciding set stop (successive halving: Jamieson & Talwalkar 2016, arXiv:1502.07943). With fewer slots than
+        adapters, they take turns to each rung, so that no row of a batch is empty.
+      survive: the share of the adapters at a rung that continues, rounded up.
+      workdir: where checkpoints and logs go; None: nothing is written. Each line of `metrics.jsonl` has the key
+        `adapter`. An adapter's last and best weights are in `adapters/<name>/checkpoints`.
+      accumulate: micro-batches per step.
+      save_every: a checkpoint every so many steps of the fleet, in addition to those at evaluations and ends; 0: only
+        those.
+      keep: how many of the fleet's last checkpoints are kept.
+      log_every: steps between logged lines.
       tensorboard: write an adapter's event files into `adapters/<name>/tensorboard`.
-      ended: called as each adapter ends, with its name, the base wearing what it was at its best evaluation (else at
-        its end), and its result.
-      attach: at the end the model wears all adapters, as they were at their end.
+      ended: called when an adapter ends, with its name, the base with the adapter of its best evaluation attached (or
+        its last, without evaluations), and its result.
+      attach: attach all adapters with their last weights to the model at the end.
 
     Returns:
-      What was done, by name. What is of all together (seconds, compilation) is the same in each.
+      The results by name. Values of the whole fleet (seconds, compilation) are the same in each.
 
     Raises:
-      UserError: what `specjax.fit` refuses, an adapter that cannot share a batch.
-      Failed: at the end, when all others are done, that some stopped because they were not finite.
+      UserError: what `specjax.fit` refuses, or an adapter that cannot share a batch.
+      Failed: some adapters stopped because they were not finite; raised at the end, when all others have finished.
     """
     if jax.process_count() > 1:
         raise UserError("a fleet trains in one process: leave --distributed out, or train its adapters one by one.")
@@ -148,7 +149,7 @@ def fit(
 
 
 class _Loop:
-    """One step after another; what is due after each."""
+    """The loop: one step after another, and what is due after each."""
 
     def __init__(
         self,
@@ -165,7 +166,7 @@ class _Loop:
         self._logs: dict[str, Log] = {}
 
     def go(self, stop: Any, save_every: int) -> None:
-        """Until all adapters have ended, or a signal comes."""
+        """Runs until all adapters have ended or a signal arrives."""
         run = self.run
         for lane in run.training():
             self._open(lane)
@@ -214,7 +215,7 @@ class _Loop:
         )
 
     def _refill(self) -> None:
-        """Adapters that wait take the free slots, and are evaluated before their first step."""
+        """Puts waiting adapters into free slots and evaluates them before their first step."""
         while True:
             if not self.run.training() and not self.run.waiting():
                 self._halve()
@@ -228,7 +229,7 @@ class _Loop:
                     self._evaluate(lane)
 
     def _halve(self) -> None:
-        """All are at a rung: the better ones go on."""
+        """At a rung that all have reached: the better adapters continue."""
         there = sorted((lane for lane in self.run.lanes.values() if lane.status == PAUSED), key=lambda x: x.at_rung)
         going = math.ceil(self._survive * len(there))
         for lane in there[:going]:
@@ -283,12 +284,12 @@ class _Loop:
         self.run.free(lane)
 
     def _check_weights(self) -> None:
-        """An update that broke an adapter's weights ends it: it has no last good ones in the state."""
+        """Ends adapters whose weights an update broke: the state no longer holds their last good weights."""
         for lane in self.run.broken():
             self._fail(lane, f"step {lane.step}: an update made its weights infinite or NaN: lower its learning rate.")
 
     def _report(self, stepped: Sequence[tuple[Lane, int]], metrics: Mapping[str, Any]) -> None:
-        """Reads a step's metrics, ends adapters whose loss is not finite, logs every so many."""
+        """Reads a step's metrics, ends adapters whose loss is not finite, and logs every `log_every` steps."""
         read = {name: jax.device_get(value) for name, value in metrics.items() if name != "tokens"}
         counts = f"loss_{self.run.objective.counts}"
         for (lane, slot), tokens in zip(stepped, metrics["tokens"], strict=True):

@@ -1,4 +1,4 @@
-"""`specjax train` of a config with `fleet`: its adapters from their configs, a folder for each, one summary."""
+"""`specjax train` for a config with `fleet`: one config and one folder per adapter, and one summary."""
 
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from specjax.train.result import Result
 def train(config: ConfigDict, workdir: str | Path, *, profile: bool = False) -> dict[str, Result]:
     """Trains the adapters of `config.fleet` in one run; called again on the same workdir, it resumes.
 
-    Writes `config.json`, `metrics.jsonl` (its lines bear `adapter`), `checkpoints/` and `summary.json` into the
-    workdir, and into `adapters/<name>` what a run of this adapter alone would hold: `config.json`, `data.json`,
-    `metrics.jsonl`, `checkpoints/` (of what trains, without the optimizer's state), `summary.json` and `export/`, so
-    that `specjax eval`, `generate` and `export` take it.
+    Writes `config.json`, `metrics.jsonl` (each line has the key `adapter`), `checkpoints/` and `summary.json` into the
+    workdir. `adapters/<name>` holds what a single run of this adapter would hold: `config.json`, `data.json`,
+    `metrics.jsonl`, `checkpoints/` (trained weights, without the optimizer's state), `summary.json` and `export/`, so
+    that `specjax eval`, `generate` and `export` accept it.
 
     Raises:
-      UserError: a wrong config of any adapter, said before any data is read, or what `fleet.fit` raises.
+      UserError: a wrong config of any adapter, raised before any data is read, or what `fleet.fit` raises.
       SystemExit: 143 after SIGTERM or Ctrl-C, once the checkpoint is saved.
     """
     if profile:
@@ -118,7 +118,7 @@ def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
     """The config of each adapter, each valid alone.
 
     Raises:
-      UserError: what is wrong with one, its name before it; what a fleet cannot do.
+      UserError: a mistake in one of them, after the adapter's name, or something that a fleet cannot do.
     """
     configs = members(config)
     for name, one in configs.items():
@@ -130,7 +130,7 @@ def configs_of(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def alone(config: ConfigDict) -> str:
-    """Why a run cannot be an adapter of a fleet, in a sentence, or ""; of its model nothing is known here."""
+    """Why a run cannot be an adapter of a fleet, in one sentence, or ""; this does not look at the model."""
     if config.trainable != "lora":
         return f"config.trainable is {config.trainable!r}: a fleet trains adapters, set it to 'lora'."
     for key in ("init_from", "init", "dora", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"):
@@ -148,7 +148,7 @@ def alone(config: ConfigDict) -> str:
 
 
 def check_rows(config: ConfigDict, device_count: int) -> None:
-    """Raises `UserError` where the rows of a micro-batch do not divide over so many devices."""
+    """Raises `UserError` if the rows of a micro-batch do not divide over the devices."""
     ways = groups_of_rows(config, device_count)
     count = slots_of(config)
     rows = count * config.batch_size // config.accumulate
@@ -161,7 +161,7 @@ def check_rows(config: ConfigDict, device_count: int) -> None:
 
 
 def _member(name: str, config: ConfigDict) -> tuple[Member, ConfigDict, dict[str, Any], tuple[Path, Any]]:
-    """An adapter's member, config, report of the data, and its (model folder, tokenizer)."""
+    """An adapter's member, config, data report, and (model folder, tokenizer)."""
     with naming(f"config.fleet.{name}"):
         folder, tokenizer = build.tokenizer_of(config)
         data, sets = build.data_of(config, tokenizer, Console())
@@ -191,7 +191,7 @@ def _member(name: str, config: ConfigDict) -> tuple[Member, ConfigDict, dict[str
 
 
 def adapter_of(config: ConfigDict) -> dict[str, Any]:
-    """Arguments of `lora.inject` for one adapter's config."""
+    """The arguments of `lora.inject` for one adapter's config."""
     return lora_settings(config) | {"seed": config.seed + build.SEED_LORA}
 
 
@@ -202,7 +202,7 @@ def rule_of(config: ConfigDict) -> Rule:
 
 
 def _summary(result: Result) -> dict[str, Any]:
-    """What came of one adapter; its seconds and memory are the fleet's."""
+    """The summary of one adapter; its seconds and memory are those of the fleet."""
     first, last = result.first_evals, result.evals
     return {
         "trainable": "lora",
@@ -220,7 +220,7 @@ def _summary(result: Result) -> dict[str, Any]:
 
 
 def _finished(workdir: Path) -> dict[str, Result]:
-    """What a complete fleet did (its summary is written last)."""
+    """The summary of a complete fleet, which is written last."""
     adapters = files.read_object(workdir / "summary.json", "delete it")["adapters"]
     kept = ("step", "best_step", "stopped", "trainable_parameters")
     return {name: Result(**{key: one[key] for key in kept}) for name, one in adapters.items()}

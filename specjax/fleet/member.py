@@ -1,4 +1,4 @@
-"""What an adapter of a fleet is told, and how far it is."""
+"""The settings of an adapter of a fleet, and its progress."""
 
 import dataclasses
 import math
@@ -26,23 +26,23 @@ HALVED = "halved"  # how a lane ended, that was among the worse ones at a rung
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One adapter of a fleet: what `lora.inject`, the optimizer and `fit` would be told of it alone.
+    """One adapter of a fleet, with the arguments that `lora.inject`, the optimizer and `fit` would get for it alone.
 
     Attributes:
       data: a `specjax.data.Data` or `Mixture`; length and batch size are the same for all members.
-      steps: optimizer steps in all.
+      steps: the total number of optimizer steps.
       lora: arguments of `lora.inject`: rank, alpha, targets, dropout, rslora, seed and so on.
       learning_rate: a number, or a function of the step.
-      weight_decay: times the learning rate.
-      clip_norm: its gradient is scaled down to this norm; 0: off.
+      weight_decay: multiplied by the learning rate.
+      clip_norm: its gradient is scaled down to this norm; 0: no clipping.
       seed: of its dropout.
       eval_data: sets by name, evaluated before its first step, every `eval_every` steps and at its end.
       eval_every: steps; 0: at the start and the end only.
       eval_batches: of each set; 0: all.
-      patience: evaluations in a row without a better loss after which it stops; 0: never.
+      patience: stop after so many evaluations in a row without a better loss; 0: never.
       best: the set whose loss chooses its best step; default the first.
-      sample: at each evaluation, model -> [(prompt, text)] to show.
-      measure: at each evaluation, model -> further numbers of sets of `eval_data`, by their names.
+      sample: called at each evaluation: model -> [(prompt, text)] to show.
+      measure: called at each evaluation: model -> further numbers of sets of `eval_data`, by name.
     """
 
     data: Any
@@ -62,7 +62,7 @@ class Member:
 
     @property
     def chooses(self) -> str:
-        """The set that chooses the best step; "": there is none."""
+        """The set that decides which step is the best; "": there is none."""
         return self.best or next(iter(self.eval_data), "")
 
     def rates(self) -> np.ndarray:
@@ -74,30 +74,30 @@ class Member:
 
 
 def adamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Rule:
-    """`specjax.adamw` for a fleet: rate and weight decay are each adapter's."""
+    """`specjax.adamw` for a fleet: each adapter has its own rate and weight decay."""
     return lambda rate, decay: optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=decay, mask=optim.decays)
 
 
 def lion(b1: float = 0.9, b2: float = 0.99) -> Rule:
-    """`specjax.lion` for a fleet: rate and weight decay are each adapter's."""
+    """`specjax.lion` for a fleet: each adapter has its own rate and weight decay."""
     return lambda rate, decay: optax.lion(rate, b1=b1, b2=b2, weight_decay=decay, mask=optim.decays)
 
 
 @dataclasses.dataclass
 class Lane:
-    """A member and how far it is.
+    """A member and its progress.
 
     Attributes:
-      outline: its ranks, scales and dropout, by map.
+      outline: its ranks, scales and dropout, by linear layer.
       rates: of `Member.rates`.
       keys: uint32 [2], the key data of its dropout.
-      step: updates done.
+      step: number of updates so far.
       tokens: of all its steps.
       status: one of the words above.
-      why: it failed, in a sentence.
+      why: why it failed, in one sentence.
       least: the loss at `result.best_step`.
-      rungs: at which steps it waits for the others, and only the better ones go on.
-      passed: how many of them are behind it.
+      rungs: the steps at which it waits for the others, and only the better ones continue.
+      passed: how many rungs it has passed.
       at_rung: the loss at the last one.
     """
 
@@ -119,7 +119,7 @@ class Lane:
 
     @classmethod
     def of(cls, name: str, member: Member, outline: Outline, rungs: Sequence[float] = ()) -> "Lane":
-        """Before its first step; `rungs`: shares of its steps."""
+        """A lane before its first step; `rungs` are shares of its steps."""
         if member.steps < 1:
             raise UserError(f"it has {member.steps} steps: give it at least 1.")
         keys = np.asarray(jax.random.key_data(jax.random.key(member.seed)))
@@ -131,18 +131,18 @@ class Lane:
 
     @property
     def climbs(self) -> bool:
-        """Whether a rung was reached by the step that was just done."""
+        """Whether the last step reached a rung."""
         return self.passed < len(self.rungs) and self.step == self.rungs[self.passed]
 
     @property
     def evaluates(self) -> bool:
-        """Whether an evaluation is due after the step that was just done."""
+        """Whether an evaluation is due after the last step."""
         every, m = self.member.eval_every, self.member
         return self.climbs or bool(m.eval_data) and (self.step == m.steps or bool(every and self.step % every == 0))
 
     @property
     def done(self) -> bool:
-        """Whether it has no step left, or no patience."""
+        """Whether it has no steps or no patience left."""
         if self.step >= self.member.steps:
             return True
         if self.member.patience and self.selection.worse >= self.member.patience:
@@ -151,7 +151,7 @@ class Lane:
         return False
 
     def chosen(self, loss: float) -> bool:
-        """Takes note of an evaluation's loss; whether it is the least of those after a step."""
+        """Records an evaluation's loss; returns whether it is the lowest of those after a step."""
         self.selection = self.selection.after(loss)
         if not self.step or (self.least is not None and loss > self.least):
             return False
@@ -159,7 +159,7 @@ class Lane:
         return True
 
     def meta(self) -> dict[str, Any]:
-        """As the fleet's checkpoint has it."""
+        """Its form in the fleet's checkpoint."""
         held = {"step": self.step, "tokens": self.tokens, "status": self.status, "why": self.why, "least": self.least}
         held |= {"passed": self.passed, "at_rung": self.at_rung if math.isfinite(self.at_rung) else None}
         held |= {"best_step": self.result.best_step, "stopped": self.result.stopped, "evals": self.result.evals}
@@ -177,7 +177,7 @@ class Lane:
 
 
 def check_base(base: Decoder) -> None:
-    """Raises `UserError` where a fleet cannot train over this base."""
+    """Raises `UserError` if a fleet cannot train over this base."""
     if lora.names(base):
         raise UserError(f"the base wears {', '.join(lora.names(base))}: unload all adapters first.")
     if base.config.num_experts:
@@ -190,7 +190,7 @@ def checked(
     """The objective and members as `Objective.prepare` makes them.
 
     Raises:
-      UserError: what cannot be in one batch, or cannot train.
+      UserError: members that cannot share a batch, or cannot train.
     """
     made, prepared = dict[str, Member](), objective
     if not members:

@@ -1,4 +1,4 @@
-"""What surrounds the state of a fleet: slots, the compiled step, batches, evaluations, checkpoints."""
+"""A fleet's state and what surrounds it: slots, the compiled step, batches, evaluations, checkpoints."""
 
 import copy
 import dataclasses
@@ -31,12 +31,12 @@ from specjax.train.throughput import Throughput
 
 
 class Fleet:
-    """One `fleet.fit`: the live state and what is around it; a context manager.
+    """The live state of one `fleet.fit` and what surrounds it; a context manager.
 
     Attributes:
       lanes: by name, in the order in which they take slots.
       placed: the lane in each slot, or None.
-      held: what lanes that are between two slots need to go on, by name.
+      held: what lanes without a slot need to continue, by name.
       tick: steps of the fleet.
       steps_done: of all adapters.
       tokens: of all adapters' steps.
@@ -86,10 +86,9 @@ class Fleet:
         self._prepare()
 
     def _lay_out(self) -> None:
-        """Sees that the rows of all adapters divide over the mesh, and makes those of evaluations do so.
+        """Checks that the rows of all adapters divide over the mesh, and makes the rows of evaluations divide.
 
-        A set is measured in batches of as many rows as alone, or where the mesh does not divide these of N times as
-        many: the sums are the same.
+        Batches of a set have as many rows as in a single run, or N times as many if the mesh needs it. Sums are equal.
         """
         ways = 1 if self.mesh is None else sharding.ways(self.mesh, sharding.RULES["batch"])
         if self.count * self.rows % ways:
@@ -155,7 +154,7 @@ class Fleet:
             raise memory.too_much(error, self._device, self._compiled, slots=self.count) from error
 
     def training(self) -> list[Lane]:
-        """The lanes in the slots."""
+        """The lanes that have a slot."""
         return [lane for lane in self.placed if lane is not None]
 
     def waiting(self) -> list[Lane]:
@@ -163,7 +162,7 @@ class Fleet:
         return [lane for lane in self.lanes.values() if lane.status == WAITING]
 
     def fill(self) -> list[Lane]:
-        """Puts lanes that wait into free slots, and returns them."""
+        """Puts waiting lanes into free slots, and returns them."""
         begun = []
         for slot, lane in zip([i for i, one in enumerate(self.placed) if one is None], self.waiting(), strict=False):
             if lane.name in self.held:
@@ -181,12 +180,12 @@ class Fleet:
         return begun
 
     def _settle(self) -> None:
-        """The scales and rates of the adapters that are in the slots now."""
+        """Sets the scales and rates of the adapters that are in the slots now."""
         outlines = [None if lane is None else lane.outline for lane in self.placed]
         self._frozen = self.slots.frozen(self._frozen, outlines)
 
     def pause(self, lane: Lane) -> None:
-        """Takes a lane out of its slot, with all that it needs to go on in any."""
+        """Takes a lane out of its slot, with everything that it needs to continue in any slot."""
         self.held[lane.name] = self._hold(lane)
         lane.status = PAUSED
         self.free(lane)
@@ -211,7 +210,7 @@ class Fleet:
         )
 
     def _batch(self, chosen: tuple[tuple[str, int] | None, ...]) -> Any:
-        """The rows of each slot's step, [k,N*b,T] on the devices; padding for a slot that is empty."""
+        """The rows of each slot's step, [k,N*b,T], on the devices; an empty slot has padding."""
         parts: list[dict[str, np.ndarray] | None] = []
         for one in chosen:
             data = None if one is None else self.lanes[one[0]].member.data
@@ -226,7 +225,7 @@ class Fleet:
     def step(self, begun: Callable[[], None]) -> tuple[list[tuple[Lane, int]], dict[str, Any]]:
         """One step of every lane in a slot: ((lane, slot) of each, metrics [N] on the devices).
 
-        `tokens` of the metrics is, for each of those lanes, its steps and its tokens so far.
+        `tokens` in the metrics holds, for each of these lanes, its steps and tokens so far.
         """
         began = time.perf_counter()
         chosen = tuple(None if lane is None else (lane.name, lane.step) for lane in self.placed)
@@ -266,7 +265,7 @@ class Fleet:
         return compiled
 
     def window(self) -> dict[str, Any]:
-        """Tokens per second of the whole fleet since it was last asked with fresh tokens."""
+        """Tokens per second of the whole fleet since the last call with new tokens."""
         if self.tokens != self.clock._tokens:
             self._rate = self.clock.window(self.tokens)
         return self._rate
@@ -282,16 +281,16 @@ class Fleet:
         return [lane for slot, lane in enumerate(self.placed) if lane is not None and not good[slot]]
 
     def _view(self, lane: Lane, params: Any) -> tuple[Any, Any]:
-        """(what trains, the rest) of the view, of the lane's slot in some parameters."""
+        """The view's (trained, other) parameters, with the lane's slot of the given parameters."""
         slot = self.placed.index(lane)
         return self._take(params, np.int32(slot)), self.slots.frozen(self._view_frozen, [lane.outline])
 
     def model_of(self, lane: Lane) -> Decoder:
-        """The base wearing one adapter as it is now."""
+        """The base with one adapter attached, with its current weights."""
         return steps_lib.merge(self._view_graph, *self._view(lane, self.state.trainable))
 
     def evaluate(self, lane: Lane) -> dict[str, dict[str, float]]:
-        """What the objective is on the lane's sets, by name, and what its `measure` tells beside."""
+        """The objective's values on the lane's sets, by name, and the numbers of its `measure`."""
         with self.clock.paused():
             params, frozen = self._view(lane, self.state.trainable)
             options: dict[str, Any] = {"objective": self.objective, "batches": lane.member.eval_batches}
@@ -305,11 +304,11 @@ class Fleet:
         return found
 
     def keep_best(self, lane: Lane) -> None:
-        """Notes the lane's weights as its best."""
+        """Keeps the lane's weights as its best."""
         self.best = self._better(self.best, self.state.trainable, np.array([one is lane for one in self.placed]))
 
     def end(self, lane: Lane) -> tuple[Adapter, Adapter]:
-        """What a lane is at its end, and what it was at its best evaluation (else the same)."""
+        """A lane's last weights, and those of its best evaluation (without evaluations, the last again)."""
         slot = np.int32(self.placed.index(lane))
         with self.clock.paused():
             last = self.slots.adapter(self._take(self.state.trainable, slot), lane.outline)
@@ -318,7 +317,7 @@ class Fleet:
             return last, self.slots.adapter(self._take(self.best, slot), lane.outline)
 
     def resume(self, lanes: Mapping[str, Any], placed: Sequence[str | None], restored: dict[str, Any]) -> None:
-        """Goes on from a checkpoint: how far each lane was, which were in the slots, and the arrays."""
+        """Continues from a checkpoint: the progress of each lane, the lanes in the slots, and the arrays."""
         for name, lane in self.lanes.items():
             lane.restore(lanes[name])
         self.placed = [None if name is None else self.lanes[name] for name in placed]
@@ -331,7 +330,7 @@ class Fleet:
         self._settle()
 
     def saved_state(self, held: Sequence[str] | None = None) -> dict[str, Any]:
-        """The arrays of a checkpoint; `held`: with places for the arrays of these lanes, between slots there."""
+        """The arrays of a checkpoint, with places for the arrays of the lanes in `held`, which have no slot there."""
         made = {"trainable": self.state.trainable, "opt_state": self.state.opt_state}
         made |= {"best": self.best} if self.best is not None else {}
         if held is None:

@@ -1,7 +1,7 @@
-"""The places of a fleet's adapters over one base, and how an adapter is put into one and read out of it.
+"""The slots of a fleet's adapters over one base, and how an adapter is put into a slot and read out of it.
 
-A place, a slot, is a row of the stacks that lie over the base. Ranks, scales and dropout of the adapter in it are
-arrays, so another adapter may take the place and nothing is compiled again.
+A slot is a row of the adapter stacks of the base. Rank, scales and dropout of the adapter in it are arrays, so another
+adapter may take the slot without compilation.
 
 N slots, L layers, R rank.
 """
@@ -32,7 +32,7 @@ NAME = "adapter"  # of one that is looked at alone
 
 
 def fresh(model: Decoder, settings: Mapping[str, Any]) -> Adapter:
-    """The adapter that `lora.inject` would add to the model, which stays as it is.
+    """The adapter that `lora.inject` would add to the model; the model itself does not change.
 
     Raises:
       UserError: what `lora.inject` raises, or an adapter that cannot share a batch.
@@ -50,7 +50,7 @@ def fresh(model: Decoder, settings: Mapping[str, Any]) -> Adapter:
 
 
 def outline(adapter: Adapter) -> Outline:
-    """What an adapter is, without its values."""
+    """An adapter's structure, without its values."""
     return {
         path: Member(0, factors.ranks, factors.alphas, adapter.dropout, adapter.rslora)
         for path, factors in adapter.factors.items()
@@ -58,19 +58,20 @@ def outline(adapter: Adapter) -> Outline:
 
 
 class Slots:
-    """A model whose rows fall into N groups, each answered by the adapter in its slot.
+    """A model whose rows form N groups, each answered by the adapter in its slot.
 
     Attributes:
-      model: the grouped one; a slot's factors are slices of its parameters.
-      view: the base with one adapter, of any of the slots: the same paths, an axis of one in place of N.
+      model: the grouped model; a slot's factors are slices of its parameters.
+      view: the base with one adapter, from any slot: the same paths, with an axis of one instead of N.
       count: N.
     """
 
     def __init__(self, base: Decoder, outlines: Sequence[Outline], count: int, mesh: Mesh | None = None):
-        """Empty slots, for any adapters of these outlines.
+        """Makes empty slots for adapters with these outlines.
 
         Args:
-          base: without adapters; its arrays are shared. Of an abstract one the slots are `jax.ShapeDtypeStruct` too.
+          base: a model without adapters; its arrays are shared. If it is abstract, the slots are `jax.ShapeDtypeStruct`
+            too.
           outlines: of all adapters that will ever be in a slot.
           count: N.
           mesh: default that of the base's arrays.
@@ -121,7 +122,7 @@ class Slots:
         }
 
     def _place(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Any:
-        """Like their map; the slots over the devices that have rows of their own, where those divide them."""
+        """The layer's sharding; slots are split over the devices with rows of their own if these divide them."""
         if self._mesh is None:
             return jax.sharding.SingleDeviceSharding(jax.tree.leaves(nnx.state(self._base))[0].devices().pop())
         spec = list(sharding.named_sharding(self._mesh, axes, shape, "LoRA's factors").spec)
@@ -137,7 +138,7 @@ class Slots:
         return Constant(self._filled(value, shape, self._replicated(self._mesh)), axes=("layers", "adapter")[1 - at :])
 
     def _filled(self, value: Any, shape: tuple[int, ...], place: Any) -> Any:
-        """float32 values, broadcast to a shape; of an abstract base their shape alone."""
+        """float32 values, broadcast to a shape; only their shape if the base is abstract."""
         if self._abstract:
             return jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
         return jax.device_put(np.broadcast_to(np.asarray(value, np.float32), shape), place)
@@ -161,7 +162,7 @@ class Slots:
         return made
 
     def padded(self, adapter: Adapter) -> dict[Path, np.ndarray]:
-        """An adapter's values as a slot holds them, without the axis of slots: by the model's paths."""
+        """An adapter's values in the form of a slot, without the slot axis, by the model's paths."""
         found = {}
         for path in self._maps:
             at = int(is_stacked(self._maps[path]))
@@ -174,7 +175,7 @@ class Slots:
         return found
 
     def adapter(self, params: Params, told: Outline) -> Adapter:
-        """The inverse of `padded`, of the view's parameters, in NumPy."""
+        """The inverse of `padded` for the view's parameters, in NumPy."""
         factors = {}
         for path, member in told.items():
             values = {}
@@ -188,7 +189,7 @@ class Slots:
         return Adapter(factors, {}, first.dropout, first.rslora)
 
     def alone(self, adapter: Adapter, name: str = DEFAULT) -> Decoder:
-        """The base wearing this adapter, as `lora.inject` would have put it on; its arrays are the base's."""
+        """The base with this adapter attached, as `lora.inject` would attach it; it shares the base's arrays."""
         model: Decoder = nnx.merge(*nnx.split(self._base))
         attach(model, name, adapter)
         return model

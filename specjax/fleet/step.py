@@ -1,6 +1,6 @@
-"""One training step of N adapters over one base: the parts of `train.step`, with vectors for what differs.
+"""One training step of N adapters over one base: the parts of `train.step`, with one value per adapter.
 
-The rows of a batch fall into N groups, each with its adapter's factors, dropout key, rate, weight decay and clip.
+The rows of a batch form N groups, each with its adapter's factors, dropout key, rate, weight decay and clip.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ Axes = dict[Any, int]  # path -> the axis of the slots
 
 
 class Told(NamedTuple):
-    """What a step is told of each slot, arrays [N].
+    """The inputs of a step for each slot, arrays [N].
 
     Attributes:
-      number: of the adapter's step, from 0; -1: there is no adapter, nothing changes.
+      number: the number of the adapter's step, from 0; -1: the slot is empty and does not change.
       keys: uint32 [N, 2], the key data of its dropout.
       rate: learning rate of this step.
       decay: weight decay.
-      clip: norm of the clip; 0: off.
+      clip: the norm that gradients are clipped to; 0: no clipping.
     """
 
     number: Any
@@ -56,7 +56,7 @@ def begin(rule: Rule, trainable: Params, axes: Axes, count: int) -> TrainState:
 
 
 def shapes(rule: Rule, trainable: Params, axes: Axes, count: int, mesh: Mesh | None) -> TrainState:
-    """What `begin` makes, as `jax.ShapeDtypeStruct` where it lies: moments like their parameters, numbers everywhere.
+    """The result of `begin` as `jax.ShapeDtypeStruct`, sharded: moments like their parameters, numbers replicated.
 
     `trainable`: arrays, or shapes with shardings.
     """
@@ -73,7 +73,7 @@ def shapes(rule: Rule, trainable: Params, axes: Axes, count: int, mesh: Mesh | N
 
 
 def _state_axes(rule: optax.GradientTransformation, trainable: Params, axes: Axes) -> Any:
-    """The axis of the slots in each array of an optimizer's state: its parameter's; of numbers the first."""
+    """The slot axis of each array of an optimizer's state: that of its parameter, or the first for numbers."""
 
     def axis(path: Any, leaf: Any) -> int:
         owners = [key.key for key in path if getattr(key, "key", None) in axes]
@@ -87,8 +87,8 @@ def make_fleet_step(
 ) -> Callable[[TrainState, Params, Batch, Told], tuple[TrainState, dict[str, jax.Array]]]:
     """The function (state, frozen, batch [k,N*b,T], told) -> (state, metrics), to be compiled.
 
-    The arithmetic of each group is that of `train.step.make_train_step` of its rows alone. Where a group's loss or
-    gradient's norm is not finite, its slices of the state come out as they went in, then and in every later step.
+    Each group is computed as by `train.step.make_train_step` on its rows alone. If a group's loss or gradient norm is
+    not finite, its slices of the state do not change, in this step and in every later one.
 
     Metrics are float32 [N]: those of `make_train_step`.
 
@@ -97,7 +97,7 @@ def make_fleet_step(
       rule: the optimizer.
       objective: what is minimised.
       count: N.
-      documents: at most so many in a row, where that is known.
+      documents: the largest number of documents per row, if known.
     """
 
     def fleet_step(
@@ -146,7 +146,7 @@ def _update(rule: Rule, state: TrainState, grads: Params, told: Told, axes: Axes
 
 
 def _axes_of(state: TrainState, axes: Axes) -> TrainState:
-    """The axis of the slots in each array of the state."""
+    """The slot axis of each array of the state."""
 
     def axis(path: Any, leaf: Any) -> int:
         owners = [key.key for key in path if getattr(key, "key", None) in axes]
@@ -156,13 +156,13 @@ def _axes_of(state: TrainState, axes: Axes) -> TrainState:
 
 
 def chosen(good: jax.Array, new: jax.Array, old: jax.Array, at: int) -> jax.Array:
-    """The new values of the slots that are good, bool [N], the old ones of the others; `at`: the axis of the slots."""
+    """New values for the slots in `good`, bool [N], and old values for the others; `at` is the slot axis."""
     shape = (*(1 for _ in range(at)), -1, *(1 for _ in range(new.ndim - at - 1)))
     return jnp.where(jnp.broadcast_to(good.reshape(shape), new.shape), new, old)
 
 
 def put(state: TrainState, slot: Any, values: Params, axes: Axes) -> TrainState:
-    """An adapter's first values in a slot, its moments zero."""
+    """Puts an adapter's initial values into a slot, with zero moments."""
 
     def placed(leaf: jax.Array, value: jax.Array, at: int) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(leaf, jnp.expand_dims(value, at), slot, at)
@@ -178,24 +178,24 @@ def put(state: TrainState, slot: Any, values: Params, axes: Axes) -> TrainState:
 
 
 def held(state: TrainState, slot: Any, axes: Axes) -> TrainState:
-    """All that a slot's adapter needs to go on in another slot: an axis of one in place of N."""
+    """Everything that a slot's adapter needs to continue in another slot, with an axis of one instead of N."""
     take = lambda leaf, at: jax.lax.dynamic_slice_in_dim(leaf, slot, 1, at)  # noqa: E731
     return jax.tree.map(take, state, _axes_of(state, axes))
 
 
 def put_back(state: TrainState, slot: Any, kept: TrainState, axes: Axes) -> TrainState:
-    """What `held` took, in a slot."""
+    """Puts what `held` returned into a slot."""
     place = lambda leaf, value, at: jax.lax.dynamic_update_slice_in_dim(leaf, value, slot, at)  # noqa: E731
     return jax.tree.map(place, state, kept, _axes_of(state, axes))
 
 
 def taken(params: Params, slot: Any, axes: Axes) -> Params:
-    """One slot's parameters, as the view has them: an axis of one in place of N."""
+    """One slot's parameters in the form of the view, with an axis of one instead of N."""
     return {path: jax.lax.dynamic_slice_in_dim(leaf, slot, 1, axes[path]) for path, leaf in params.items()}
 
 
 def put_best(params: Params, slot: Any, kept: Params, axes: Axes) -> Params:
-    """What `taken` took, in a slot."""
+    """Puts what `taken` returned into a slot."""
     place = jax.lax.dynamic_update_slice_in_dim
     return {path: place(leaf, kept[path], slot, axes[path]) for path, leaf in params.items()}
 

@@ -1,4 +1,4 @@
-"""`report.html`: what `specjax compare` found, in one file that needs no network, in English or French."""
+"""`report.html`: the results of `specjax compare` in one file that needs no network, in English or French."""
 
 from specjax.report.page import write
 

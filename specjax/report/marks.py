@@ -1,4 +1,4 @@
-"""Foreign texts on the page: what no page can hold made visible, long ones cut, words that differ marked."""
+"""Foreign texts on the page: characters that cannot be shown made visible, long texts cut, differing words marked."""
 
 import difflib
 import re
@@ -18,21 +18,21 @@ _WORDS = re.compile(r"\s+|[.,;:!?)\]]+(?=\s|$)|(?:(?![.,;:!?)\]]+(?:\s|$))\S)+")
 
 
 class Piece(NamedTuple):
-    """A part of a text, and whether it is marked."""
+    """A part of a text and whether it is marked."""
 
     text: str
     marked: bool
 
 
 class Shown(NamedTuple):
-    """A text as the page has it: its pieces, and how many characters are left out behind them."""
+    """A text as the page shows it: its pieces, and the number of characters left out after them."""
 
     pieces: list[Piece]
     left: int
 
 
 def clean(value: Any) -> Any:
-    r"""What the page writes of a value: no lone surrogates, controls as pictures, no override of direction.
+    r"""A value as text for the page: no lone surrogates, control characters as pictures, no direction overrides.
 
     >>> clean("a\x00\x1b\u202eb\ud800\n"), clean(None), clean(3)
     ('a␀␛‹RLO›b�\n', '', '3')
@@ -56,7 +56,7 @@ def _letter(letter: str) -> str:
 
 
 def cut(text: str, most: int = LONGEST) -> tuple[str, int]:
-    """The beginning of a text, ended behind a word where there is one, and how many characters were left out.
+    """The beginning of a text, cut after a word if possible, and the number of characters left out.
 
     >>> cut("one two three", 9), cut("onetwothree", 6), cut("one", 9)
     (('one two', 6), ('onetwo', 5), ('one', 0))
@@ -71,13 +71,13 @@ def cut(text: str, most: int = LONGEST) -> tuple[str, int]:
 
 
 def plain(text: str) -> Shown:
-    """A text, cut, with nothing marked."""
+    """A text, cut, without marks."""
     kept, left = cut(text)
     return Shown([Piece(kept, False)] if kept.strip() else [], left)
 
 
 def differences(text: str, reference: str) -> Shown:
-    """A text, cut, the words marked that the reference does not have in their place.
+    """A text, cut, with marks on words that the reference does not have in that place.
 
     >>> differences("tail prints ten lines", "tail prints 10 lines").pieces
     [Piece(text='tail prints ', marked=False), Piece(text='ten', marked=True), Piece(text=' lines', marked=False)]
@@ -100,7 +100,7 @@ def differences(text: str, reference: str) -> Shown:
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours that are marked alike as one, a blank between two marked ones with them, without empty ones."""
+    """Joins neighbours with the same mark, and marked ones across a blank; drops empty pieces."""
     found: list[Piece] = []
     for piece in pieces:
         if not piece.text:

@@ -1,4 +1,4 @@
-"""From report.json to report.html: Jinja2 with every value escaped, its style inline, nothing fetched, no script."""
+"""From report.json to report.html: Jinja2 with every value escaped, inline styles, nothing fetched, no script."""
 
 import functools
 import importlib.util
@@ -23,7 +23,7 @@ ANSWERS, FIRST = 60, 3  # prompts that are shown, and those of each set that are
 
 
 class Asked(NamedTuple):
-    """A prompt on the page: of which set, what is said to it, and whether it is seen without unfolding."""
+    """A prompt on the page: its set, the answers to it, and whether it is shown unfolded."""
 
     prompt: str
     set: str | None
@@ -32,7 +32,7 @@ class Asked(NamedTuple):
 
 
 class Said(NamedTuple):
-    """An answer on the page: whose, its colour and marker, its text."""
+    """An answer on the page: its method, with colour and marker, and its text."""
 
     label: str
     series: int | None
@@ -41,15 +41,15 @@ class Said(NamedTuple):
 
 @keys({"out": "--out"})
 def report(workdir: str | Path, *, lang: str = "en", out: str = "") -> None:
-    """Writes the page of a comparison's folder anew.
+    """Writes the page of a comparison's folder again.
 
     Args:
-      workdir: of `specjax compare`, with its report.json.
+      workdir: the folder of `specjax compare`, with its report.json.
       lang: en or fr.
-      out: the file to write; report.html in the folder, where none is given.
+      out: the file to write; default: report.html in the folder.
 
     Raises:
-      UserError: no report.json, one that is none, or a file at `out` that is no report.
+      UserError: report.json is missing or is not a report, or a file at `out` is not a report.
     """
     path = Path(out or Path(workdir) / PAGE)
     _check(path)
@@ -60,15 +60,15 @@ def report(workdir: str | Path, *, lang: str = "en", out: str = "") -> None:
 
 
 def write(report: Mapping[str, Any], path: str | Path, lang: str = "en") -> None:
-    """Writes report.html: one file, which asks no network for anything.
+    """Writes report.html: one file, which needs no network.
 
     Args:
-      report: what `specjax compare` found, as it lies in report.json.
-      path: the file, whose folder is made.
+      report: the content of report.json.
+      path: the file; its folder is created.
       lang: en or fr.
 
     Raises:
-      UserError: a report of another format or with a value of another kind, or another language.
+      UserError: the report has another format or a value of the wrong type, or the language is unknown.
     """
     if lang not in LANGUAGES:
         raise UserError(f"{argument('lang')} is {lang!r}: it is one of {', '.join(LANGUAGES)}.")
@@ -119,7 +119,7 @@ def _template() -> Any:
 
 
 def _check(path: Path) -> None:
-    """Raises `UserError` for a place where another's file would be replaced."""
+    """Raises `UserError` if the page would replace a file that is not a report."""
     if path.suffix not in (".html", ".htm"):
         raise UserError(f"{argument('out')}={path} is no page: give a name that ends in .html.")
     if path.exists() and not (path.is_file() and _is_report(path)):
@@ -132,7 +132,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _draws() -> bool:
-    """Whether matplotlib is here, of the extra `report`."""
+    """Whether matplotlib, of the extra `report`, is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -155,7 +155,7 @@ def _figures(report: Mapping[str, Any], words: Words) -> list[Any]:
 
 
 def _answers(report: Mapping[str, Any], words: Words) -> list[Asked]:
-    """Each prompt with what is expected, what the base said and what the methods say."""
+    """Each prompt with the expected answer, the base's answer and the methods' answers."""
     names, colours = table.labels(report["methods"], words), table.series(report["methods"])
     found: list[Asked] = []
     for one in report["answers"][:ANSWERS]:
@@ -177,14 +177,14 @@ def _answers(report: Mapping[str, Any], words: Words) -> list[Asked]:
 
 
 def _commands(report: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], list[str]]]:
-    """What makes each method's run again, the recommended one first, a flag a line where there are many."""
+    """The commands that repeat each method's run, the advised one first, one flag per line if there are many."""
     told = [one for one in report["methods"] if one["commands"] or one["config"]]
     told.sort(key=lambda one: one["name"] != report["advice"]["best"])
     return [(one, [_folded(command) for command in one["commands"] or ()]) for one in told]
 
 
 def _folded(command: str) -> str:
-    """A long command with its flags below each other, where a shell reads that as the same."""
+    """A long command with one flag per line, if a shell reads that as the same command."""
     folded = command.replace(" --", " \\\n    --")
     if len(command) < 100:
         return command

@@ -1,4 +1,4 @@
-"""The curves: loss over steps, loss by rate, learned against forgotten. Drawn by matplotlib, an extra."""
+"""The curves: loss over steps, loss by rate, learned against forgotten, drawn by matplotlib, which is an extra."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ _STYLE = svg.SETTINGS | {
 
 
 class Line(NamedTuple):
-    """A method in the figures: its name there, its place among the series, its best values, what was tried of it."""
+    """A method in the figures: its name, its index among the series, its best values, and its trials."""
 
     label: str
     series: int
@@ -42,7 +42,7 @@ class Line(NamedTuple):
     before: Mapping[str, float | None]
 
     def best(self, domain: str) -> list[dict[str, Any]]:
-        """The whole trials of its best rate and rank, for each seed the one with the least loss on the domain."""
+        """The complete trials of its best rate and rank, for each seed the one with the lowest loss on the domain."""
         found: dict[Any, tuple[float, dict[str, Any]]] = {}
         for trial in self.trials:
             least = min((loss for _, loss in self.path(trial, domain)[1:]), default=math.inf)
@@ -52,13 +52,13 @@ class Line(NamedTuple):
         return [trial for _, trial in found.values()]
 
     def path(self, trial: Mapping[str, Any], name: str) -> list[tuple[float, float]]:
-        """Steps and losses of a set along a trial, from the base at step 0."""
+        """Steps and losses of a set during a trial, from the base at step 0."""
         points = [(one["step"], one["loss"][name]) for one in trial["curve"] if one["loss"].get(name) is not None]
         before = self.before.get(name)
         return [(0, before), *points] if before is not None and points and points[0][0] else points
 
     def mean(self, name: str, domain: str) -> np.ndarray:
-        """The mean over seeds of a set's losses, with the least and the most: [points, 4], steps first."""
+        """The mean over seeds of a set's losses, with minimum and maximum: [points, 4], steps first."""
         paths = [dict(self.path(trial, name)) for trial in self.best(domain)]
         steps = sorted(set.intersection(*map(set, paths))) if paths else []
         if not steps:
@@ -68,7 +68,7 @@ class Line(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A figure on the page: its title, what to see in it, and the drawing."""
+    """A figure on the page: its title, what it shows, and the drawing."""
 
     title: str
     caption: str
@@ -76,7 +76,7 @@ class Drawn(NamedTuple):
 
 
 def figures(lines: Sequence[Line], domain: str, forgetting: Sequence[str], words: Words) -> list[Drawn]:
-    """Those figures for which there is anything to draw, in the page's order."""
+    """The figures that have anything to draw, in the page's order."""
     found = []
     for name in (domain, *forgetting):
         caption = words("caption domain" if name == domain else "caption general")
@@ -95,7 +95,7 @@ def figures(lines: Sequence[Line], domain: str, forgetting: Sequence[str], words
 
 
 def _draw(draw: Callable[..., dict[str, str]], *facts: Any, words: Words) -> tuple[Figure, dict[str, str]] | None:
-    """A figure and its titles; None where nothing is to be drawn."""
+    """A figure and its titles; None if there is nothing to draw."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(SIZE[0] / 72, SIZE[1] / 72), facecolor="none")
         left, right, top, bottom = MARGINS
@@ -110,7 +110,7 @@ def _draw(draw: Callable[..., dict[str, str]], *facts: Any, words: Words) -> tup
 
 
 def _ticks(axis: Axis, words: Words) -> Callable[[float, int], str]:
-    """As many digits as tell two neighbours apart."""
+    """The labels with as many digits as distinguish two neighbours."""
     places = axis.get_major_locator().tick_values(*axis.get_view_interval())
     gap = float(np.min(np.diff(places))) if len(places) > 1 else 1.0
     digits = max(0, min(4, int(np.ceil(-np.log10(gap) - 1e-9)) if gap > 0 else 2))
@@ -182,9 +182,9 @@ def _rates(axes: Axes, lines: Sequence[Line], name: str, words: Words) -> dict[s
 
 
 def _finals(line: Line, name: str) -> dict[int | None, dict[tuple[float, bool], float]]:
-    """Rank -> (rate, whether it was stopped on the way) -> the least loss, the mean over seeds.
+    """Rank -> (rate, whether it was stopped early) -> the lowest loss, as the mean over seeds.
 
-    A loss above the base's, of a rate that learned nothing, would make all others one line: it is left out.
+    A loss above the base's, from a rate that learned nothing, is left out: it would compress all others into one line.
     """
     found: dict[int | None, dict[tuple[float, bool], list[float]]] = {}
     for trial in line.trials:
@@ -196,7 +196,7 @@ def _finals(line: Line, name: str) -> dict[int | None, dict[tuple[float, bool], 
 
 
 def _spread(rates: Sequence[float]) -> list[float]:
-    """Those rates of a logarithmic axis that stand far enough from each other to be written."""
+    """The rates of a logarithmic axis that are far enough apart to be labelled."""
     room = np.log(rates[-1] / rates[0]) / 7 if len(rates) > 1 else 0.0
     kept: list[float] = []
     for rate in rates:
@@ -237,7 +237,7 @@ def _trade(axes: Axes, lines: Sequence[Line], domain: str, name: str, words: Wor
 
 
 def _both(domain: np.ndarray, general: np.ndarray) -> np.ndarray:
-    """How much was learned and how much forgotten at the steps that both have, from the first: [points, 2]."""
+    """How much was learned and forgotten at the steps that have both values, from the first: [points, 2]."""
     _, ours, theirs = np.intersect1d(domain[:, 0], general[:, 0], return_indices=True)
     if not len(ours):
         return np.zeros((0, 2))
@@ -246,7 +246,7 @@ def _both(domain: np.ndarray, general: np.ndarray) -> np.ndarray:
 
 
 def _others(line: Line, domain: str, name: str) -> Iterator[tuple[float, float]]:
-    """Where whole trials of other rates and ranks ended."""
+    """The ends of complete trials with other rates and ranks."""
     for trial in line.trials:
         ours, general = line.path(trial, domain), line.path(trial, name)
         other = (trial["rate"], trial["rank"]) != (line.rate, line.rank) and not trial["stopped"]
@@ -255,7 +255,7 @@ def _others(line: Line, domain: str, name: str) -> Iterator[tuple[float, float]]
 
 
 def _labels(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
-    """A name at the end of each line, those that would lie over each other moved apart."""
+    """Writes a name at the end of each line; names that would overlap are moved apart."""
     if not ends:
         return
     axes.autoscale_view()
@@ -289,7 +289,7 @@ def _short(label: str) -> str:
 
 
 def _axes(axes: Axes, x: str, y: str) -> None:
-    """What the axes are: the vertical one says so above, where it is read without a turn of the head."""
+    """Labels the axes; the vertical label is horizontal, above the axis."""
     axes.set_xlabel(x, labelpad=6)
     axes.annotate(
         y, (0, 1), (-MARGINS[0] + 2, 4), xycoords="axes fraction", textcoords="offset points", color=svg.MUTED

@@ -1,4 +1,4 @@
-"""report.json at the door: what each value may be; a key that is absent is one that was not measured, null."""
+"""Checks report.json: the type of each value; an absent key is a value that was not measured, null."""
 
 import math
 from collections.abc import Mapping
@@ -78,21 +78,21 @@ def read(folder: str | Path) -> dict[str, Any]:
     """The report of a comparison's folder, checked.
 
     Raises:
-      UserError: there is no report.json, or it is no such thing.
+      UserError: there is no report.json, or it is not a report.
     """
     path = Path(folder) / FILE
     return checked(read_object(path, REMEDY), str(path))
 
 
 def checked(found: Mapping[str, Any], where: str = "the report") -> dict[str, Any]:
-    """A report whose every key is there, null where it was not, and whose numbers are finite or null.
+    """A report with every key, null where it was absent, and with numbers that are finite or null.
 
     Args:
-      found: as `specjax compare` writes it.
-      where: what it is called in an error.
+      found: the report as `specjax compare` writes it.
+      where: its name in errors.
 
     Raises:
-      UserError: another format, a value of another kind than it must be, or no method.
+      UserError: another format, a value of the wrong type, or no method.
     """
     if found.get("format") != FORMAT or isinstance(found["format"], bool):
         raise UserError(
@@ -133,14 +133,14 @@ def _each(found: list[Any] | None, kinds: Mapping[str, Kind], where: str) -> lis
 
 
 def _filled(found: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) -> dict[str, Any]:
-    """The object with every key of `kinds`; those that may not be null have to be there."""
+    """The object with every key of `kinds`; keys that may not be null must be present."""
     whole = {key: _finite(found.get(key)) for key in kinds}
     check(whole, kinds, where)
     return {**found, **whole}
 
 
 def _finite(value: Any) -> Any:
-    """None for a number that is not finite or that no float holds, here and one level below."""
+    """Replaces numbers that are not finite or do not fit a float by None, here and one level below."""
     if isinstance(value, dict):
         return {key: None if _unwritable(one) else one for key, one in value.items()}
     return None if _unwritable(value) else value

@@ -1,4 +1,4 @@
-"""The sentence at the top: which method, why, and how sure that is."""
+"""The sentence at the top: which method to take, why, and how certain that is."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ PROSE = "full in prose"
 
 
 def sentence(report: Mapping[str, Any], words: Words) -> str:
-    """Which method to take, at which rate, and what speaks for it."""
+    """Which method to take, at which rate, and the reasons."""
     methods = _done(report)
     if not methods:
         return words("none done")
@@ -31,13 +31,13 @@ def _done(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _rival(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The method that the advice is compared with: the one with the lowest loss, where that is another."""
+    """The method that the advised one is compared with: the one with the lowest loss, if that is another."""
     advice = report["advice"]
     return _done(report).get(advice["lowest_loss"] or "") if advice["lowest_loss"] != advice["best"] else None
 
 
 def _next(best: Mapping[str, Any], report: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Of the other methods the one with the least loss on the domain."""
+    """The other method with the lowest loss on the domain."""
     measures = {name: one["measures"].get(report["sets"]["domain"] or "") for name, one in _done(report).items()}
     losses = {name: one["after"]["loss"] for name, one in measures.items() if one and name != best["name"]}
     known = {name: loss for name, loss in losses.items() if loss is not None}
@@ -60,7 +60,7 @@ def _reasons(best: Mapping[str, Any], report: Mapping[str, Any], words: Words) -
 
 
 def _worst(best: Mapping[str, Any], report: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Of the methods that train more, the one that forgets most, all general sets together: `forgets_of` is of that."""
+    """The method that forgets most, over all general sets, among those that train more; `forgets_of` refers to it."""
     sums = []
     for one in _done(report).values():
         changes = [forgotten(one, name) for name in report["sets"]["forgetting"] or ()]
@@ -93,7 +93,7 @@ def _forgetting(best: Mapping[str, Any], report: Mapping[str, Any], words: Words
 
 
 def _room(best: Mapping[str, Any], report: Mapping[str, Any], words: Words) -> Iterator[str]:
-    """The target's smallest hardware, else what it took on this machine."""
+    """The target's smallest hardware, or else the memory on this machine."""
     target = report["target"]
     row = next((row for row in (target or {"rows": []})["rows"] if row["method"] == best["name"]), None)
     found = [row[kind] for kind in ("gpu", "tpu") if row[kind]] if row else []
@@ -105,7 +105,7 @@ def _room(best: Mapping[str, Any], report: Mapping[str, Any], words: Words) -> I
 
 
 def certainty(report: Mapping[str, Any], words: Words) -> list[str]:
-    """On what the sentence rests: rows, steps, seeds, and whether the seeds tell the two best apart."""
+    """What the sentence is based on: rows, steps, seeds, and whether the seeds distinguish the two best."""
     budget, data, found = report["budget"], report["data"], []
     facts = {"rows": data["held_out_rows"], "steps": budget["steps"], "tokens": budget["tokens_per_step"]}
     if None not in facts.values():
@@ -131,7 +131,7 @@ def certainty(report: Mapping[str, Any], words: Words) -> list[str]:
 
 
 def _interval(method: Mapping[str, Any] | None, report: Mapping[str, Any]) -> tuple[float, float, int] | None:
-    """What a method's seeds span on the domain; None where there are not two."""
+    """The interval of a method's seeds on the domain; None with fewer than two."""
     measure = method and method["measures"].get(report["sets"]["domain"] or "")
     if not measure or None in (measure["low"], measure["high"]) or (measure["seeds"] or 0) < 2:
         return None

@@ -1,4 +1,4 @@
-"""A matplotlib figure as SVG inside the page: its own ids, the page's colours and fonts, a title for who hears it."""
+"""A matplotlib figure as SVG in the page: its own ids, the page's colours and fonts, and a title for screen readers."""
 
 import io
 import re
@@ -30,10 +30,10 @@ def of(figure: Figure, key: str, label: str, titles: Mapping[str, str]) -> str:
     """The `<svg>` element of a figure.
 
     Args:
-      figure: drawn in the colours of this file, with a transparent ground.
-      key: beginning of its ids, its own on the page.
-      label: what it shows, for who does not see it.
-      titles: gid of an artist -> what is said where the pointer rests on it.
+      figure: drawn in the colours of this file, with a transparent background.
+      key: the prefix of its ids, unique on the page.
+      label: what it shows, for screen readers.
+      titles: gid of an artist -> the text shown when the pointer rests on it.
     """
     held = io.StringIO()
     with rc_context(SETTINGS), warnings.catch_warnings():
@@ -64,7 +64,7 @@ def _title(element: ElementTree.Element, text: str) -> None:
 
 
 def _mend(element: ElementTree.Element, key: str) -> None:
-    """One element: ids are the figure's own, colours the page's, fonts inherited."""
+    """Rewrites one element: unique ids, the page's colours, inherited fonts."""
     for name, value in list(element.attrib.items()):
         bare = name.rpartition("}")[2]
         if bare == "id":

@@ -1,4 +1,4 @@
-"""The tables: what each method asks and gives, in the columns of the question; which hardware it fits; the data."""
+"""The tables: costs and results of each method, the hardware that it fits, and the data."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +15,14 @@ _STATUS = ("failed", "too_large", "skipped")
 
 
 class Cell(NamedTuple):
-    """What is written large, and the lines below it."""
+    """A large first line, and the lines below it."""
 
     main: str
     rest: list[str]
 
 
 class Row(NamedTuple):
-    """A method of the table: its key, how it is called, its colour and marker, its cells in the columns' order."""
+    """A method in the table: its key, its label, its colour and marker, and its cells in the order of the columns."""
 
     name: str
     label: str
@@ -33,10 +33,10 @@ class Row(NamedTuple):
 
 
 def labels(methods: Sequence[Mapping[str, Any]], words: Words, full: str = "full") -> dict[str, str]:
-    """How the methods are called: by what they are, by their names where that is not one of them alone.
+    """The methods' labels: their kind, or their names where several have the same kind.
 
     Args:
-      methods: of the report.
+      methods: the report's methods.
       words: the language.
       full: the key of the words for full fine-tuning: "full short" in a figure, "full in prose" in a sentence.
     """
@@ -59,7 +59,7 @@ def labels(methods: Sequence[Mapping[str, Any]], words: Words, full: str = "full
 
 
 def series(methods: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Each method's place among the colours and markers."""
+    """Each method's index among the colours and markers."""
     warm, cold, found = list(_WARM), list(_COLD), {}
     for i, method in enumerate(methods):
         first, second = (cold, warm) if method["rank"] else (warm, cold)
@@ -68,7 +68,7 @@ def series(methods: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def rows(report: Mapping[str, Any], words: Words) -> list[Row]:
-    """The methods that came to their end, the others behind them."""
+    """The finished methods, and then the others."""
     names, colours = labels(report["methods"], words), series(report["methods"])
     made = []
     for method in sorted(report["methods"], key=lambda one: one["status"] != "done"):
@@ -90,7 +90,7 @@ def _cells(method: Mapping[str, Any], report: Mapping[str, Any], words: Words) -
 
 
 def _cell(main: str | None, rest: Sequence[str | None]) -> Cell:
-    """The first line that there is becomes the large one."""
+    """A cell from the lines that are present; the first becomes the large one."""
     lines = [line for line in (main, *rest) if line]
     return Cell(lines[0] if lines else "–", lines[1:])
 
@@ -114,7 +114,7 @@ def _complexity(method: Mapping[str, Any], words: Words) -> Cell:
 
 
 def _data(method: Mapping[str, Any], report: Mapping[str, Any], words: Words) -> Cell:
-    """What it learned from: its own rows, where it says which."""
+    """The data it learned from: its own rows, if it says which."""
     if method["status"] != "done":
         return _cell(None, [])
     facts = method["data"] if method["data"]["rows"] is not None else report["data"]
@@ -142,7 +142,7 @@ def _cost(method: Mapping[str, Any], words: Words) -> Cell:
 
 
 def _local(method: Mapping[str, Any], report: Mapping[str, Any], words: Words) -> Cell:
-    """It ran on this machine, or it did not fit; a method that failed otherwise says nothing of it."""
+    """Whether it ran on this machine or did not fit; empty for a method that failed otherwise."""
     peak, memory = method["peak_memory_bytes"], report["machine"]["memory_bytes"]
     if method["status"] == "too_large":
         return _cell(words("no"), [])
@@ -176,7 +176,7 @@ def _quality(method: Mapping[str, Any], report: Mapping[str, Any], words: Words)
 
 
 def _answered(before: Mapping[str, Any], after: Mapping[str, Any], words: Words) -> Iterator[str]:
-    """Accuracy and answers, each before -> after."""
+    """Accuracy and scores of answers, each before -> after."""
     kinds = {"token_accuracy": words.share, "exact": words.share, "chrf": lambda value: words.decimal(100 * value, 1)}
     for key, told in (kinds | {"rouge_l": lambda value: words.decimal(value, 2)}).items():
         if after[key] is None:
@@ -186,14 +186,14 @@ def _answered(before: Mapping[str, Any], after: Mapping[str, Any], words: Words)
 
 
 def scales(report: Mapping[str, Any]) -> bool:
-    """Whether the methods' losses on the domain begin at one value, that of the base on the same rows."""
+    """Whether the methods' losses on the domain start at the same value, that of the base on the same rows."""
     measures = [one["measures"].get(report["sets"]["domain"] or "") for one in report["methods"]]
     found = [one["before"]["loss"] for one in measures if one and one["before"]["loss"] is not None]
     return not found or max(found) - min(found) <= 0.01 * max(found)
 
 
 def forgotten(method: Mapping[str, Any], name: str) -> float | None:
-    """How much a method's loss on a general set rose, in nats."""
+    """How much a method's loss on a general set increased, in nats."""
     measure = method["measures"].get(name)
     if measure is None or None in (measure["before"]["loss"], measure["after"]["loss"]):
         return None
@@ -201,7 +201,7 @@ def forgotten(method: Mapping[str, Any], name: str) -> float | None:
 
 
 def hardware(report: Mapping[str, Any], words: Words) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What each method fits for the target model: its name, then a cell for each kind of hardware with its memory."""
+    """The hardware for the target model: each method's name, then a cell per kind of hardware with its memory."""
     names = labels(report["methods"], words)
     found = []
     for row in (report["target"] or {"rows": []})["rows"]:
@@ -219,7 +219,7 @@ def hardware(report: Mapping[str, Any], words: Words) -> list[tuple[str, list[tu
 
 
 def data(report: Mapping[str, Any], words: Words) -> list[tuple[str, str]]:
-    """What is known of the data, a line each."""
+    """What is known about the data, one line each."""
     facts, found = report["data"], []
 
     def add(key: str, value: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The words of a language, and how it writes numbers, sizes, times and rates."""
+"""The words of a language, and its format of numbers, sizes, times and rates."""
 
 import math
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ _UNITS = {"en": ("KiB", "MiB", "GiB", "TiB"), "fr": ("Kio", "Mio", "Gio", "Tio")
 
 
 class Words:
-    """The words and the numbers of one language.
+    """The words and number formats of one language.
 
     >>> Words("en").count(1234567), Words("fr").decimal(-0.0312)
     ('1,234,567', '−0,031')
@@ -22,7 +22,7 @@ class Words:
         self.lang = lang
 
     def __call__(self, key: str, **values: Any) -> str:
-        r"""The text of a key, with values put in.
+        r"""The text of a key, with values filled in.
 
         >>> Words("fr")("take plainly", method="LoRA", reasons="…")
         'Prenez LoRA\xa0: ….'
@@ -37,7 +37,7 @@ class Words:
         return key in TEXT
 
     def decimal(self, value: float, digits: int = 3, *, sign: bool = False) -> str:
-        """A number with so many digits behind the point; zero has no sign."""
+        """A number with the given digits after the point; zero has no sign."""
         text = f"{abs(value):,.{digits}f}"
         if self.lang == "fr":
             text = text.replace(",", THIN).replace(".", ",")
@@ -58,7 +58,7 @@ class Words:
         return self.decimal(value, 0)
 
     def share(self, value: float) -> str:
-        r"""A part of one, in per cent.
+        r"""A fraction, in per cent.
 
         >>> [Words("en").share(value) for value in (1, 0.0363, 0.61)]
         ['100\u202f%', '3.6\u202f%', '61\u202f%']
@@ -66,7 +66,7 @@ class Words:
         return self.decimal(value * 100, 0 if abs(value) >= 0.1 else 1) + THIN + "%"
 
     def large(self, value: float) -> str:
-        r"""Parameters or tokens, three digits of them.
+        r"""A number of parameters or tokens, with three digits.
 
         >>> Words("en").large(134515008), Words("fr").large(8030261248), Words("en").large(820)
         ('135M', '8,03\u202fMd', '820')
@@ -81,7 +81,7 @@ class Words:
         return self.decimal(scaled, digits) + gap + names[power]
 
     def bytes(self, value: float, of: float | None = None) -> str:
-        r"""A size of memory or of a file; as a part of another, in that one's unit, which is not written again.
+        r"""A size of memory or of a file; as part of another size, in the unit of that size, without writing it.
 
         >>> Words("en").bytes(1.5 * 2**30), Words("fr").bytes(19_600_000), Words("en").bytes(2**28, 2**34)
         ('1.50\u202fGiB', '18,7\u202fMio', '0.25')
@@ -142,7 +142,7 @@ class Words:
         return f"{', '.join(parts[:-1])}{comma} {self('and')} {parts[-1]}"
 
     def part(self, value: float) -> str:
-        r"""A part of something in words where there are some, else in per cent.
+        r"""A fraction in words if there are any, else in per cent.
 
         >>> Words("en").part(0.33), Words("fr").part(0.5), Words("en").part(0.42)
         ('a third', 'la moitié', '42\u202f%')
