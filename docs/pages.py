@@ -98,8 +98,9 @@ def marked() -> dict[int, list[tuple[str, str]]]:
     """Of each rule's number the tests with its mark: their names in words, and their files."""
     found = defaultdict(list)
     for path in sorted((ROOT / "tests").glob("test_*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        for node in (each for each in body if isinstance(each, ast.FunctionDef)):
+            for mark in node.decorator_list:
                 if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.rule":
                     words = node.name.removeprefix("test_").replace("_", " ")
                     found[ast.literal_eval(mark.args[0])].append((words.capitalize(), f"tests/{path.name}"))
