@@ -246,6 +246,16 @@ def rate_of(config: ConfigDict, steps: int) -> optax.Schedule:
     )
 
 
+def warmup_note(config: ConfigDict, steps: int) -> str:
+    """A sentence for a run by epochs that ends in its warmup, or ""; runs by steps are checked with the config."""
+    if steps > config.optimizer.warmup_steps:
+        return ""
+    return (
+        f"the learning rate does not get past its warmup of {config.optimizer.warmup_steps} steps "
+        "(config.optimizer.warmup_steps): set a shorter one, more config.epochs or a smaller config.batch_size"
+    )
+
+
 @keys(ARGUMENTS)
 def optimizer_of(config: ConfigDict, steps: int) -> optim.Optimizer:
     """The optimizer, its rate laid over `steps`."""

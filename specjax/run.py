@@ -81,6 +81,8 @@ def _train(config: ConfigDict, workdir: Path, lock: Lock, profile: bool, share: 
         _say(f"{workdir} goes on with another {', '.join(changed)}: the same batches, computed otherwise")
     course = data.course(steps)
     _say(f"{steps:,} steps of {config.batch_size} rows: {course['passes']} passes over {data.num_rows:,} rows")
+    if note := build.warmup_note(config, steps):
+        _say(note)
     with processes.agreement("nothing was trained"):
         if processes.first():
             report = {"train": data.report | course} | {name: d.report for name, d in eval_data.items()}
@@ -312,6 +314,8 @@ def data(config: ConfigDict, *, rows: str = "") -> None:
             show(part)
         Console().rule(name)
         show(of.report | (course if name == "train" else {}), of.preview(2 if name == "train" else 0))
+    if note := build.warmup_note(config, course["steps"]):
+        Console().print(note)
 
 
 def _say(text: str) -> None:

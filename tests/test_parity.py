@@ -135,6 +135,10 @@ def test_the_table_that_is_shipped_has_every_row_within_the_tolerances(capsys, m
         assert row["bf16"] < BF16_TOLERANCE and row["greedy"] == 1 and row["round_trip"]
         assert row["models"] in printed and row["architecture"] in printed
         assert line(row["models"], row) in document
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["families"]) == 0
+    printed = capsys.readouterr().out
+    assert "DIFFER" not in printed and "docs/parity.md" in printed and "LlamaForCausalLM" in printed
 
 
 def interleaved(x, cos, sin):

@@ -487,7 +487,9 @@ def test_data_prints_counts_and_what_is_trained(base, capsys):
     assert "instruction=instruction response=response" in out
     question, answer = "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n", "⟦{response}<|im_end|>\n⟧"
     assert any((question + answer).format(**row) in out for row in PAIRS[:-16])
-    assert out.count("rows read") == 3
+    assert out.count("rows read") == 3 and "warmup" not in out
+    assert specjax("data", *argv, "--config.steps=0", "--config.optimizer.warmup_steps=50") == 0
+    assert "does not get past its warmup of 50 steps" in " ".join(capsys.readouterr().out.split())
 
 
 def test_data_shows_the_rows_that_are_asked_for(base, capsys):
