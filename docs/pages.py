@@ -79,15 +79,13 @@ def rules(text: str) -> str:
     """The page of the rules with the tests that hold each, by their marks `pytest.mark.rule(NUMBER)`.
 
     Raises:
-      PluginError: for a rule without a test, and for a mark without a rule; the build of the site ends.
+      ValueError: for a rule without a test, and for a mark without a rule; the build of the site fails.
     """
-    from mkdocs.exceptions import PluginError
-
     held = marked()
     parts = re.split(r"(?m)^(?=## )", text)
     numbers = [int(re.match(r"## (\d+)\. ", part)[1]) for part in parts[1:]]  # type: ignore[index]
     if wrong := sorted({*numbers} ^ {*held}):
-        raise PluginError(f"docs/{RULES}: no test, or no rule, has the number {', '.join(map(str, wrong))}")
+        raise ValueError(f"docs/{RULES}: no test, or no rule, has the number {', '.join(map(str, wrong))}")
     for place, number in enumerate(numbers, 1):
         rows = (f"| {name} | `{file}` |" for name, file in held[number])
         parts[place] = "\n".join((parts[place].rstrip(), "", "| test | file |", "|---|---|", *rows, "", ""))

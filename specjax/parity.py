@@ -27,8 +27,7 @@ def rows() -> list[dict[str, Any]]:
 def show() -> None:
     """Prints the table; in a narrow terminal without its figures, which would leave no room for the names."""
     console = Console()
-    figures = ("logits", "bf16", "gradients", "packed", "greedy", "files", "adapter", "merge")
-    figures = figures if console.width >= WIDE else ()
+    figures = "logits bf16 gradients packed greedy files adapter merge".split() if console.width >= WIDE else []
     table = Table("models", "architecture", *figures, "published")
     table.columns[1].overflow = "fold"
     for row in rows():
