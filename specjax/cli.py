@@ -50,7 +50,7 @@ def entry() -> None:
         from specjax.cluster import processes
 
         # At a normal end all processes wait for each other; the others may be waiting for this one elsewhere.
-        processes.leave()
+        processes.leave(status)
         process.leave(status)
     if status in (INTERRUPTED, process.STOPPED):
         process.leave(status)  # threads of XLA's may be at work still, and crash in an interpreter that ends under them
@@ -254,7 +254,7 @@ def _call(verb: str, arguments: dict[str, Any], own_process: bool) -> int:
     if arguments.pop("distributed", False):
         from specjax.cluster import processes
 
-        processes.join()
+        processes.join(watch=own_process and process.enabled("quiet"), workdir=arguments.get("workdir"))
         if own_process:
             process.keep_gloo_quiet()
     if own_process and verb in ("train", "eval", "generate", "chat"):

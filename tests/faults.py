@@ -1,22 +1,27 @@
 """A fault at a named place of a run: `faults.py PLACE[@STEP]=KIND[:PROCESS] VERB FLAGS...` is the command with it.
 
-The places are those of `PLACES`; KIND is kill (SIGKILL), stop (SIGTERM) or full (the disk). The fault comes once, in
-the process of that number, the first where none is given.
+The places are those of `PLACES`; KIND is kill (SIGKILL), stop (SIGTERM), full (the disk, at that place) or small (no file
+may grow beyond 512 bytes from there on). The fault comes once, in the process of that number, the first where none is
+given.
 """
 
 import os
 import re
+import resource
 import signal
 import sys
 
 from specjax import cli, process
 
-FAULT = re.compile(r"(?P<place>\w+)(@(?P<step>\d+))?=(?P<kind>kill|stop|full)(:(?P<process>\d+))?")
+FAULT = re.compile(r"(?P<place>\w+)(@(?P<step>\d+))?=(?P<kind>kill|stop|full|small)(:(?P<process>\d+))?")
 
 
 def happen(kind):
     if kind == "full":
         raise OSError(28, "No space left on device", "disk")
+    if kind == "small":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+        return
     os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGTERM)
 
 
@@ -64,6 +69,7 @@ def install(place, step, kind):
         "step": lambda: around(Session, "step", lambda self, number, *more: number, step, kind),
         # In the line of a step.
         "line": lambda: torn(step, kind),
+        "save": lambda: around(Session, "save", lambda self, number, loss: number, step, kind),
         # A checkpoint: all is written, and nothing listed; listed, and not renamed; renamed, and the older ones there.
         "written": lambda: around(Checkpoints, "_sum", lambda self: self._saving, step, kind),
         "listed": lambda: around(Checkpoints, "_sum", lambda self: self._saving, step, kind, after=True),
@@ -77,7 +83,7 @@ def install(place, step, kind):
     at[place]()
 
 
-PLACES = ("step", "line", "written", "listed", "renamed", "export", "exported")
+PLACES = ("step", "line", "save", "written", "listed", "renamed", "export", "exported")
 
 if __name__ == "__main__":
     fault = FAULT.fullmatch(sys.argv.pop(1))

@@ -289,6 +289,8 @@ def run_all(commands: Sequence[tuple[list[str], Mapping[str, str]]], *, grace: f
             if failed and not status:
                 status = failed[0] if failed[0] > 0 else 128 - failed[0]  # as a shell has it
                 deadline = time.monotonic() + (_SAVING if told or status == 143 else grace)
+                if not told:
+                    _say_killed(running, grace)
             time.sleep(0.05)
         for process in running:
             _end(process)
@@ -296,6 +298,19 @@ def run_all(commands: Sequence[tuple[list[str], Mapping[str, str]]], *, grace: f
             reader.join()
         failed = [process.returncode for process in running if process.returncode]
         return status or next((code if code > 0 else 128 - code for code in failed), 0)
+
+
+def _say_killed(running: "Sequence[subprocess.Popen[str]]", grace: float) -> None:
+    """One that failed otherwise has said why."""
+    for number, process in enumerate(running):
+        if process.returncode is not None and process.returncode < 0:
+            name = signal.Signals(-process.returncode).name
+            print(
+                f"specjax: process {number} (pid {process.pid}) was ended by {name}, and the others end within "
+                f"{grace:g} seconds; run the same command again to go on.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _end(process: "subprocess.Popen[str]") -> None:

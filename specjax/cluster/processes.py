@@ -15,17 +15,25 @@ from jax._src import distributed  # JAX has no public way to the barrier that Or
 from jax.experimental import multihost_utils
 
 from specjax.cluster.launch import COORDINATOR, COUNT, INDEX
+from specjax.cluster.others import Others
 from specjax.errors import UserError
 from specjax.files import new_folder
+from specjax.process import STOPPED
 
 _LONGEST_PATH = 4096  # bytes
+_HEARTBEAT = 30  # seconds of silence after which a process counts as ended; they come from a thread of JAX's
+_watching: list[Others] = []  # one, in a process of the command's own
 
 
-def join() -> None:
+def join(*, watch: bool = False, workdir: str | Path | None = None) -> None:
     """Makes this process one of those that a launcher started, before any device is asked for.
 
     Which one, of how many, and where the first is: from SPECJAX_COORDINATOR (host:port), SPECJAX_PROCESSES and
     SPECJAX_PROCESS, else as `jax.distributed.initialize` finds it on Cloud TPU, SLURM, Open MPI and Kubernetes.
+
+    Args:
+      watch: this process ends in a sentence when another one ends; it must be the command's own (`others`).
+      workdir: of the run, whose last checkpoint that sentence names.
 
     Raises:
       UserError: there is no cluster to be seen.
@@ -39,17 +47,23 @@ def join() -> None:
         given["coordinator_address"] = address = os.environ[COORDINATOR]
         if address.startswith("127.0.0.1:"):
             given["coordinator_bind_address"] = address  # JAX would listen on every network there is
+    if watch:
+        _watching.append(Others(workdir))
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=_HEARTBEAT)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"--distributed: no cluster was found ({str(error).strip().rstrip('.')}): start it by `specjax launch`, "
             "or leave --distributed out where one process has all devices."
         ) from error
+    for others in _watching:
+        others.joined(distributed.global_state.client, distributed.global_state.process_id)
 
 
-def leave(seconds: int = 10) -> None:
+def leave(status: int, seconds: int = 15) -> None:
     """Waits a moment for the others to have failed too, whose coordinator this process may be; then it may go."""
+    for others in _watching:
+        others.leave(word=status != STOPPED)
     client = distributed.global_state.client
     if client is not None:
         with contextlib.suppress(Exception):  # the others are somewhere else, and find this one gone

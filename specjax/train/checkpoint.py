@@ -8,7 +8,9 @@ what specjax 0.1 wrote: `trainable` and `opt_state` in place of `state`, with pa
 """
 
 import contextlib
+import dataclasses
 import errno
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from specjax.errors import UserError
 from specjax.train import checksums
@@ -71,9 +74,8 @@ class Checkpoints:
                 if self._read_only:
                     raise damaged
                 self._move(step, damaged)
-        context = ocp.Context()
         # The first process's, when all is there. Orbax copies its options deeply, and a method with what it is of.
-        context.async_options.post_finalization_callback = lambda: self._sum()
+        context = ocp.Context(async_options=_Async(post_finalization_callback=lambda: self._sum()))
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         context.pytree.loading.partial_load = True  # what trains, without the optimizer's state
@@ -273,6 +275,23 @@ class Checkpoints:
             raise UserError(
                 f"{self.folder}: a checkpoint could not be written ({_reason(error)}); {survivor}."
             ) from error
+
+
+class _Async(ocp.options.AsyncOptions):
+    """Orbax's, with a barrier of ours."""
+
+    def v0(self) -> Any:
+        return dataclasses.replace(super().v0(), barrier_sync_fn=_meet)
+
+
+def _meet(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes, but not where this one's save failed: they wait elsewhere, for 20 minutes.
+
+    Orbax comes here in a `finally`. What is raised reaches `wait` in this process, which ends; the others hear of that.
+    """
+    if error := sys.exc_info()[1]:
+        raise error
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _steps(folder: Path) -> list[int]:
