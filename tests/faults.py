@@ -1,8 +1,8 @@
 """A fault at a named place of a run: `faults.py PLACE[@STEP]=KIND[:PROCESS] VERB FLAGS...` is the command with it.
 
-The places are those of `PLACES`; KIND is kill (SIGKILL), stop (SIGTERM), full (the disk, at that place) or small (no file
-may grow beyond 512 bytes from there on). The fault comes once, in the process of that number, the first where none is
-given.
+The places are those of `PLACES`; KIND is kill (SIGKILL), stop (SIGTERM), full (the disk, at that place) or small (no
+file may grow beyond 512 bytes from there on). The fault comes once, in the process of that number, the first where none
+is given.
 """
 
 import os
@@ -61,6 +61,7 @@ def install(place, step, kind):
     from orbax.checkpoint import checkpoint_manager
 
     from specjax import files, run
+    from specjax.lora import peft
     from specjax.train.checkpoint import Checkpoints
     from specjax.train.session import Session
 
@@ -76,20 +77,22 @@ def install(place, step, kind):
         "renamed": lambda: around(
             checkpoint_manager.CheckpointManager, "_finalize_checkpoint", lambda self, number: number, step, kind
         ),
-        # The export: its files are there under another name; it is there, and the summary is not.
+        # The export: its weights are there under another name, and no more of it.
+        "weights": lambda: around(peft, "save_file", lambda tensors, path, **more: True, True, kind, after=True),
+        # Its files are there under another name; it is there, and the summary is not.
         "export": lambda: around(files.os, "replace", lambda old, new: ".specjax-" in str(old), True, kind),
         "exported": lambda: around(run, "_summarise", lambda *given: step, step, kind),
     }
     at[place]()
 
 
-PLACES = ("step", "line", "save", "written", "listed", "renamed", "export", "exported")
+PLACES = ("step", "line", "save", "written", "listed", "renamed", "weights", "export", "exported")
 
 if __name__ == "__main__":
     fault = FAULT.fullmatch(sys.argv.pop(1))
     if fault["place"] not in PLACES:
         sys.exit(f"no such place: {fault['place']}")
-    process.leave_torch_out()
+    process.prepare()
     if os.environ.get("SPECJAX_PROCESS", "0") == (fault["process"] or "0"):
         install(fault["place"], int(fault["step"]) if fault["step"] else None, fault["kind"])
     cli.entry()

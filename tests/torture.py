@@ -129,14 +129,22 @@ def faults(base, folder):
     assert run(job(base, whole))[0][0] == 0
     tried = []
     for fault in (
-        *("step@4=kill", "line@5=kill", "written@6=kill", "listed@6=kill", "renamed@6=kill", "export=kill"),
-        *("exported=kill", "step@7=stop", "written@6=full", "export=full"),
+        *("step@4=kill", "line@5=kill", "written@6=kill", "listed@6=kill", "renamed@6=kill", "weights=kill"),
+        *(
+            "export=kill",
+            "exported=kill",
+            "step@7=stop",
+            "written@6=full",
+            "save@6=small",
+            "weights=full",
+            "export=full",
+        ),
     ):
         workdir = folder / fault
         status, out, err, _ = run(job(base, workdir), fault=fault)[0]
         kind = fault.partition("=")[2]
-        assert status == {"kill": -9, "stop": 143, "full": 2}[kind], (fault, status, out, err)
-        assert kind != "full" or len(err.strip().splitlines()) == 1, (fault, err)
+        assert status == {"kill": -9, "stop": 143, "full": 2, "small": 2}[kind], (fault, status, out, err)
+        assert kind not in ("full", "small") or len(err.strip().splitlines()) == 1, (fault, err)
         status, out, err, _ = run(job(base, workdir))[0]
         assert status == 0 and not err, (fault, out, err)
         try:
@@ -174,20 +182,30 @@ def second(base, folder):
 
 
 def processes(base, folder):
-    """One of two processes is killed, or its disk is full: the other ends in a bounded time and says why."""
-    whole, figures = folder / "two", []
-    ends = run(job(base, whole), processes=2)
-    assert [end[0] for end in ends] == [0, 0], ends
-    for fault in ("step@4=kill:1", "step@4=kill:0", "written@6=full:0"):
-        workdir = folder / fault
-        ends = run(job(base, workdir), processes=2, fault=fault)
-        statuses = [end[0] for end in ends]
-        assert None not in statuses, (fault, ends)
-        last = max(end[3] for end in ends) - min(end[3] for end in ends)
-        ends = run(job(base, workdir), processes=2)
-        assert [end[0] for end in ends] == [0, 0], (fault, ends)
-        same(workdir, whole)
-        figures.append(f"{fault}: statuses {statuses}, the other {last:.0f} s later, resumed bit for bit")
+    """One of several processes is killed, or its disk is full: the others end in a bounded time and say why."""
+    figures, wanted = [], {"kill": -9, "full": 2, "small": 2}
+    for count, faults in (
+        (2, ("step@7=kill:1", "step@7=kill:0", "written@6=full:0", "save@6=small:1")),
+        (4, ("step@7=kill:2", "step@4=kill:0")),
+    ):
+        whole = folder / f"of{count}"
+        ends = run(job(base, whole), processes=count)
+        assert [end[0] for end in ends] == [0] * count, ends
+        for fault in faults:
+            workdir, who = folder / f"{count}{fault}", int(fault[-1])
+            ends = run(job(base, workdir), processes=count, fault=fault)
+            assert ends[who][0] == wanted[fault[fault.index("=") + 1 : -2]], (fault, ends)
+            for index, (status, _, err, _) in enumerate(ends):
+                if index != who:
+                    assert status == 75 and len(err.splitlines()) == 1 and f"specjax: process {who} (" in err, (
+                        fault,
+                        ends,
+                    )
+            seconds = max(end[3] for end in ends) - min(end[3] for end in ends)
+            ends = run(job(base, workdir), processes=count)
+            assert [end[0] for end in ends] == [0] * count, (fault, ends)
+            same(workdir, whole)
+            figures.append(f"{fault} of {count}: all ended within {seconds:.0f} s, resumed bit for bit")
     return "; ".join(figures)
 
 

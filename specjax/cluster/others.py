@@ -24,7 +24,7 @@ ENDED = 75  # sysexits.h: EX_TEMPFAIL, "the user is invited to retry"
 GRACE = 10.0  # seconds for this process to fail too, or to agree with the one that did, and say so itself
 _NAMES, _WORD = "specjax/process/", "specjax/failed/"  # in the store of JAX's coordination service
 _JOINED = 300_000  # milliseconds
-_ABORTING = 6  # seconds that a thread which aborts waits; the number of SIGABRT, see `_listen_to_aborts`
+_ABORTING = 6  # seconds that a thread which aborts waits; the number of SIGABRT, see `Others`
 _ABORT = b"Terminating process because the JAX distributed service detected fatal errors"
 _OMINOUS = re.compile(rb"coordination_service\w*\.cc|preemption_sync_manager\.cc|" + re.escape(_ABORT))
 _SILENT = re.compile(rb"stopped sending heartbeats\):\s*([\d,\s]+)")
@@ -71,10 +71,10 @@ class Others:
         self._names = {int(key.rpartition("/")[2]): name for key, name in client.key_value_dir_get(_NAMES)}
         threading.Thread(target=self._look, args=(client,), daemon=True).start()
 
-    def leave(self, word: bool) -> None:
-        """This process ends by itself, and has said why; `word`: that it failed, which the others are to know."""
+    def leave(self, failed: bool) -> None:
+        """This process ends by itself, and has said why; the others are to know that it failed."""
         self._ending.acquire()
-        if word and self._index in self._names:
+        if failed and self._index in self._names:
             with contextlib.suppress(Exception):  # the service is gone
                 self._client.key_value_set(f"{_WORD}{self._index}", self._names[self._index])
 

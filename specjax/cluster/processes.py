@@ -18,7 +18,6 @@ from specjax.cluster.launch import COORDINATOR, COUNT, INDEX
 from specjax.cluster.others import Others
 from specjax.errors import UserError
 from specjax.files import new_folder
-from specjax.process import STOPPED
 
 _LONGEST_PATH = 4096  # bytes
 _HEARTBEAT = 30  # seconds of silence after which a process counts as ended; they come from a thread of JAX's
@@ -60,10 +59,13 @@ def join(*, watch: bool = False, workdir: str | Path | None = None) -> None:
         others.joined(distributed.global_state.client, distributed.global_state.process_id)
 
 
-def leave(status: int, seconds: int = 15) -> None:
-    """Waits a moment for the others to have failed too, whose coordinator this process may be; then it may go."""
+def leave(*, failed: bool, seconds: int = 15) -> None:
+    """Waits a moment for the others to end too, whose coordinator this process may be; then it may go.
+
+    `failed`: the others are told, and end where they do not come to the same.
+    """
     for others in _watching:
-        others.leave(word=status != STOPPED)
+        others.leave(failed)
     client = distributed.global_state.client
     if client is not None:
         with contextlib.suppress(Exception):  # the others are somewhere else, and find this one gone
