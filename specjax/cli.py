@@ -50,7 +50,7 @@ def entry() -> None:
         from specjax.cluster import processes
 
         # At a normal end all processes wait for each other; the others may be waiting for this one elsewhere.
-        processes.leave(failed=status != process.STOPPED)
+        processes.leave(status, failed=status != process.STOPPED)
         process.leave(status)
     if status in (INTERRUPTED, process.STOPPED):
         process.leave(status)  # threads of XLA's may be at work still, and crash in an interpreter that ends under them

@@ -28,7 +28,7 @@ time.sleep(60)
     [
         (1, "os.kill(os.getpid(), signal.SIGKILL)", "ended or cannot be reached"),
         (0, "os.kill(os.getpid(), signal.SIGKILL)", "ended or cannot be reached"),
-        (1, "processes.leave(failed=True, seconds=5); os._exit(2)", "failed (see what it says)"),
+        (1, "processes.leave(2, failed=True, seconds=5); os._exit(2)", "failed (see what it says)"),
     ],
 )
 def test_one_ends_and_the_other_says_so_and_ends(tmp_path, who, does, said):

@@ -42,7 +42,7 @@ class Others:
     def __init__(self, workdir: str | Path | None):
         self._workdir, self._names, self._word = workdir, dict[int, str](), ""
         self._client: Any = None
-        self._index, self._ending = 0, threading.Lock()
+        self._index, self._leaving, self._ending = 0, 0, threading.Lock()
         self._stderr = os.dup(2)
         sys.stderr.flush()
         sys.stderr = open(self._stderr, "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors)
@@ -71,9 +71,11 @@ class Others:
         self._names = {int(key.rpartition("/")[2]): name for key, name in client.key_value_dir_get(_NAMES)}
         threading.Thread(target=self._look, args=(client,), daemon=True).start()
 
-    def leave(self, failed: bool) -> None:
-        """This process ends by itself, and has said why; the others are to know that it failed."""
+    def leave(self, status: int, *, failed: bool) -> None:
+        """This process ends by itself with a status other than 0, and has said why; `failed`: the others are told."""
+        sys.stdout.flush()
         self._ending.acquire()
+        self._leaving = status
         if failed and self._index in self._names:
             with contextlib.suppress(Exception):  # the service is gone
                 self._client.key_value_set(f"{_WORD}{self._index}", self._names[self._index])
@@ -105,6 +107,8 @@ class Others:
 
     def _end(self, why: str) -> None:
         """Says why, and ends this process."""
+        if self._leaving:
+            os._exit(self._leaving)
         self._ending.acquire()  # once
         why = f"{self._word} failed (see what it says)" if self._word else why
         os.write(self._stderr, f"specjax: {why}, so this process ends too; {last(self._workdir)}.\n".encode())

@@ -59,13 +59,16 @@ def join(*, watch: bool = False, workdir: str | Path | None = None) -> None:
         others.joined(distributed.global_state.client, distributed.global_state.process_id)
 
 
-def leave(*, failed: bool, seconds: int = 15) -> None:
+def leave(status: int, *, failed: bool, seconds: int = 15) -> None:
     """Waits a moment for the others to end too, whose coordinator this process may be; then it may go.
 
-    `failed`: the others are told, and end where they do not come to the same.
+    Args:
+      status: that it ends with, at once where the first process goes before it.
+      failed: the others are told, and end where they do not come to the same.
+      seconds: at most.
     """
     for others in _watching:
-        others.leave(failed)
+        others.leave(status, failed=failed)
     client = distributed.global_state.client
     if client is not None:
         with contextlib.suppress(Exception):  # the others are somewhere else, and find this one gone
