@@ -18,7 +18,7 @@ from helpers import assert_same_bits, data, model, weights
 
 import specjax as sj
 from specjax.errors import UserError
-from specjax.train import checksums
+from specjax.train import checkpoint, checksums
 from specjax.train.checkpoint import Checkpoints, Damaged
 
 ROOT = Path(__file__).parent.parent
@@ -249,3 +249,22 @@ def test_a_checkpoint_of_before_there_were_checksums_is_read(tmp_path):
     assert_same_bits(
         *({str(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)} for tree in (found, wanted))
     )
+
+
+def test_a_process_whose_save_failed_waits_for_no_other(monkeypatch):
+    """Orbax would, for 20 minutes, in a `finally`; with real processes: torture.py processes."""
+    waited = []
+    monkeypatch.setattr(checkpoint.multihost, "get_barrier_sync_fn", lambda: lambda **how: waited.append(how))
+    meet = checkpoint._Async().v0().barrier_sync_fn
+    meet(key="a", timeout_ms=1)
+    assert waited == [{"key": "a", "timeout_ms": 1}]
+
+    def save():
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            meet(key="b", timeout_ms=1)
+
+    with pytest.raises(OSError, match="No space left"):
+        save()
+    assert len(waited) == 1
