@@ -37,9 +37,12 @@ def entry() -> None:
     """The `specjax` command, in a process of its own."""
     try:
         status = main(sys.argv[1:], own_process=True)
-    except Exception:
+    except Exception as error:
         if "--distributed" not in sys.argv:
             raise
+        from specjax.cluster import processes
+
+        processes.wait_for_the_cause(error)
         traceback.print_exc()
         status = 1
     except SystemExit as stop:

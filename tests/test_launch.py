@@ -152,6 +152,7 @@ def test_output_has_the_process_before_each_line_and_the_first_failure_ends_all(
 
 def test_one_that_is_killed_ends_all_and_a_good_end_is_0(capfd):
     assert launch.run_all(stand_ins("os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(600)"), grace=0.2) == 137
+    assert launch.run_all(stand_ins("time.sleep(600)", "sys.exit(4)"), grace=0.2) == 4
     [said] = capfd.readouterr().err.splitlines()
     assert re.fullmatch(
         r"specjax: process 0 \(pid \d+\) was ended by SIGKILL, and the others end within 0.2 seconds; run .*", said

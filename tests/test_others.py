@@ -12,6 +12,7 @@ from specjax.cluster.others import blamed
 
 JOINS = """
 import os, signal, sys, time
+import jax
 from specjax.cluster import others, processes
 processes._HEARTBEAT, others.GRACE = 4, 0.5
 processes.join(watch=True, workdir=sys.argv[1])
@@ -19,6 +20,12 @@ os.write(2, b"a line of XLA's\\n")
 if os.environ["SPECJAX_PROCESS"] == sys.argv[2]:
     time.sleep(0.5)
     exec(sys.argv[3])
+if "meets" in sys.argv[3]:
+    try:
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    except jax.errors.JaxRuntimeError as error:
+        processes.wait_for_the_cause(error)
+        sys.exit("not waited")
 time.sleep(60)
 """
 
@@ -28,6 +35,7 @@ time.sleep(60)
     [
         (1, "os.kill(os.getpid(), signal.SIGKILL)", "ended or cannot be reached"),
         (0, "os.kill(os.getpid(), signal.SIGKILL)", "ended or cannot be reached"),
+        (1, "os.kill(os.getpid(), signal.SIGKILL)  # it meets", "ended or cannot be reached"),
         (1, "processes.leave(2, failed=True, seconds=5); os._exit(2)", "failed (see what it says)"),
     ],
 )

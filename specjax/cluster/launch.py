@@ -284,7 +284,7 @@ def run_all(commands: Sequence[tuple[list[str], Mapping[str, str]]], *, grace: f
         for reader in readers:
             reader.start()
         status, deadline = 0, math.inf
-        while any(process.poll() is None for process in running) and time.monotonic() < deadline:
+        while None in [process.poll() for process in running] and time.monotonic() < deadline:
             failed = [process.returncode for process in running if process.returncode]
             if failed and not status:
                 status = failed[0] if failed[0] > 0 else 128 - failed[0]  # as a shell has it

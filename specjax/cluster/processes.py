@@ -5,6 +5,8 @@ Every process calls the same functions in the same order; with one process all o
 
 import contextlib
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from specjax.files import new_folder
 
 _LONGEST_PATH = 4096  # bytes
 _HEARTBEAT = 30  # seconds of silence after which a process counts as ended; they come from a thread of JAX's
+_COLLECTIVE = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED")
 _watching: list[Others] = []  # one, in a process of the command's own
 
 
@@ -57,6 +60,14 @@ def join(*, watch: bool = False, workdir: str | Path | None = None) -> None:
         ) from error
     for others in _watching:
         others.joined(distributed.global_state.client, distributed.global_state.process_id)
+
+
+def wait_for_the_cause(error: BaseException | None) -> None:
+    """Where an error is a collective's, as it is when another process ended: this one ends meanwhile, saying which."""
+    while error is not None and not (isinstance(error, jax.errors.JaxRuntimeError) and _COLLECTIVE.search(str(error))):
+        error = error.__cause__ or error.__context__
+    if error is not None and _watching:
+        time.sleep(_HEARTBEAT + 15)
 
 
 def leave(status: int, *, failed: bool, seconds: int = 15) -> None:
