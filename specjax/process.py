@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,6 +86,14 @@ def hush() -> None:
             os.environ.setdefault(name, value)
     for name in ("absl", "asyncio"):  # Orbax and tensorstore
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    format_before = warnings.formatwarning
+
+    def formatted(message: Any, category: Any, filename: str, *where: Any, **more: Any) -> str:
+        if category is UserWarning and filename.startswith(f"{Path(__file__).parent}{os.sep}"):
+            return f"specjax: {message}\n"  # ours: a sentence, as errors are
+        return format_before(message, category, filename, *where, **more)
+
+    warnings.formatwarning = formatted
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

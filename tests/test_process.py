@@ -219,3 +219,12 @@ def test_memory_is_given_back_where_the_c_library_can(monkeypatch, platform, has
     monkeypatch.setenv(process.DISABLE, disabled)
     process.return_freed_memory()
     assert asked == [0] * (has_it and not disabled)
+
+
+def test_a_warning_of_ours_is_a_sentence_and_another_stays_as_it_was():
+    code = (
+        "import warnings; from specjax import files, process; process.hush();"
+        "exec(compile('warnings.warn(\"the disk is full\")', files.__file__, 'exec'));"
+        "warnings.warn('theirs')"
+    )
+    assert python(code).stderr == "specjax: the disk is full\n<string>:1: UserWarning: theirs\n"
