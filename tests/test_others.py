@@ -22,8 +22,8 @@ if os.environ["SPECJAX_PROCESS"] == sys.argv[2]:
     exec(sys.argv[3])
 if "meets" in sys.argv[3]:
     try:
-        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
-    except jax.errors.JaxRuntimeError as error:
+        raise TimeoutError("a barrier") from jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Read error")
+    except TimeoutError as error:
         processes.wait_for_the_cause(error)
         sys.exit("not waited")
 time.sleep(60)

@@ -71,6 +71,10 @@ class Others:
         self._names = {int(key.rpartition("/")[2]): name for key, name in client.key_value_dir_get(_NAMES)}
         threading.Thread(target=self._look, args=(client,), daemon=True).start()
 
+    def ending(self) -> bool:
+        """Whether it was said that another process ended, and this one ends with it."""
+        return self._ending.locked()
+
     def leave(self, status: int, *, failed: bool) -> None:
         """This process ends by itself with a status other than 0, and has said why; `failed`: the others are told."""
         sys.stdout.flush()

@@ -23,7 +23,7 @@ from specjax.files import new_folder
 
 _LONGEST_PATH = 4096  # bytes
 _HEARTBEAT = 30  # seconds of silence after which a process counts as ended; they come from a thread of JAX's
-_COLLECTIVE = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED")
+_COLLECTIVE = re.compile("Gloo|NCCL|CoordinationService|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED")
 _watching: list[Others] = []  # one, in a process of the command's own
 
 
@@ -63,10 +63,11 @@ def join(*, watch: bool = False, workdir: str | Path | None = None) -> None:
 
 
 def wait_for_the_cause(error: BaseException | None) -> None:
-    """Where an error is a collective's, as it is when another process ended: this one ends meanwhile, saying which."""
-    while error is not None and not (isinstance(error, jax.errors.JaxRuntimeError) and _COLLECTIVE.search(str(error))):
+    """Where an error may come of another process's end: this one ends meanwhile, saying which."""
+    kinds = (jax.errors.JaxRuntimeError, TimeoutError)  # of collectives; of barriers, as Orbax has it
+    while error is not None and not (isinstance(error, kinds) and _COLLECTIVE.search(str(error))):
         error = error.__cause__ or error.__context__
-    if error is not None and _watching:
+    if any(others.ending() or error is not None for others in _watching):
         time.sleep(_HEARTBEAT + 15)
 
 
