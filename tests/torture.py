@@ -229,6 +229,13 @@ def elastic(base, folder):
     )
 
 
+def cut(seen, start, end):
+    """The first and the last of what was seen in a share of the steps."""
+    last = seen[-1][0]
+    rows = [row for row in seen if start * last <= row[0] <= end * last]
+    return rows[0], rows[-1]
+
+
 def soak(base, folder):
     """Many steps with evaluations, checkpoints and answers: memory, files, speed, one compilation."""
     import psutil
@@ -243,12 +250,15 @@ def soak(base, folder):
             with contextlib.suppress(OSError, IndexError, ValueError, psutil.Error):
                 step = logged(workdir)[-1]["step"]
                 one = psutil.Process(running.pid)
-                seen.append((step, one.memory_info().rss / 2**20, one.num_fds()))
+                used = one.cpu_times()
+                seen.append((step, one.memory_info().rss / 2**20, one.num_fds(), used.user + used.system))
             time.sleep(0.5)
         said.seek(0)
         assert running.returncode == 0, said.read()
     late = [row for row in seen if row[0] > steps // 4]
     slope = np.polyfit([row[0] / 1000 for row in late], [row[1] for row in late], 1)[0]
+    # Of a machine that others use too, the processor's time says more than the clock's.
+    spent = [(b[3] - a[3]) / (b[0] - a[0]) for a, b in (cut(seen, 0.1, 0.25), cut(seen, 0.85, 1.0))]
     speeds = [row["tokens_per_s"] for row in logged(workdir) if "tokens_per_s" in row]
     parts = [
         float(np.median(speeds[len(speeds) // 10 : len(speeds) // 4])),
@@ -256,7 +266,8 @@ def soak(base, folder):
     ]
     return (
         f"{steps} steps: host memory {slope:+.1f} MiB per 1,000 steps after the first quarter, open files "
-        f"{late[0][2]} to {late[-1][2]}, tokens/s at the end {parts[1] / parts[0]:.0%} of the start"
+        f"{late[0][2]} to {late[-1][2]}, tokens/s at the end {parts[1] / parts[0]:.0%} of the start, CPU time a step "
+        f"{spent[1] / spent[0]:.0%}"
     )
 
 
