@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from specjax import files
-from specjax.compare import aim, child, facts, methods, scores, table
 from specjax.compare import budget as budgets
+from specjax.compare import child, facts, methods, scores, table
 from specjax.compare.methods import Method
 from specjax.config import HOW, differing, plain
 from specjax.config.checks import sources
@@ -64,9 +64,12 @@ def compare(
         raise UserError("--budget and --steps both set the runs' length: give one of them.")
     if prices and not target:
         raise UserError("--price is of the hardware that --for=MODEL looks for: give that too.")
-    for name in prices or ():
-        if name not in aim.FAMILIES.values():
-            raise UserError(f"--price={name}: --for looks for {' and '.join(aim.FAMILIES.values())} alone.")
+    if prices:
+        from specjax.compare.aim import FAMILIES  # heavy, and this module is imported by processes not yet prepared
+
+        for name in prices:
+            if name not in FAMILIES.values():
+                raise UserError(f"--price={name}: --for looks for {' and '.join(FAMILIES.values())} alone.")
     seconds = budgets.seconds(budget) if budget else None
     made = methods.read(config, steps or (1 if seconds else 0))
     files.claim(workdir, (*methods.OWN, *made))
