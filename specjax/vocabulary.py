@@ -13,6 +13,7 @@ from specjax.errors import UserError, keys
 from specjax.hf import config as hf_config
 from specjax.hf import vocabulary
 from specjax.hf.tokenizer import load_tokenizer
+from specjax.lora import mlx
 from specjax.lora.peft_config import read_config
 from specjax.models import ModelConfig
 
@@ -37,17 +38,17 @@ def extend(config: ConfigDict, folder: Path, tokenizer: Any) -> None:
     Raises:
       UserError: see `hf.vocabulary.extend`; or a LoRA run would leave new rows untrained.
     """
+    known, sizes = set(tokenizer.get_vocab().values()), hf_config.from_folder(folder)
     ids = vocabulary.extend(tokenizer, config.model.add_tokens, config.model.add_words)
-    rows = hf_config.from_folder(folder).vocab_size
-    new = [token for token in ids if token >= rows]
+    new = [token for token in ids if token not in known or token >= sizes.vocab_size]  # a spare row is new too
     if not new or config.trainable != "lora":
         return
-    trained = _trained(lora_settings(config), tokenizer, ids)
-    if left := [token for token in new if token not in trained]:
+    left = _left(lora_settings(config), tokenizer, ids, new, tied=sizes.tied)
+    if left:
         raise UserError(
-            f"config.model.add_tokens and config.model.add_words need {len(new)} rows beyond the model's {rows}, and "
-            f"LoRA's factors do not train that of {tokenizer.convert_ids_to_tokens(left[0])!r}: set "
-            "config.lora.trainable_token_indices=added."
+            f"config.model.add_tokens and config.model.add_words make {len(new)} new tokens, and LoRA does not train "
+            f"the rows of {tokenizer.convert_ids_to_tokens(left[0])!r} in the embedding and the output layer: set "
+            f"config.lora.trainable_token_indices=added, and leave {' and '.join(ENDS)} out of config.lora.targets."
         )
 
 
@@ -70,17 +71,25 @@ def _ids(named: Named, tokenizer: Any, added: list[int]) -> Sequence[int] | dict
     return vocabulary.ids_of(tokenizer, named)
 
 
-def _trained(settings: Mapping[str, Any], tokenizer: Any, added: list[int]) -> set[int] | range:
-    """The rows of the embedding or the output layer that an adapter trains."""
+def _left(settings: Mapping[str, Any], tokenizer: Any, added: list[int], new: list[int], *, tied: bool) -> list[int]:
+    """The new tokens of which an adapter trains no row that is named, nor both tables.
+
+    Factors of an embedding leave an output layer that is tied to it alone, as PEFT's do.
+    """
     start = settings.get("init_from")
-    held = read_config(Path(start)) if start else {}
-    saved = settings.get("modules_to_save") or held.get("modules_to_save", [])
-    targets = settings.get("targets") or held.get("target_modules") or ()
-    if any(name.endswith(ENDS) for name in (*saved, *([targets] if isinstance(targets, str) else targets))):
-        return range(max(added, default=-1) + 1)
+    held = read_config(Path(start)) if start and not mlx.is_mlx(Path(start)) else {}
     named = settings.get("trainable_token_indices") or held.get("trainable_token_indices")
     found = _ids(named, tokenizer, added) if named else []
-    return {one for of in (found.values() if isinstance(found, dict) else [found]) for one in of}
+    ids = {one for of in (found.values() if isinstance(found, dict) else [found]) for one in of}
+    saved = settings.get("modules_to_save") or held.get("modules_to_save", [])
+    targets = settings.get("targets") or held.get("target_modules") or ()
+    whole = {end for end in ENDS if any(name.endswith(end) for name in saved)}
+    if tied and settings.get("ensure_weight_tying", held.get("ensure_weight_tying")) and whole:
+        whole = set(ENDS)
+    if not tied:  # of a pattern it is enough that it names the module
+        names = [targets] if isinstance(targets, str) else targets
+        whole |= {end for end in ENDS if any(end in name for name in names)}
+    return [] if whole == set(ENDS) else [one for one in new if one not in ids]
 
 
 def adds(config: ConfigDict) -> bool:

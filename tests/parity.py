@@ -207,7 +207,7 @@ def hf_gradients(model: Any) -> dict[str, np.ndarray]:
 
 
 def five_weights(paths: list[names.Path]) -> list[names.Path]:
-    """The embedding, a query map, an output map, an MLP's last map, a norm, sinks, a delta network's: of every segment."""
+    """Embedding, a query map, an output map, an MLP's last map, a norm, sinks, a delta network's, of every segment."""
     ends = {
         ("embed_tokens", "embedding"),
         ("q_proj", "kernel"),

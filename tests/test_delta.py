@@ -9,6 +9,7 @@ import torch
 from helpers import assert_same_bits, contents, data, model, token_sums, torch_model
 from safetensors.numpy import load_file, save_file
 
+from specjax import sharding
 from specjax.generation.generate import generate_tokens
 from specjax.hf.export import export
 from specjax.hf.load import load
@@ -191,3 +192,17 @@ def test_published_files_come_back_with_the_bytes_of_their_two_dtypes(family, tm
     export(made, None, tmp_path / "wide", dtype="float32")
     assert contents(tmp_path / "wide")["mtp.fc.weight"].dtype == held["mtp.fc.weight"].dtype
     assert len({value.dtype for name, value in contents(tmp_path / "wide").items() if "layers" in name}) == 1
+
+
+def test_every_product_is_float32_where_that_must_be_asked_for(monkeypatch):
+    """Those of the backward pass too, which is traced where the rule's own context has ended."""
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    x, segments = tokens(70)
+    state = jnp.zeros((B, V, HK, HV), jnp.float32)
+
+    def total(x):
+        return jnp.sum(delta.delta_rule(x, state, delta.starts(segments))[0])
+
+    text = str(jax.make_jaxpr(jax.grad(total))(x))
+    assert text.count("= dot_general[") > 10
+    assert text.count("Precision.HIGHEST") == 2 * text.count("= dot_general[")

@@ -1,6 +1,7 @@
 """Added tokens: in the tokenizer, as rows of the model, in every export, and opened by transformers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from run_fixtures import as_of_transformers_4, flags, specjax, write_base, write
 from safetensors.numpy import load_file
 
 import specjax as sj
-from specjax import build
+from specjax import build, vocabulary
+from specjax.config import get_config, merge
 from specjax.errors import UserError
 from specjax.hf.config import from_folder
 from specjax.hf.load import load
@@ -148,14 +150,45 @@ def test_what_cannot_grow_is_refused(base, tmp_path):
         rows_for([600], from_folder(tmp_path / "gemma4"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "tied", "left"),
+    [
+        ({"targets": ["q_proj", "embed_tokens"]}, True, [300]),
+        ({"targets": ["q_proj", "embed_tokens"]}, False, [300]),
+        ({"targets": ["embed_tokens", "lm_head"]}, False, []),
+        ({"targets": r".*(q_proj|embed_tokens|lm_head)"}, False, []),
+        ({"modules_to_save": ["lm_head"]}, False, [300]),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, False, []),
+        ({"modules_to_save": ["embed_tokens"]}, True, [300]),
+        ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True, []),
+        ({"trainable_token_indices": [300]}, False, []),
+        ({"trainable_token_indices": "added"}, True, []),
+    ],
+)
+def test_a_new_token_trains_at_both_ends(base, settings, tied, left):
+    tokenizer = load_tokenizer(base)
+    assert vocabulary._left(settings, tokenizer, extend(tokenizer, ["<|x|>"]), [300], tied=tied) == left
+
+
+def test_a_token_on_a_spare_row_is_new_too(base, tmp_path):
+    shutil.copytree(base, tmp_path / "spare")
+    told = json.loads((base / "config.json").read_text())
+    (tmp_path / "spare" / "config.json").write_text(json.dumps(told | {"vocab_size": 320}))
+    config = merge(get_config(), {"trainable": "lora", "lora": {"rank": 2}, "model": {"add_tokens": ["<|x|>"]}})
+    with pytest.raises(UserError, match="make 1 new tokens, and LoRA does not train the rows of '<|x|>'"):
+        vocabulary.extend(config, tmp_path / "spare", load_tokenizer(base))
+    config.model.add_tokens = ["<|im_end|>"]  # which is there
+    vocabulary.extend(config, tmp_path / "spare", load_tokenizer(base))
+
+
 def test_rows_that_no_adapter_would_train_are_refused_before_the_data_are_read(base, tmp_path, capsys):
     argv = flags(base, tmp_path / "run", "lora", tmp_path / "none.jsonl") + ["--config.model.add_tokens=<|x|>"]
     assert specjax("train", *argv) == 2
     said = capsys.readouterr().err
-    assert "need 1 rows beyond the model's 300, and LoRA's factors do not train that of '<|x|>': set" in said
+    assert "make 1 new tokens, and LoRA does not train the rows of '<|x|>'" in said
     argv += ["--config.model.add_words=figs", "--config.lora.trainable_token_indices=<|x|>,5"]
     assert specjax("train", *argv) == 2
-    assert "do not train that of 'figs'" in capsys.readouterr().err
+    assert "does not train the rows of 'figs'" in capsys.readouterr().err
     argv[-2:] = ["--config.lora.trainable_token_indices=<|y|>"]
     assert specjax("train", *argv) == 2
     said = capsys.readouterr().err

@@ -304,7 +304,8 @@ def _say_killed(running: "Sequence[subprocess.Popen[str]]", grace: float) -> Non
     """One that failed otherwise has said why."""
     for number, process in enumerate(running):
         if process.returncode is not None and process.returncode < 0:
-            name = signal.Signals(-process.returncode).name
+            named = {one.value: one.name for one in signal.Signals}  # real-time signals have no name
+            name = named.get(-process.returncode, f"signal {-process.returncode}")
             print(
                 f"specjax: process {number} (pid {process.pid}) was ended by {name}, and the others end within "
                 f"{grace:g} seconds; run the same command again to go on.",

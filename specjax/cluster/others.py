@@ -75,6 +75,10 @@ class Others:
         """Whether it was said that another process ended, and this one ends with it."""
         return self._ending.locked()
 
+    def all_there(self) -> bool:
+        """Whether all processes had joined."""
+        return bool(self._names)
+
     def leave(self, status: int, *, failed: bool) -> None:
         """This process ends by itself with a status other than 0, and has said why; `failed`: the others are told."""
         sys.stdout.flush()
@@ -104,7 +108,8 @@ class Others:
             if _ABORT in held:
                 self._end(blamed(held, self._names))
             if not _OMINOUS.search(held) or time.monotonic() - since > _ABORTING - 1 or (ready and not new):
-                os.write(self._stderr, held)
+                with contextlib.suppress(OSError):  # nobody reads it any more
+                    os.write(self._stderr, held)
                 held = b""
             if ready and not new:
                 return
@@ -115,7 +120,8 @@ class Others:
             os._exit(self._leaving)
         self._ending.acquire()  # once
         why = f"{self._word} failed (see what it says)" if self._word else why
-        os.write(self._stderr, f"specjax: {why}, so this process ends too; {last(self._workdir)}.\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(self._stderr, f"specjax: {why}, so this process ends too; {last(self._workdir)}.\n".encode())
         if self._index == 0:
             time.sleep(_ABORTING / 2)  # the service is here: without it the others would blame this process
         os._exit(ENDED)

@@ -67,7 +67,7 @@ def wait_for_the_cause(error: BaseException | None) -> None:
     kinds = (jax.errors.JaxRuntimeError, TimeoutError)  # of collectives; of barriers, as Orbax has it
     while error is not None and not (isinstance(error, kinds) and _COLLECTIVE.search(str(error))):
         error = error.__cause__ or error.__context__
-    if any(others.ending() or error is not None for others in _watching):
+    if any(others.ending() or (error is not None and others.all_there()) for others in _watching):
         time.sleep(_HEARTBEAT + 15)
 
 

@@ -35,6 +35,9 @@ def aimed(configs: Mapping[str, ConfigDict], model: str, prices: Mapping[str, fl
     for name, config in configs.items():
         made: Any = copied(config, "model", "lora", "data")
         made.model.path, made.model.revision, made.model.dtype = model, "", "bfloat16"
+        made.model.add_tokens = made.model.add_words = ()  # of the target's tokenizer nothing is known
+        if made.lora.trainable_token_indices == "added":
+            made.lora.trainable_token_indices = None
         made.data.length = min(config.data.length, sizes.max_positions)
         counts = _counts(made)
         parameters = parameters or _parameters(made)

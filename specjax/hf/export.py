@@ -147,7 +147,9 @@ def _listed(model: Decoder, dtype: Any) -> Iterator[tuple[str, names.Entry | Non
     for entry in names.entries(model.config, list(arrays)):
         whole = arrays[entry.path].shape
         for place, name in entry.tensors(whole):
-            own = model.origin.dtypes.get(name, dtype) if dtype == model.origin.stored_dtype else dtype
+            own = dtype
+            if dtype == model.origin.stored_dtype:  # a config.json that says none has float32, its files may not
+                own = np.promote_types(model.origin.dtypes.get(name, dtype), dtype)
             yield wrapped(name, model.origin.prefix), entry, place, entry.hf_shape(whole), own
     for name, value in model.origin.kept.items():
         yield name, None, (), value.shape, value.dtype

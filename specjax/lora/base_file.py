@@ -12,9 +12,9 @@ BASE = "base.json"  # {"fingerprint": of the base's weights, "vocab_size": its r
 
 
 def write(folder: Path, fingerprint: str, vocab_size: int) -> None:
-    """Writes it; nothing where nothing is known (`fingerprint` is "")."""
-    if fingerprint:
-        told = {"fingerprint": fingerprint} | ({"vocab_size": vocab_size} if vocab_size else {})
+    """Writes what is known of it (`fingerprint` is not "", `vocab_size` not 0)."""
+    known = {"fingerprint": fingerprint, "vocab_size": vocab_size}
+    if told := {name: value for name, value in known.items() if value}:
         (folder / BASE).write_text(json.dumps(told) + "\n")
 
 

@@ -157,7 +157,8 @@ def _inverse_forward(lower: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _inverse_backward(inverse: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    return (-jnp.tril(inverse.T @ gradient @ inverse.T, -1),)
+    with exact_float32(jnp.float32):  # traced where the rule's own context has ended
+        return (-jnp.tril(inverse.T @ gradient @ inverse.T, -1),)
 
 
 _inverse.defvjp(_inverse_forward, _inverse_backward)
@@ -243,7 +244,7 @@ class GatedDeltaNet(nnx.Module):
         Args:
           x: the block's input.
           where: q_segments, 0 for padding; with a cache also `layer`, this layer's place there. A row there is one
-            text, whose next tokens x are, with padding before or behind them.
+            text, whose next tokens x are, with padding behind them, or before them where the cache is of no token.
           cache: None, or that of all layers of this shape.
           keys: dropout keys for qkv, z, b, a, out.
         """

@@ -75,7 +75,9 @@ class Checkpoints:
                     raise damaged
                 self._move(step, damaged)
         # The first process's, when all is there. Orbax copies its options deeply, and a method with what it is of.
-        context = ocp.Context(async_options=_Async(post_finalization_callback=lambda: self._sum()))
+        context = ocp.Context()
+        context.async_options.__class__ = _Async  # the constructor takes options too, with a warning that it won't soon
+        context.async_options.post_finalization_callback = lambda: self._sum()
         context.checkpointables.registry = ocp.handlers.local_registry()
         context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         context.pytree.loading.partial_load = True  # what trains, without the optimizer's state
