@@ -214,7 +214,7 @@ def page(studies: Mapping[str, Mapping[str, Any]]) -> str:
         how_many = f"{seeds} seeds of each best rate" if seeds > 1 else "one seed"
         parts += [
             f"## {title(name)}",
-            f"*Needs the minutes below.*\n\n```sh\npython benchmarks/studies.py {name}\n```",
+            f"*Needs the minutes below.*\n\n```\npython benchmarks/studies.py {name}\n```",
             f"{budget['steps']} steps of {budget['tokens_per_step']:,} tokens, "
             f"{how_many}; {study['seconds'] / 60:.0f} minutes on 2 cores with other work beside it, "
             f"{study['made'][:10]}. `configs/studies/{name}.py` has the rest.",

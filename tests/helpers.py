@@ -264,7 +264,7 @@ def torch_model(
         elif name.endswith("conv1d.weight"):
             weight.data = 3 * noise  # what silu gives is then seldom near 0, where heads are normed
         elif family.startswith("qwen3_5") and name.endswith("embed_tokens.weight"):
-            weight.data = noise  # as much as a block adds, or rounding would grow from layer to layer
+            weight.data = 2 * noise  # twice what a block adds, or rounding would grow from layer to layer
         elif name.endswith("linear_attn.out_proj.weight"):
             weight.data = 0.75 * attention * noise
         else:
