@@ -46,7 +46,7 @@ def extend(config: ConfigDict, folder: Path, tokenizer: Any) -> None:
     left = _left(lora_settings(config), tokenizer, ids, new, tied=sizes.tied)
     if left:
         raise UserError(
-            f"config.model.add_tokens and config.model.add_words make {len(new)} new tokens, and LoRA does not train "
+            f"config.model.add_tokens and config.model.add_words make new tokens ({len(new)}), and LoRA does not train "
             f"the rows of {tokenizer.convert_ids_to_tokens(left[0])!r} in the embedding and the output layer: set "
             f"config.lora.trainable_token_indices=added, and leave {' and '.join(ENDS)} out of config.lora.targets."
         )

@@ -175,7 +175,7 @@ def test_a_token_on_a_spare_row_is_new_too(base, tmp_path):
     told = json.loads((base / "config.json").read_text())
     (tmp_path / "spare" / "config.json").write_text(json.dumps(told | {"vocab_size": 320}))
     config = merge(get_config(), {"trainable": "lora", "lora": {"rank": 2}, "model": {"add_tokens": ["<|x|>"]}})
-    with pytest.raises(UserError, match="make 1 new tokens, and LoRA does not train the rows of '<|x|>'"):
+    with pytest.raises(UserError, match=r"make new tokens \(1\), and LoRA does not train the rows of '<|x|>'"):
         vocabulary.extend(config, tmp_path / "spare", load_tokenizer(base))
     config.model.add_tokens = ["<|im_end|>"]  # which is there
     vocabulary.extend(config, tmp_path / "spare", load_tokenizer(base))
@@ -185,7 +185,7 @@ def test_rows_that_no_adapter_would_train_are_refused_before_the_data_are_read(b
     argv = flags(base, tmp_path / "run", "lora", tmp_path / "none.jsonl") + ["--config.model.add_tokens=<|x|>"]
     assert specjax("train", *argv) == 2
     said = capsys.readouterr().err
-    assert "make 1 new tokens, and LoRA does not train the rows of '<|x|>'" in said
+    assert "make new tokens (1), and LoRA does not train the rows of '<|x|>'" in said
     argv += ["--config.model.add_words=figs", "--config.lora.trainable_token_indices=<|x|>,5"]
     assert specjax("train", *argv) == 2
     assert "does not train the rows of 'figs'" in capsys.readouterr().err
