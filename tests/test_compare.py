@@ -300,6 +300,7 @@ def test_values_are_tried_failures_are_rows_and_a_stopped_comparison_goes_on(bas
     argv = [f"--config={path}", f"--workdir={tmp_path / 'out'}", *(f"--config.{k}={v}" for k, v in keys.items())]
     here.stops.append("lora")
     assert specjax("compare", *argv) == 143
+    assert "peak memory" in capfd.readouterr().out  # the figures of what is done, while the others train
     first = (tmp_path / "out" / "sft" / "method.json").read_bytes()
     assert specjax("compare", *argv) == 0
     out = capfd.readouterr().out

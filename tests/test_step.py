@@ -92,6 +92,25 @@ def test_float32_is_multiplied_as_float32_where_that_must_be_asked_for(monkeypat
 
 @pytest.mark.rule(2)
 @pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_gpu_lays_each_gradient_as_its_weight_lies(monkeypatch, kind):
+    """Before the update is selected: or the old state is moved to where the gradient lay (docs/log.md)."""
+    mesh = sj.make_mesh(fsdp=4, tensor=2)
+    made = model(mesh=mesh)
+    if kind == "lora":
+        sj.lora.inject(made, rank=4)
+    graph, params, frozen = split(made, sj.LORA if kind == "lora" else sj.ALL)
+    optimizer = sj.adamw(RATE)
+    given = (begin(optimizer, params), frozen, micro(data(batch_size=8).batch(0), 1), np.int32(0))
+    laid = {}
+    for platform in ("tpu", "gpu"):
+        monkeypatch.setattr(sharding, "platform", lambda platform=platform: platform)
+        with jax.set_mesh(mesh):
+            text = str(jax.make_jaxpr(make_train_step(graph, optimizer))(*given))
+        laid[platform] = text.count("sharding_constraint[")
+    assert laid["gpu"] == laid["tpu"] + len(params)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
 def test_micro_batches_add_up_to_the_whole_batch(kind):
     ours = model()
     if kind == "lora":
