@@ -156,6 +156,7 @@ def test_what_cannot_grow_is_refused(base, tmp_path):
         ({"targets": ["q_proj", "embed_tokens"]}, True, [300]),
         ({"targets": ["q_proj", "embed_tokens"]}, False, [300]),
         ({"targets": ["embed_tokens", "lm_head"]}, False, []),
+        ({"targets": ["embed_tokens", "lm_head"]}, True, [300]),  # the head that is tied has no factors
         ({"targets": r".*(q_proj|embed_tokens|lm_head)"}, False, []),
         ({"modules_to_save": ["lm_head"]}, False, [300]),
         ({"modules_to_save": ["lm_head", "embed_tokens"]}, False, []),
