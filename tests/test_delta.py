@@ -182,6 +182,13 @@ def test_published_files_come_back_with_the_bytes_of_their_two_dtypes(family, tm
     export(made, None, tmp_path / "wide", dtype="float32")
     assert contents(tmp_path / "wide")["mtp.fc.weight"].dtype == held["mtp.fc.weight"].dtype
     assert len({value.dtype for name, value in contents(tmp_path / "wide").items() if "layers" in name}) == 1
+    # A config.json that says no dtype has float32, and an export in it rounds nothing to what the file had.
+    path = tmp_path / "in" / "config.json"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"dtype"' not in line))
+    save_file({name: value.astype(ml_dtypes.bfloat16) for name, value in held.items()}, file, {"format": "pt"})
+    export(load(tmp_path / "in", dtype="float32")[0], None, tmp_path / "silent", dtype="float32")
+    of_layers = {value.dtype for name, value in contents(tmp_path / "silent").items() if ".layers." in name}
+    assert of_layers == {np.dtype(np.float32)}
 
 
 def test_every_product_is_float32_where_that_must_be_asked_for(monkeypatch):
