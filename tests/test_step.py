@@ -90,7 +90,6 @@ def test_float32_is_multiplied_as_float32_where_that_must_be_asked_for(monkeypat
         assert "Precision.HIGHEST" not in traced()
 
 
-@pytest.mark.rule(2)
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_gpu_lays_each_gradient_as_its_weight_lies(monkeypatch, kind):
     """Before the update is selected: or the old state is moved to where the gradient lay (docs/log.md)."""
@@ -110,6 +109,7 @@ def test_a_gpu_lays_each_gradient_as_its_weight_lies(monkeypatch, kind):
     assert laid["gpu"] == laid["tpu"] + len(params)
 
 
+@pytest.mark.rule(2)
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_micro_batches_add_up_to_the_whole_batch(kind):
     ours = model()
